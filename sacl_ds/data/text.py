@@ -1,0 +1,112 @@
+"""Captions to token ids: a WordPiece vocabulary (trained here or pre-trained), padding, and masking for MLM."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sacl_ds.errors import UserError
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+IGNORED = -100  # label of a token that MLM does not predict, as in torch's cross_entropy
+
+
+def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-casing BERT WordPiece tokenizer whose vocabulary comes from `captions`; the same captions, the same ids."""
+    backend = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), min_frequency=2, show_progress=False
+    )
+    backend.train_from_iterator(captions, trainer)
+    ids = {token: backend.token_to_id(token) for token in ("[CLS]", "[SEP]")}
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(ids.items())
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Captions to ids with one maximum length; wraps a fast tokenizer of transformers."""
+
+    fast: PreTrainedTokenizerFast
+    max_tokens: int
+
+    @classmethod
+    def load(cls, name_or_folder: str | Path, max_tokens: int) -> Tokenizer:
+        """From a folder written by `save`, any tokenizer folder of transformers, or a hub name."""
+        try:
+            fast = AutoTokenizer.from_pretrained(str(name_or_folder), use_fast=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot load a tokenizer from {str(name_or_folder)!r}: {reason}") from error
+        missing = [name for name in SPECIAL if getattr(fast, name, None) is None]
+        if missing:
+            raise UserError(f"the tokenizer {str(name_or_folder)!r} lacks {', '.join(missing)}; a BERT tokenizer has them")
+        return cls(fast, max_tokens)
+
+    def save(self, folder: Path) -> None:
+        self.fast.save_pretrained(str(folder))
+
+    def __len__(self) -> int:
+        return len(self.fast)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers that give every caption the same ids."""
+        state = f"{self.max_tokens}\n{self.fast.backend_tokenizer.to_str()}"
+        # truncation and padding are state of the last call, not of the vocabulary
+        state = re.sub(r'"(truncation|padding)":\s*(null|\{[^{}]*\})', "", state)
+        return hashlib.sha256(state.encode()).hexdigest()
+
+    def ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids with [CLS] and [SEP], cut to max_tokens, not padded."""
+        encoded = self.fast(list(captions), truncation=True, max_length=self.max_tokens, return_attention_mask=False)
+        return encoded["input_ids"]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    """(n, longest) int64."""
+    out = np.full((len(rows), max(len(row) for row in rows)), value, np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def attention_mask(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """(n, longest) int64: 1 at tokens, 0 at padding."""
+    return pad([[1] * len(row) for row in rows], 0)
+
+
+def mask_tokens(
+    row: Sequence[int], tokenizer: Tokenizer, probability: float, entropy: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    """BERT's masking: of the tokens drawn, 80 % become [MASK], 10 % another word, 10 % stay.
+
+    Returns (ids, labels), labels IGNORED where nothing is predicted. The draw depends on `entropy` alone, so it is
+    the same on any rank and worker.
+    """
+    fast = tokenizer.fast
+    special = {fast.cls_token_id, fast.sep_token_id, fast.pad_token_id}
+    words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(len(row)).tolist()
+    ids, labels = list(row), [IGNORED] * len(row)
+    for i, (token, word) in enumerate(zip(row, words, strict=True)):
+        if token in special or (word & 0xFFFFFF) >= probability * 2**24:
+            continue
+        labels[i] = token
+        kind = (word >> 24) & 0xFF
+        if kind < 205:  # 80 % of 256
+            ids[i] = fast.mask_token_id
+        elif kind < 230:  # 10 %
+            ids[i] = (word >> 32) % len(fast)
+    return ids, labels

@@ -1,0 +1,19 @@
+"""The one exception type for what a user can do wrong, and the nearest valid name for what they misspelt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message is one line: what is wrong, where, what to do.
+
+    The command lines print it without a traceback and exit with status 2.
+    """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """' (did you mean X?)' for the choice nearest to `name`, or '' where none is near."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,63 @@
+"""Does the model know which colour goes with which shape? Scenes against themselves with two colours exchanged."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sacl_ds.data.batch import View
+from sacl_ds.data.scene_language import COLOUR, SHAPE, UNSAID, Scene, phrase
+from sacl_ds.data.scene_rendering import render
+from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.text import attention_mask, pad
+from sacl_ds.model.sacl import SaclModel
+
+
+def swapped_pairs(scenes: Scenes) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(caption, picture it is true of, the same picture with two colours exchanged, of which it is false).
+
+    At most one a scene: 'a red circle' and the first two objects that differ in shape and in colour.
+    """
+    found = []
+    for index in range(len(scenes)):
+        scene = scenes.scene(index)
+        pair = _exchangeable(scene)
+        if pair is None:
+            continue
+        first, second = pair
+        objects = [list(thing) for thing in scene.objects]
+        objects[first][COLOUR], objects[second][COLOUR] = objects[second][COLOUR], objects[first][COLOUR]
+        thing = scene.objects[first]
+        if any(other[SHAPE] == thing[SHAPE] and other[COLOUR] == thing[COLOUR] for other in objects):
+            continue
+        foil = Scene(tuple(tuple(other) for other in objects), scene.background)  # type: ignore[arg-type]
+        said = tuple(value if i in (SHAPE, COLOUR) else UNSAID for i, value in enumerate(thing))
+        entropy = (scenes.seed, index)
+        found.append((phrase(said), render(scene, scenes.image_size, entropy), render(foil, scenes.image_size, entropy)))
+    return found
+
+
+def _exchangeable(scene: Scene) -> tuple[int, int] | None:
+    for first, thing in enumerate(scene.objects):
+        for second, other in enumerate(scene.objects):
+            if thing[SHAPE] != other[SHAPE] and thing[COLOUR] != other[COLOUR]:
+                return first, second
+    return None
+
+
+@torch.no_grad()
+def binding_accuracy(model: SaclModel, scenes: Scenes, view: View, device: torch.device) -> float:
+    """Share of `swapped_pairs` in which the caption is nearer to its own picture; 0.5 is chance."""
+    captions, pictures, foils = zip(*swapped_pairs(scenes), strict=True)
+    was_training = model.training
+    model.eval()
+    rows = view.tokenizer.ids(captions)
+    ids = torch.from_numpy(pad(rows, view.tokenizer.fast.pad_token_id)).to(device)
+    text = model.encode_text(ids, torch.from_numpy(attention_mask(rows)).to(device))[1]
+    right, wrong = (
+        model.encode_image(torch.stack([view.image(Image.fromarray(p), ()) for p in group]).to(device))[1]
+        for group in (pictures, foils)
+    )
+    model.train(was_training)
+    return float(((text * right).sum(1) > (text * wrong).sum(1)).float().mean())

@@ -1,0 +1,39 @@
+"""The retrieval that a pre-training run is judged by, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sacl_ds.config import RunConfig
+from sacl_ds.data.batch import View
+from sacl_ds.data.scenes import SceneSource
+from sacl_ds.data.shards import ShardSource
+from sacl_ds.data.sources import held_out_scenes
+from sacl_ds.evaluation.binding import binding_accuracy
+from sacl_ds.evaluation.retrieval import RetrievalSet, evaluate_retrieval
+from sacl_ds.model.sacl import SaclModel
+
+Evaluator = Callable[[SaclModel, View, torch.device], dict[str, tuple[float, float]]]
+
+
+def held_out_evaluator(run: RunConfig) -> Evaluator | None:
+    """For scenes: held-out ones, with `binding_accuracy`; for shards: data.eval_shards, or None without them."""
+    batch_size = 256 if run.model.image_size <= 128 else 64
+    if run.data.source == "shards":
+        if not run.data.eval_shards:
+            return None
+        source = ShardSource(run.data.eval_shards, "data.eval_shards")
+        count = min(sum(source.counts), run.data.eval_count or sum(source.counts))
+        photographs = RetrievalSet(source, count)
+        return lambda model, view, device: evaluate_retrieval(model, photographs, view, device, batch_size)
+
+    scenes = held_out_scenes(run)
+    data = RetrievalSet(SceneSource(scenes), len(scenes), scenes.relevance() == 1)
+
+    def evaluate(model: SaclModel, view: View, device: torch.device) -> dict[str, tuple[float, float]]:
+        figures = evaluate_retrieval(model, data, view, device, batch_size)
+        return figures | {"binding_accuracy": (binding_accuracy(model, scenes, view, device), 0.5)}
+
+    return evaluate

@@ -1,0 +1,69 @@
+"""The model: image, text and fusion encoders with their heads (design of ALBEF; no loss, no state but parameters)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sacl_ds.config import ModelConfig
+from sacl_ds.model.heads import LogitScale, Projection
+from sacl_ds.model.text import FusionEncoder, MaskedLanguageHead, TextEncoder, bert_config
+from sacl_ds.model.vision import ImageEncoder
+
+
+class SaclModel(nn.Module):
+    """Shapes: b pairs, P image tokens with [CLS] first, L text tokens with [CLS] first, d the shared space."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, *, pretrained: bool) -> None:
+        """pretrained: whether timm's published weights are loaded; BERT's come from `pretrained.load_bert`."""
+        super().__init__()
+        self.image_encoder = ImageEncoder(
+            config.image_encoder,
+            config.image_size,
+            config.image_mean,
+            config.image_std,
+            pretrained=pretrained and config.image_pretrained,
+            arguments=config.image_encoder_arguments,
+        )
+        image_width = self.image_encoder.width
+
+        def bert(layers: int, reads_image: bool):  # type: ignore[no-untyped-def]
+            return bert_config(
+                vocab_size=vocab_size,
+                width=config.text_width,
+                layers=layers,
+                heads=config.text_heads,
+                max_positions=max(config.max_tokens, 512 if config.text_encoder else 0),
+                dropout=config.dropout,
+                image_width=image_width if reads_image else None,
+            )
+
+        self.text_encoder = TextEncoder(bert(config.text_layers, reads_image=False))
+        fusion = bert(config.fusion_layers, reads_image=True)
+        self.fusion_encoder = FusionEncoder(fusion, image_width)
+        self.image_projection = Projection(image_width, config.embed_dim)
+        self.text_projection = Projection(config.text_width, config.embed_dim)
+        self.logit_scale = LogitScale(1 / config.init_temperature)
+        self.matching_head = nn.Linear(config.text_width, 2)
+        self.mlm_head = MaskedLanguageHead(fusion)
+
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, 3, H, W) uint8 -> tokens (b, P, width) and unit features (b, d) float32."""
+        tokens = self.image_encoder(images)
+        return tokens, self.image_projection(tokens[:, 0])
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, L) int64 ids and mask -> states (b, L, width) and unit features (b, d) float32."""
+        states = self.text_encoder(input_ids, attention_mask)
+        return states, self.text_projection(states[:, 0])
+
+    def fuse(self, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
+        """Text states (b, L, width) that have seen the image tokens of the same row -> (b, L, width)."""
+        return self.fusion_encoder(text_states, attention_mask, image_tokens)
+
+    def match_logits(self, fused: Tensor) -> Tensor:
+        """(b, L, width) fused states -> (b, 2) float32; index 1 means that text and image belong together."""
+        return self.matching_head(fused[:, 0]).float()
+
+    def token_logits(self, states: Tensor) -> Tensor:
+        """(n, width) fused states of masked tokens -> (n, vocabulary)."""
+        return self.mlm_head(states, self.text_encoder.bert.embeddings.word_embeddings.weight)

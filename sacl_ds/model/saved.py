@@ -1,0 +1,48 @@
+"""A trained model on disk: model.safetensors, config.yaml and tokenizer/ in a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sacl_ds.config import RunConfig, load_config
+from sacl_ds.data.text import Tokenizer
+from sacl_ds.errors import UserError
+from sacl_ds.model.sacl import SaclModel
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer"
+
+
+def save_weights(state: dict[str, Tensor], folder: Path, step: int) -> None:
+    """Write all weights under `folder`, atomically: a reader sees the old file or the new one."""
+    temporary = folder / f".{WEIGHTS}.writing"
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(contiguous, temporary, metadata={"format": "pt", "sacl_ds": json.dumps({"step": step})})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(folder / WEIGHTS)
+
+
+def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, Tokenizer]:
+    """A finished run's model, its configuration and its tokenizer; `setting` is what error lines name.
+
+    Raises UserError where the folder holds no finished run, or weights of another model.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (folder / name).exists():
+            raise UserError(f"{setting}={folder}: no {name} there; give the directory of a finished run")
+    run = load_config(folder / CONFIG, [])
+    tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
+    model = SaclModel(run.model, len(tokenizer), pretrained=False)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{setting}={folder}: {WEIGHTS} does not fit its {CONFIG}: {reason}") from None
+    return model, run, tokenizer

@@ -1,0 +1,82 @@
+"""Plots of a run from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+from sacl_ds.telemetry.metrics import read  # noqa: E402
+
+
+def plot_run(run_folder: Path) -> list[Path]:
+    """Write plots/losses.png, and plots/retrieval.png where there was any; returns what was written."""
+    lines = read(run_folder / "metrics.jsonl")
+    folder = run_folder / "plots"
+    folder.mkdir(exist_ok=True)
+    written = []
+    training = [line for line in lines if "loss" in line]
+    if training:
+        written.append(_losses(training, folder / "losses.png"))
+    evaluations = [line for line in lines if "evaluation" in line]
+    if evaluations:
+        written.append(_retrieval(evaluations, folder / "retrieval.png"))
+    return written
+
+
+def _losses(lines: list[dict[str, Any]], path: Path) -> Path:
+    shown = [(name, label) for name, label in _TERMS if any(name in line for line in lines)]
+    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(3.4 * (len(shown) + 1), 3.0), layout="constrained")
+    steps = [line["step"] for line in lines]
+    for axis, (name, label) in zip(axes, shown, strict=False):
+        values = [float(line[name]) for line in lines]
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
+        axis.plot(steps, _smooth(values), color="tab:blue")
+        axis.set(title=label, xlabel="step")
+    axis = axes[-1]
+    for name, label in _INFORMATION:
+        if name in lines[0]:
+            axis.plot(steps, _smooth([float(line[name]) for line in lines]), label=label)
+    axis.axhline(0, color="grey", linewidth=0.5)
+    axis.set(title="mutual information (nats)", xlabel="step")
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+_TERMS = (("itc", "contrastive (ITC)"), ("itm", "matching (ITM)"), ("mlm", "masked language (MLM)"))
+_INFORMATION = (
+    ("pmi_positive", "PMI, positives"),
+    ("pmi_negative", "PMI, negatives"),
+    ("pmi_negative_target", "E log 1/w"),
+    ("infonce_bound", "InfoNCE bound"),
+)
+
+
+def _retrieval(lines: list[dict[str, Any]], path: Path) -> Path:
+    figure, axis = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
+    steps = [line["step"] for line in lines]
+    names = [name for name in lines[-1]["evaluation"] if not name.endswith("R@5")]
+    for number, name in enumerate(names):
+        colour = f"C{number}"
+        label = name.replace("_to_", "→").replace("_", " ")
+        axis.plot(steps, [100 * line["evaluation"][name] for line in lines], "o-", markersize=3, color=colour, label=label)
+        chance = lines[-1]["chance"][name]
+        axis.axhline(100 * chance, color=colour, linestyle=":", linewidth=0.8)
+    axis.set(xlabel="step", ylabel="%  (dotted: chance)", title="held-out retrieval")
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Centred running mean over a share of the curve."""
+    half = int(len(values) * share / 2)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

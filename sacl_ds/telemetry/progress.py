@@ -1,0 +1,92 @@
+"""What a person sees while a run goes: a live bar on a terminal, a line now and then where there is none; tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class RunProgress:
+    """Progress over the steps of one phase; silent on every rank but the first."""
+
+    def __init__(self, title: str, steps: int, start: int, enabled: bool) -> None:
+        self.console = Console(quiet=not enabled, soft_wrap=True)
+        self.title, self.steps = title, steps
+        self._last_line = 0.0
+        self._live: Progress | None = None
+        if enabled and self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+            )
+            self._task = self._live.add_task(title, total=steps, completed=start, figures="")
+            self._live.start()
+
+    def update(self, step: int, figures: Mapping[str, Any], eta_seconds: float) -> None:
+        text = describe(figures)
+        if self._live is not None:
+            self._live.update(self._task, completed=step, figures=text)
+        elif step == self.steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.console.print(f"{self.title} {step}/{self.steps}  ETA {duration(eta_seconds)}  {text}", highlight=False)
+
+    def advance(self, step: int) -> None:
+        if self._live is not None:
+            self._live.update(self._task, completed=step)
+
+    def print(self, *things: Any) -> None:
+        self.console.print(*things, highlight=False)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def describe(figures: Mapping[str, Any]) -> str:
+    """'loss 5.42 (itc 3.9 itm 0.6 mlm 0.9)  410 pairs/s  0.31 s/step  alpha 0.9  scale 14.2'."""
+    terms = " ".join(f"{name} {figures[name]:.3f}" for name in ("itc", "itm", "mlm") if name in figures)
+    parts = [
+        f"loss {figures['loss']:.3f} ({terms})",
+        f"{figures['pairs_per_second']:.0f} pairs/s",
+        f"{figures['step_seconds']:.3f} s/step",
+    ]
+    if "alpha" in figures:
+        parts.append(f"alpha {figures['alpha']:.2f}")
+    return "  ".join([*parts, f"scale {figures['logit_scale']:.1f}"])
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(max(0, round(seconds)), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+_NAMES = {
+    "text_to_image_any_R@1": "text→image R@1, any image that satisfies the caption",
+    "text_to_image_mAP": "text→image mAP over all satisfying images",
+    "binding_accuracy": "colour bound to shape (own picture against colours exchanged)",
+}
+
+
+def retrieval_table(title: str, figures: Mapping[str, tuple[float, float]]) -> Table:
+    """Value beside chance, in per cent."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("held-out retrieval")
+    table.add_column("%", justify="right")
+    table.add_column("chance %", justify="right")
+    for name, (value, chance) in figures.items():
+        label = _NAMES.get(name, name.replace("_to_", "→").replace("_", " "))
+        table.add_row(label, f"{100 * value:.1f}", f"{100 * chance:.1f}")
+    return table

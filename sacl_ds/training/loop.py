@@ -1,0 +1,123 @@
+"""The training loop: targets, losses, backward, update, record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from sacl_ds.config import RunConfig
+from sacl_ds.data.batch import Batch
+from sacl_ds.distributed import rank, sum_over_ranks, world_size
+from sacl_ds.model.teacher import Teacher
+from sacl_ds.telemetry.metrics import MetricLog
+from sacl_ds.telemetry.progress import RunProgress
+from sacl_ds.training import checkpoint
+from sacl_ds.training.engine import set_learning_rates
+from sacl_ds.training.objectives import Targets
+from sacl_ds.training.schedules import alpha, learning_rate_factor
+
+Evaluate = Callable[[int], dict[str, tuple[float, float]]]  # steps done -> {name: (value, chance)}
+
+
+@dataclass
+class Loop:
+    """One phase of training. `log` is None on every rank but the first."""
+
+    run: RunConfig
+    folder: Path
+    engine: DeepSpeedEngine
+    batches: Iterator[Batch]
+    device: torch.device
+    teacher: Teacher | None
+    evaluate: Evaluate | None
+    log: MetricLog | None
+    progress: RunProgress
+
+    def train(self, start: int) -> dict[str, tuple[float, float]]:
+        """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none)."""
+        train = self.run.train
+        result: dict[str, tuple[float, float]] = {}
+        clock, since, waited = time.perf_counter(), start, 0.0
+        self.engine.train()
+        for step in range(start, train.steps):
+            before = time.perf_counter()
+            batch = next(self.batches).to(self.device)
+            waited += time.perf_counter() - before
+            done = step + 1
+            logged = done % train.log_every == 0 or done == train.steps or step == start
+            losses = self._step(step, batch, statistics=logged)
+            self.progress.advance(done)
+            if logged:
+                now = time.perf_counter()
+                self._record(done, losses, (now - clock) / (done - since), waited / max(now - clock, 1e-9))
+                clock, since, waited = time.perf_counter(), done, 0.0
+            if _due(done, train.eval_every) or done == train.steps:
+                result = self._evaluate(done)
+                clock = time.perf_counter()
+            if _due(done, train.save_every) or done == train.steps:
+                checkpoint.save(self.engine, self.folder, done)
+                clock = time.perf_counter()
+        return result
+
+    def _step(self, step: int, batch: Batch, statistics: bool) -> dict[str, Tensor]:
+        run = self.run
+        # what is random in a step follows from (seed, step, rank): a resumed run needs no random state
+        seed = _mix(run.seed, step, rank())
+        torch.manual_seed(seed)
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        set_learning_rates(self.engine, run.optim, learning_rate_factor(step, run.train.steps, run.optim))
+        teacher = self.teacher.features(batch) if self.teacher else None
+        targets = Targets(teacher, alpha(step, run) if teacher else 0.0, generator, statistics)
+        losses: dict[str, Tensor] = self.engine(batch, targets)
+        self.engine.backward(losses["loss"])
+        self.engine.step()
+        return losses
+
+    def _record(self, done: int, losses: dict[str, Tensor], step_seconds: float, waited: float) -> None:
+        """Means over ranks of the step's losses, and where the run stands."""
+        names = list(losses)
+        means = sum_over_ranks(torch.stack([losses[name].detach().double() for name in names])) / world_size()
+        run, optim = self.run, self.run.optim
+        factor = learning_rate_factor(done - 1, run.train.steps, optim)
+        norm = self.engine.get_global_grad_norm()
+        figures: dict[str, Any] = {
+            "step": done,
+            **dict(zip(names, means.tolist(), strict=True)),
+            "lr_image": factor * optim.lr_image,
+            "lr_text": factor * optim.lr_text,
+            "grad_norm": None if norm is None else float(norm),
+            "step_seconds": step_seconds,
+            "pairs_per_second": run.train.global_batch_size / step_seconds,
+            "data_wait_share": waited,
+        }
+        if self.teacher:
+            figures["alpha"] = alpha(done - 1, run)
+        if self.log:
+            self.log.write(figures)
+        self.progress.update(done, figures, (run.train.steps - done) * step_seconds)
+
+    def _evaluate(self, done: int) -> dict[str, tuple[float, float]]:
+        if self.evaluate is None:
+            return {}
+        figures = self.evaluate(done)
+        if self.log:
+            values = {name: value for name, (value, _) in figures.items()}
+            chances = {name: chance for name, (_, chance) in figures.items()}
+            self.log.write({"step": done, "evaluation": values, "chance": chances})
+        return figures
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """Different for every (seed, step, rank) a run can have, and below 2^63."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)

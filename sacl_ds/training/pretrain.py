@@ -1,0 +1,201 @@
+"""Pre-training from a configuration to a finished run directory: the teacher phase where asked for, then the run."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sacl_ds.config import RunConfig
+from sacl_ds.data.batch import Collator, View
+from sacl_ds.data.loader import PairLoader
+from sacl_ds.data.order import GlobalOrder
+from sacl_ds.data.sample import Source
+from sacl_ds.data.sources import training_source
+from sacl_ds.data.text import Tokenizer, train_wordpiece
+from sacl_ds.data.transforms import CanonicalView, TrainView
+from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.ds_config import resolve
+from sacl_ds.errors import UserError
+from sacl_ds.model.pretrained import load_bert
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
+from sacl_ds.model.teacher import Teacher
+from sacl_ds.telemetry.metrics import MetricLog
+from sacl_ds.telemetry.plots import plot_run
+from sacl_ds.telemetry.progress import RunProgress, duration, retrieval_table
+from sacl_ds.training import checkpoint
+from sacl_ds.training.engine import build_engine, cores, on_cpu, whole_state
+from sacl_ds.training.loop import Loop
+from sacl_ds.training.objectives import PretrainObjective
+
+_VOCABULARY_CAPTIONS = 200_000
+
+
+class Evaluator(Protocol):
+    def __call__(self, model: SaclModel, view: View, device: torch.device) -> dict[str, tuple[float, float]]:
+        """{name: (value, chance)}; every rank calls it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same over the phases of one start."""
+
+    ds: dict[str, Any]
+    ds_name: str
+    evaluator: Callable[[RunConfig], Evaluator | None]
+    device: torch.device
+    resume: bool
+
+
+def teacher_phase(run: RunConfig, folder: Path) -> RunConfig:
+    """The paper's recipe for H_beta: the same model, trained with plain InfoNCE on clean captions."""
+    values = run.model_dump()
+    values["output_dir"] = str(folder)
+    values["loss"] |= {"contrastive": "infonce", "matching_weight": 0.0, "mlm_weight": 0.0}
+    values["train"] |= {"steps": run.teacher.steps, "save_every": None, "eval_every": None}
+    values["optim"]["warmup_steps"] = min(run.optim.warmup_steps, run.teacher.steps // 4)
+    values["data"]["scenes"] |= {"detail": run.teacher.detail, "seed": run.data.scenes.seed + 1}
+    if run.teacher.shards:
+        values["data"]["shards"] = run.teacher.shards
+    values["teacher"] |= {"checkpoint": None, "steps": 0}
+    return RunConfig.model_validate(values)
+
+
+def pretrain(run: RunConfig, job: Job) -> Path:
+    """Train to the end and return the run directory. Raises UserError, the same on every rank."""
+    started = time.monotonic()
+    with same_error():
+        resolve(job.ds, run, world_size(), on_cpu=on_cpu(), name=job.ds_name)
+        folder = broadcast_object(_run_folder(run, job.resume) if rank() == 0 else None)
+        if isinstance(folder, UserError):
+            raise folder
+    teacher_folder = run.teacher.checkpoint
+    if run.uses_teacher and teacher_folder is None:
+        inner = folder / "teacher"
+        if not (inner / WEIGHTS).exists():
+            going_on = job.resume and checkpoint.latest(inner) is not None
+            _phase(teacher_phase(run, inner), inner, "teacher", None, job, going_on)
+        teacher_folder = str(inner)
+    resume = job.resume and checkpoint.latest(folder) is not None
+    result, progress = _phase(run, folder, "training", teacher_folder, job, resume)
+    if rank() == 0:
+        plots = plot_run(folder)
+        if result:
+            progress.print(retrieval_table(f"after {run.train.steps} steps", result))
+        seconds = time.monotonic() - started
+        progress.print(f"done in {duration(seconds)}; run directory {folder}, plots {', '.join(p.name for p in plots)}")
+    return folder
+
+
+def _run_folder(run: RunConfig, resume: bool) -> Path | UserError:
+    """Rank 0: the directory of this run, made; or what is wrong with it."""
+    if run.output_dir is not None:
+        folder = Path(run.output_dir)
+    else:
+        base = Path("runs")
+        used = [int(m[1]) for p in base.glob(f"{run.data.source}-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
+        number = max(used, default=0)
+        folder = base / f"{run.data.source}-{max(1, number if resume else number + 1):03d}"
+    holds = checkpoint.latest(folder) is not None or checkpoint.latest(folder / "teacher") is not None
+    if resume and not holds:
+        return UserError(f"--resume: nothing to resume in {folder} (no finished checkpoint there); start without --resume")
+    if not resume and (folder / CONFIG).exists():
+        return UserError(f"output_dir={folder} already holds a run; go on with --resume, or choose another output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return UserError(f"output_dir={folder} cannot be made: {error.strerror}")
+    return folder
+
+
+def _phase(
+    run: RunConfig, folder: Path, title: str, teacher_folder: str | None, job: Job, resume: bool
+) -> tuple[dict[str, tuple[float, float]], RunProgress]:
+    """Build everything of one training phase, train, and leave the finished run in `folder`."""
+    first, world = rank() == 0, world_size()
+    progress = RunProgress(title, run.train.steps, 0, enabled=first)
+    with same_error():
+        engine_config = resolve(job.ds, run, world, on_cpu=on_cpu(), name=job.ds_name)
+        source = training_source(run)
+    with same_error():
+        if first:
+            _keep_tokenizer(run, folder, source)
+    with same_error():
+        tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
+        teacher = Teacher(teacher_folder, job.device) if teacher_folder and run.uses_teacher else None
+        torch.manual_seed(run.seed)
+        model = SaclModel(run.model, len(tokenizer), pretrained=not resume)
+        if run.model.text_encoder and not resume:
+            load_bert(model, run.model.text_encoder)
+        evaluator = job.evaluator(run)
+    if first:
+        run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
+    canonical = View(CanonicalView(run.model.image_size), tokenizer)
+    view = View(_training_view(run), tokenizer)
+    engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
+    with same_error():
+        start = checkpoint.resume(engine, folder) if resume else 0
+    data = run.data
+    order = GlobalOrder(source.counts, run.train.global_batch_size, run.seed, data.streams, data.shuffle_buffer)
+    masks = run.loss.mlm_probability if run.loss.mlm_weight else None
+    loader = PairLoader(
+        source,
+        order,
+        Collator(view, run.seed, masks, teacher.view if teacher else None),
+        rank=rank(),
+        world=world,
+        workers=_workers(run),
+        start_step=start,
+        pin_memory=not on_cpu(),
+    )
+    loop = Loop(
+        run=run,
+        folder=folder,
+        engine=engine,
+        batches=iter(loader),
+        device=job.device,
+        teacher=teacher,
+        evaluate=(lambda step: evaluator(model, canonical, job.device)) if evaluator else None,
+        log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
+        progress=progress,
+    )
+    try:
+        result = loop.train(start)
+    finally:
+        progress.close()
+    weights = whole_state(engine, model)
+    if first:
+        save_weights(weights, folder, run.train.steps)
+    engine.destroy()
+    barrier()
+    return result, progress
+
+
+def _training_view(run: RunConfig) -> CanonicalView | TrainView:
+    if run.data.crops or run.data.flip:
+        return TrainView(run.model.image_size, run.data.crop_scale if run.data.crops else (1.0, 1.0), run.data.flip)
+    return CanonicalView(run.model.image_size)
+
+
+def _workers(run: RunConfig) -> int:
+    if run.data.workers is not None:
+        return run.data.workers
+    return min(8, max(1, cores() // 2 // world_size()))
+
+
+def _keep_tokenizer(run: RunConfig, folder: Path, source: Source) -> None:
+    """Put the run's tokenizer into its directory: that of model.text_encoder, else one trained on the captions."""
+    kept = folder / TOKENIZER
+    if kept.exists():
+        return
+    if run.model.text_encoder:
+        Tokenizer.load(run.model.text_encoder, run.model.max_tokens).save(kept)
+        return
+    trained = train_wordpiece(source.captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
+    Tokenizer(trained, run.model.max_tokens).save(kept)

@@ -1,0 +1,23 @@
+"""Learning rate and alpha as functions of the step alone, so that a resumed run needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+from sacl_ds.config import OptimConfig, RunConfig
+
+
+def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
+    """Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine or constant."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return 1.0
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def alpha(step: int, run: RunConfig) -> float:
+    """The teacher's share of the similarity at `step`: linear from alpha_start to alpha_end, then constant."""
+    start, end, over = run.loss.alpha_start, run.loss.alpha_end, run.alpha_end_step
+    return end if step >= over else start + (end - start) * step / over
