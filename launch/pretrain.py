@@ -1,4 +1,7 @@
-"""Pre-train: deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json [--config FILE] [--resume] [key=value ...]"""
+"""Pre-train a model.
+
+deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json [--config FILE] [--resume] [key=value ...]
+"""
 
 import argparse
 import os
@@ -10,7 +13,7 @@ from sacl_ds.errors import UserError
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON file, e.g. ds_configs/zero2.json")
     parser.add_argument("--config", help="run configuration (YAML); none: the built-in run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")

@@ -34,9 +34,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_width": 128,
         "text_heads": 4,
         "text_layers": 2,
-        "fusion_layers": 2,
+        "fusion_layers": 1,
         "embed_dim": 128,
         "dropout": 0.0,
+        "init_gain": 1.4,
         "vocab_size": 4000,
         "max_tokens": 32,
     },
@@ -52,6 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fusion_layers": 6,
         "embed_dim": 256,
         "dropout": 0.1,
+        "init_gain": None,
         "vocab_size": 30522,
         "max_tokens": 30,
     },
@@ -67,21 +69,26 @@ class ScenesConfig(_Room):
 
     seed: Natural = Field(1, description="seed of the training scenes; held-out scenes come from seed + 1000")
     count: Positive = Field(1_000_000, description="training scenes in an epoch; made on the fly, so it costs nothing")
-    detail: Literal["partial", "full"] = Field("partial", description="full: captions that say everything of two objects")
+    detail: Literal["partial", "simple"] = Field("partial", description="simple: one object, its colour and shape")
     eval_count: Positive = Field(500, description="held-out scenes")
 
 
 class DataConfig(_Room):
     source: Literal["scenes", "shards"] = Field("scenes", description="where image-text pairs come from")
-    shards: str | None = Field(None, description="webdataset tars for training, braces allowed: '/data/{00000..00331}.tar'")
+    shards: str | None = Field(
+        None, description="webdataset tars for training, braces allowed: '/data/{00000..00331}.tar'"
+    )
     eval_shards: str | None = Field(None, description="webdataset tars for held-out retrieval; none: no retrieval")
     eval_count: Positive | None = Field(None, description="at most so many held-out images; none: all of eval_shards")
     scenes: ScenesConfig = Field(default_factory=ScenesConfig)
-    workers: Natural | None = Field(None, description="loader processes a rank; none: half its cores, at most 8")
+    workers: Natural | None = Field(
+        None, description="loader processes a rank; none: the cores it has to spare, at most 8"
+    )
     streams: Positive = Field(16, description="shards read side by side over all ranks; part of the data order")
     shuffle_buffer: Positive = Field(2048, description="samples shuffled together in a stream; part of the data order")
     augment: Literal["auto", "none", "crop"] = Field(
-        "auto", description="crop: random resized crop; auto: crop for shards, none for scenes, whose captions it falsifies"
+        "auto",
+        description="crop: random resized crop; auto: crop for shards, none for scenes, whose captions it falsifies",
     )
     crop_scale: tuple[Fraction, Fraction] = Field((0.5, 1.0), description="share of the picture that a crop keeps")
     flip: bool = Field(False, description="mirror half of the pictures; falsifies captions that say left or right")
@@ -120,6 +127,9 @@ class ModelConfig(_Room):
     dropout: Fraction = Field(description="in the text and fusion encoders")
     vocab_size: Positive = Field(description="largest WordPiece vocabulary trained where text_encoder is none")
     max_tokens: Positive = Field(description="captions are cut to so many tokens, [CLS] and [SEP] included")
+    init_gain: PositiveFloat | None = Field(
+        description="weights that start from scratch: deviation init_gain / sqrt(width); none: the libraries' 0.02"
+    )
     init_temperature: PositiveFloat = Field(0.07, description="temperature at the start; learned from there")
 
     @model_validator(mode="before")
@@ -132,19 +142,27 @@ class ModelConfig(_Room):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.text_width % self.text_heads:
-            raise ValueError(f"model.text_width={self.text_width} must be a multiple of model.text_heads={self.text_heads}")
+            raise ValueError(
+                f"model.text_width={self.text_width} must be a multiple of model.text_heads={self.text_heads}"
+            )
         if not 0.01 <= self.init_temperature <= 1:
-            raise ValueError(f"model.init_temperature={self.init_temperature} must lie in [0.01, 1] (logit scale 1 to 100)")
+            raise ValueError(
+                f"model.init_temperature={self.init_temperature} must lie in [0.01, 1] (logit scale 1 to 100)"
+            )
         return self
 
 
 class LossConfig(_Room):
     contrastive: Literal["sacl", "infonce"] = Field("sacl", description="infonce: every negative weighs 1")
-    sharpness: NaturalFloat = Field(5.0, description="kappa: how fast weight falls with similarity; 1 is the bare paper")
+    sharpness: NaturalFloat = Field(
+        5.0, description="kappa: how fast weight falls with similarity; 1 is the bare paper"
+    )
     teacher_sharpness: NaturalFloat | None = Field(None, description="kappa_t, for the teacher; none: like sharpness")
     alpha_start: Fraction = Field(1.0, description="the teacher's share of the similarity at step 0")
     alpha_end: Fraction = Field(0.5, description="the teacher's share from alpha_end_step on")
-    alpha_end_step: Natural | None = Field(None, description="where the linear hand-over ends; none: half of train.steps")
+    alpha_end_step: Natural | None = Field(
+        None, description="where the linear hand-over ends; none: half of train.steps"
+    )
     negative_mass: PositiveFloat = Field(1.0, description="mean weight of the negatives; 1 is the paper's condition 2")
     drop_below: PositiveFloat | None = Field(None, description="remove negatives lighter than this (paper section 4.3)")
     contrastive_weight: NaturalFloat = Field(1.0, description="factor of ITC in the sum of losses")
@@ -159,7 +177,8 @@ class TeacherConfig(_Room):
 
     checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
     steps: Natural = Field(400, description="without checkpoint: train one first, for so many steps; 0: no teacher")
-    detail: Literal["partial", "full"] = Field("partial", description="captions of the scenes it learns from")
+    detail: Literal["partial", "simple"] = Field("simple", description="captions of the scenes it learns from")
+    warm_start: bool = Field(True, description="the model itself starts from the weights of a teacher trained first")
     shards: str | None = Field(None, description="clean captioned shards it learns from; none: data.shards")
 
 
@@ -216,7 +235,7 @@ class RunConfig(_Room):
         if micro is not None and micro * world != total:
             raise UserError(
                 f"train.micro_batch_size={micro} on {world} ranks makes {micro * world} pairs a step, not "
-                f"train.global_batch_size={total}; gradient accumulation is not supported yet: leave micro_batch_size out"
+                f"train.global_batch_size={total}; gradient accumulation is not supported yet: leave it out"
             )
         return total // world
 
@@ -255,7 +274,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: a configuration is a mapping such as 'train: {{steps: 100}}', not {type(loaded).__name__}")
+        raise UserError(
+            f"{path}: a configuration is a mapping such as 'train: {{steps: 100}}', not {type(loaded).__name__}"
+        )
     return loaded
 
 

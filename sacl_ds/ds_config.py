@@ -58,20 +58,22 @@ def _settle(section: dict[str, Any], key: str, value: Any, owner: str, name: str
     """Fill an absent or "auto" key with the run's value; refuse another number."""
     given = section.get(key, "auto")
     if given != "auto" and not _same(given, value):
-        raise UserError(f"{name} says {key}={given}, but {owner} is {value}; write \"auto\" there, or make them equal")
+        raise UserError(f'{name} says {key}={given}, but {owner} is {value}; write "auto" there, or make them equal')
     section[key] = value
 
 
 def _same(given: Any, value: Any) -> bool:
-    return list(given) == list(value) if isinstance(value, (list, tuple)) and isinstance(given, list) else given == value
+    return (
+        list(given) == list(value) if isinstance(value, (list, tuple)) and isinstance(given, list) else given == value
+    )
 
 
 def _accumulation(out: dict[str, Any], name: str) -> None:
     steps = out.get("gradient_accumulation_steps", "auto")
     if steps not in ("auto", 1):
         raise UserError(
-            f"{name} says gradient_accumulation_steps={steps}; accumulating a contrastive loss changes its negatives and "
-            'is not supported yet: write "auto" or 1'
+            f"{name} says gradient_accumulation_steps={steps}; accumulating a contrastive loss changes its negatives "
+            'and is not supported yet: write "auto" or 1'
         )
     out["gradient_accumulation_steps"] = 1
 
@@ -115,5 +117,7 @@ def _paths_of_auto(value: Any, path: str = "") -> list[str]:
     if value == "auto":
         return [path]
     if isinstance(value, dict):
-        return [found for key, inner in value.items() for found in _paths_of_auto(inner, f"{path}.{key}" if path else key)]
+        return [
+            found for key, inner in value.items() for found in _paths_of_auto(inner, f"{path}.{key}" if path else key)
+        ]
     return []

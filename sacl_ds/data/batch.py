@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sacl_ds.data.draws import words
 from sacl_ds.data.sample import Sample
 from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, pad
 from sacl_ds.data.transforms import CanonicalView, TrainView
@@ -96,7 +97,7 @@ class Collator:
         draws = [(self.seed, epoch, key) for epoch, key in zip(epochs, keys, strict=True)]
         captions = [_pick(sample.captions, (*draw, _CAPTION)) for sample, draw in zip(samples, draws, strict=True)]
         rows = self.view.tokenizer.ids(captions)
-        pad_id = self.view.tokenizer.fast.pad_token_id
+        pad_id = self.view.tokenizer.pad_id
         masked = labels = None
         if self.mlm_probability is not None:
             pairs = [
@@ -121,7 +122,7 @@ class Collator:
             batch = replace(batch, teacher_images=self._images(self.teacher, samples, draws))
         if not self.teacher.same_text(self.view):
             rows = self.teacher.tokenizer.ids(captions)
-            ids = torch.from_numpy(pad(rows, self.teacher.tokenizer.fast.pad_token_id))
+            ids = torch.from_numpy(pad(rows, self.teacher.tokenizer.pad_id))
             mask = torch.from_numpy(attention_mask(rows))
             batch = replace(batch, teacher_input_ids=ids, teacher_attention_mask=mask)
         return batch
@@ -139,5 +140,4 @@ def _hash64(data: bytes) -> int:
 def _pick(captions: Sequence[str], entropy: tuple[int, ...]) -> str:
     if len(captions) == 1:
         return captions[0]
-    word = int(np.random.PCG64(np.random.SeedSequence(entropy)).random_raw())
-    return captions[(word >> 16) % len(captions)]
+    return captions[words(1, *entropy)[0] % len(captions)]

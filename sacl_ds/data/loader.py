@@ -48,7 +48,7 @@ class PairLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        pad_id = self.collator.view.tokenizer.fast.pad_token_id
+        pad_id = self.collator.view.tokenizer.pad_id
         teacher = self.collator.teacher or self.collator.view
         # DataLoader takes one item from each worker in turn, so `pieces` items in a row make up a step
         pieces = iter(self._loader)
@@ -59,7 +59,7 @@ class PairLoader:
                 if isinstance(part, str):
                     raise UserError(part)
                 parts.append(part)
-            yield concatenate(parts, pad_id, teacher.tokenizer.fast.pad_token_id)
+            yield concatenate(parts, pad_id, teacher.tokenizer.pad_id)
 
 
 class _Pieces(IterableDataset[Any]):

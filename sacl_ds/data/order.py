@@ -17,10 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-def permutation(count: int, *entropy: int) -> np.ndarray:
-    """(count,) int64 permutation that depends on `entropy` alone (raw PCG64 words, which numpy keeps stable)."""
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count), kind="stable")
+from sacl_ds.data.draws import permutation
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,12 @@ class GlobalOrder:
     """Which sample stands in which slot of which step."""
 
     def __init__(
-        self, shard_counts: Sequence[int], global_batch_size: int, seed: int, streams: int = 16, shuffle_buffer: int = 2048
+        self,
+        shard_counts: Sequence[int],
+        global_batch_size: int,
+        seed: int,
+        streams: int = 16,
+        shuffle_buffer: int = 2048,
     ) -> None:
         """shard_counts: samples per shard, in the order of the shard list; streams, shuffle_buffer: see DataConfig."""
         self.counts = np.asarray(shard_counts, np.int64)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+from sacl_ds.data.draws import words
+
+SHAPES = ("circle", "ring", "bar", "cross")
+COLOURS = ("red", "green", "blue", "yellow", "purple")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 PLACES = (
@@ -26,7 +28,7 @@ PLACES = (
     "at the bottom",
     "at the bottom right",
 )
-BACKGROUNDS = ("black", "white", "grey", "brown")
+BACKGROUNDS = ("dark", "light", "grey", "brown")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 MAX_OBJECTS = 4
 
@@ -64,16 +66,13 @@ class Caption:
 
 
 class Draws:
-    """Uniform choices from a fixed block of raw PCG64 words.
+    """Uniform choices from `count` random words that depend on `entropy` alone."""
 
-    Raw words are the one output numpy promises never to change, so a scene stays the same under any version.
-    """
-
-    def __init__(self, *entropy: int, count: int = 192) -> None:
-        self._words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count).tolist()
+    def __init__(self, *entropy: int, count: int) -> None:
+        self._words = list(words(count, *entropy))
 
     def below(self, n: int) -> int:
-        return (self._words.pop() >> 16) % n
+        return self._words.pop() % n
 
     def sample(self, n: int, k: int) -> list[int]:
         """k different numbers below n, in random order."""
@@ -82,7 +81,7 @@ class Draws:
 
 
 def draw_scene(draws: Draws) -> Scene:
-    count = 2 + draws.below(3)
+    count = (2, 2, 3, 3, 4)[draws.below(5)]
     places = draws.sample(len(PLACES), count)
     objects = tuple(
         (
@@ -99,19 +98,16 @@ def draw_scene(draws: Draws) -> Scene:
 
 # What a caption says of an object it names, and how often (out of 16).
 _ONE_OBJECT = (
-    ((SHAPE, COLOUR), 6),
-    ((SHAPE, COLOUR, SIZE), 3),
-    ((SHAPE, COLOUR, TEXTURE), 3),
-    ((SHAPE, COLOUR, PLACE), 2),
-    ((COLOUR, PLACE), 1),
-    ((SHAPE, PLACE), 1),
+    ((SHAPE, COLOUR), 4),
+    ((SHAPE, COLOUR, SIZE), 4),
+    ((SHAPE, COLOUR, TEXTURE), 4),
+    ((SHAPE, COLOUR, PLACE), 4),
 )
 _OF_TWO_OBJECTS = (
-    ((SHAPE, COLOUR), 12),
-    ((SHAPE,), 2),
-    ((COLOUR,), 2),
+    ((SHAPE, COLOUR), 14),
+    ((SHAPE,), 1),
+    ((COLOUR,), 1),
 )
-_EVERYTHING = (((SHAPE, COLOUR, SIZE, TEXTURE, PLACE), 16),)
 
 
 def _choose(draws: Draws, table: tuple[tuple[tuple[int, ...], int], ...]) -> tuple[int, ...]:
@@ -129,17 +125,17 @@ def _keep(thing: tuple[int, ...], attributes: tuple[int, ...]) -> tuple[int, ...
 
 def phrase(thing: tuple[int, ...], article: str = "a") -> str:
     """A noun phrase for a described object, e.g. 'a small striped red circle at the top left'."""
-    words = []
+    parts = []
     if thing[SIZE] != UNSAID:
-        words.append(SIZES[thing[SIZE]])
+        parts.append(SIZES[thing[SIZE]])
     if thing[TEXTURE] != UNSAID:
-        words.append(TEXTURES[thing[TEXTURE]])
+        parts.append(TEXTURES[thing[TEXTURE]])
     if thing[COLOUR] != UNSAID:
-        words.append(COLOURS[thing[COLOUR]])
-    words.append(SHAPES[thing[SHAPE]] if thing[SHAPE] != UNSAID else "object")
-    if article == "a" and words[0][0] in "aeiou":
+        parts.append(COLOURS[thing[COLOUR]])
+    parts.append(SHAPES[thing[SHAPE]] if thing[SHAPE] != UNSAID else "object")
+    if article == "a" and parts[0][0] in "aeiou":
         article = "an"
-    text = f"{article} {' '.join(words)}"
+    text = f"{article} {' '.join(parts)}"
     return f"{text} {PLACES[thing[PLACE]]}" if thing[PLACE] != UNSAID else text
 
 
@@ -152,25 +148,27 @@ def relation_holds(relation: int, first_place: int, second_place: int) -> bool:
 def draw_caption(draws: Draws, scene: Scene, detail: str = "partial") -> Caption:
     """A true caption of `scene`.
 
-    detail: "partial" says a part of one or two objects, as web captions do; "full" says everything about two.
+    detail: "partial" says something of one or two objects, as web captions do; "simple" names one by colour and shape.
     """
     pair = draws.sample(len(scene.objects), 2)
-    full = detail == "full"
-    kind = 0 if full else draws.below(20)
-    opening = ("", "", "", "", "", "there is ", "a picture of ", "we see ")[draws.below(8)]
-    if kind < 5:
-        table = _EVERYTHING if full else _OF_TWO_OBJECTS
-        first, second = (_keep(scene.objects[i], _choose(draws, table)) for i in pair)
+    kind = draws.below(20)
+    opening = ("", "", "", "there is ")[draws.below(4)]
+    if detail == "simple":
+        only = _keep(scene.objects[pair[0]], (SHAPE, COLOUR))
+        return Caption(f"{opening}{phrase(only)}", (only,))
+    if kind < 4:
+        first, second = (_keep(scene.objects[i], _choose(draws, _OF_TWO_OBJECTS)) for i in pair)
         places = [scene.objects[i][PLACE] for i in pair]
-        related = not full and draws.below(3) == 0
-        if related:
+        if draws.below(3) == 0:
             true = [r for r in range(len(RELATIONS)) if relation_holds(r, places[0], places[1])]
             relation = true[draws.below(len(true))]
-            return Caption(f"{opening}{phrase(first)} {RELATIONS[relation]} {phrase(second)}", (first, second), relation)
+            return Caption(
+                f"{opening}{phrase(first)} {RELATIONS[relation]} {phrase(second)}", (first, second), relation
+            )
         joint = (" and ", " with ", " , ")[draws.below(3)]
         return Caption(f"{opening}{phrase(first)}{joint}{phrase(second)}", (first, second))
     only = _keep(scene.objects[pair[0]], _choose(draws, _ONE_OBJECT))
-    if kind < 16:
+    if kind < 15:
         return Caption(f"{opening}{phrase(only)}", (only,))
     text = f"{opening}{phrase(only)} on a {BACKGROUNDS[scene.background]} background"
     return Caption(text, (only,), background=scene.background)

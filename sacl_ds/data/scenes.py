@@ -16,7 +16,6 @@ from PIL import Image
 
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
-
 from sacl_ds.data.scene_language import (
     Caption,
     Draws,
@@ -44,8 +43,8 @@ class SceneItem:
 class Scenes:
     """A data set of `count` scenes; item i is the same for every process, image size and count.
 
-    detail: "partial" captions name a part of the scene (the training set); "full" ones say everything about two
-    objects (a clean captioned set for the teacher).
+    detail: "partial" captions say something of one or two objects (the training set); "simple" ones name one object
+    by its colour and shape (a clean captioned set for the teacher).
     """
 
     def __init__(
@@ -53,8 +52,8 @@ class Scenes:
     ) -> None:
         if count < 1:
             raise ValueError(f"count={count}: a set of scenes needs at least one")
-        if detail not in ("partial", "full"):
-            raise ValueError(f"detail={detail!r}: choose 'partial' or 'full'")
+        if detail not in ("partial", "simple"):
+            raise ValueError(f"detail={detail!r}: choose 'partial' or 'simple'")
         self.count, self.seed, self.image_size, self.detail = count, seed, image_size, detail
         self.captions_per_scene = captions
 

@@ -10,6 +10,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,15 @@ def stats_path(shard: str | Path) -> Path:
 
 def count_samples(shard: str) -> int:
     """From the stats beside the shard, else by reading the tar's headers (local files only)."""
-    try:
-        stats = json.loads(stats_path(shard).read_text())
-        return int(stats["successes"])
-    except (OSError, KeyError, ValueError):
-        pass
+    with suppress(OSError, KeyError, ValueError):
+        return int(json.loads(stats_path(shard).read_text())["successes"])
     try:
         with tarfile.open(shard) as tar:
             return len({base_plus_ext(m.name)[0] for m in tar if m.isfile() and _extension(m.name) in IMAGE_EXTENSIONS})
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"shard {shard} has no {stats_path(shard).name} beside it and cannot be scanned: {error}") from None
+        raise UserError(
+            f"shard {shard} has no {stats_path(shard).name} beside it and cannot be scanned: {error}"
+        ) from None
 
 
 def _extension(name: str) -> str:
@@ -136,8 +136,8 @@ class ShardReader:
                 self.next_offset += 1
                 if fields is None:
                     raise UserError(
-                        f"shard {self.files[self.shard]} ends before sample {place.offset}; its count is wrong or it is "
-                        f"cut short: remove {stats_path(self.files[self.shard]).name} or make the shard again"
+                        f"shard {self.files[self.shard]} ends before sample {place.offset}; its count is wrong or "
+                        f"it is cut short: remove {stats_path(self.files[self.shard]).name} or make the shard again"
                     )
             found.append((self.files[self.shard], fields))
         return found

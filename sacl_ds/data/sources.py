@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sacl_ds.config import RunConfig
 from sacl_ds.data.sample import Source
-from sacl_ds.data.scenes import SceneSource, Scenes
+from sacl_ds.data.scenes import Scenes, SceneSource
 from sacl_ds.data.shards import ShardSource
 
 HELD_OUT = 1000  # added to the seed of the training scenes

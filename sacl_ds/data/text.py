@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,24 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sacl_ds.data.draws import words
 from sacl_ds.errors import UserError
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+# loader workers are the parallelism; threads inside a forked one would only warn
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 IGNORED = -100  # label of a token that MLM does not predict, as in torch's cross_entropy
 
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A lower-casing BERT WordPiece tokenizer whose vocabulary comes from `captions`; the same captions, the same ids."""
+    """A lower-casing BERT WordPiece tokenizer; the vocabulary comes from `captions`, always the same from the same."""
     backend = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -52,16 +64,32 @@ class Tokenizer:
             raise UserError(f"cannot load a tokenizer from {str(name_or_folder)!r}: {reason}") from error
         missing = [name for name in SPECIAL if getattr(fast, name, None) is None]
         if missing:
-            raise UserError(f"the tokenizer {str(name_or_folder)!r} lacks {', '.join(missing)}; a BERT tokenizer has them")
+            raise UserError(
+                f"the tokenizer {str(name_or_folder)!r} lacks {', '.join(missing)}; a BERT tokenizer has them"
+            )
         return cls(fast, max_tokens)
 
     def save(self, folder: Path) -> None:
         self.fast.save_pretrained(str(folder))
 
-    def __len__(self) -> int:
+    @cached_property
+    def size(self) -> int:
+        """Entries of the vocabulary."""
         return len(self.fast)
 
-    @property
+    @cached_property
+    def pad_id(self) -> int:
+        return int(self.fast.pad_token_id)
+
+    @cached_property
+    def mask_id(self) -> int:
+        return int(self.fast.mask_token_id)
+
+    @cached_property
+    def never_masked(self) -> frozenset[int]:
+        return frozenset({self.pad_id, int(self.fast.cls_token_id), int(self.fast.sep_token_id)})
+
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for two tokenizers that give every caption the same ids."""
         state = f"{self.max_tokens}\n{self.fast.backend_tokenizer.to_str()}"
@@ -71,8 +99,10 @@ class Tokenizer:
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with [CLS] and [SEP], cut to max_tokens, not padded."""
-        encoded = self.fast(list(captions), truncation=True, max_length=self.max_tokens, return_attention_mask=False)
-        return encoded["input_ids"]
+        backend = self.fast.backend_tokenizer  # the wrapper's own bookkeeping costs more than the encoding
+        backend.no_padding()
+        backend.enable_truncation(self.max_tokens)
+        return [encoding.ids for encoding in backend.encode_batch(list(captions))]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
@@ -96,17 +126,15 @@ def mask_tokens(
     Returns (ids, labels), labels IGNORED where nothing is predicted. The draw depends on `entropy` alone, so it is
     the same on any rank and worker.
     """
-    fast = tokenizer.fast
-    special = {fast.cls_token_id, fast.sep_token_id, fast.pad_token_id}
-    words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(len(row)).tolist()
+    drawn = words(len(row), *entropy)
     ids, labels = list(row), [IGNORED] * len(row)
-    for i, (token, word) in enumerate(zip(row, words, strict=True)):
-        if token in special or (word & 0xFFFFFF) >= probability * 2**24:
+    for i, (token, word) in enumerate(zip(row, drawn, strict=True)):
+        if token in tokenizer.never_masked or (word & 0xFFFFFF) >= probability * 2**24:
             continue
         labels[i] = token
         kind = (word >> 24) & 0xFF
         if kind < 205:  # 80 % of 256
-            ids[i] = fast.mask_token_id
+            ids[i] = tokenizer.mask_id
         elif kind < 230:  # 10 %
-            ids[i] = (word >> 32) % len(fast)
+            ids[i] = (word >> 32) % tokenizer.size
     return ids, labels

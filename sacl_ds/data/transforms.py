@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sacl_ds.data.draws import fraction, words
+
 RATIO = (3 / 4, 4 / 3)  # of a random crop's sides, as in torchvision's RandomResizedCrop
 
 
@@ -44,8 +46,8 @@ class TrainView:
 
     def __call__(self, image: Image.Image, entropy: tuple[int, ...]) -> Tensor:
         """(3, size, size) uint8."""
-        words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(5).tolist()
-        share, stretch, across, down = ((word >> 11) / 2**53 for word in words[:4])
+        drawn = words(5, *entropy)
+        share, stretch, across, down = (fraction(word) for word in drawn[:4])
         width, height = image.size
         area = width * height * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
         low, high = (math.log(bound) for bound in RATIO)
@@ -54,6 +56,6 @@ class TrainView:
         left, top = across * (width - crop_width), down * (height - crop_height)
         box = (left, top, left + crop_width, top + crop_height)
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        if self.flip and words[4] & 1:
+        if self.flip and drawn[4] & 1:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return _tensor(image)

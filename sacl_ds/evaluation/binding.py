@@ -34,7 +34,9 @@ def swapped_pairs(scenes: Scenes) -> list[tuple[str, np.ndarray, np.ndarray]]:
         foil = Scene(tuple(tuple(other) for other in objects), scene.background)  # type: ignore[arg-type]
         said = tuple(value if i in (SHAPE, COLOUR) else UNSAID for i, value in enumerate(thing))
         entropy = (scenes.seed, index)
-        found.append((phrase(said), render(scene, scenes.image_size, entropy), render(foil, scenes.image_size, entropy)))
+        found.append(
+            (phrase(said), render(scene, scenes.image_size, entropy), render(foil, scenes.image_size, entropy))
+        )
     return found
 
 
@@ -53,7 +55,7 @@ def binding_accuracy(model: SaclModel, scenes: Scenes, view: View, device: torch
     was_training = model.training
     model.eval()
     rows = view.tokenizer.ids(captions)
-    ids = torch.from_numpy(pad(rows, view.tokenizer.fast.pad_token_id)).to(device)
+    ids = torch.from_numpy(pad(rows, view.tokenizer.pad_id)).to(device)
     text = model.encode_text(ids, torch.from_numpy(attention_mask(rows)).to(device))[1]
     right, wrong = (
         model.encode_image(torch.stack([view.image(Image.fromarray(p), ()) for p in group]).to(device))[1]

@@ -42,7 +42,7 @@ class RetrievalSet:
 def features(
     model: SaclModel, data: RetrievalSet, view: View, device: torch.device, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unit features of all images (n, d) and captions (m, d), float32, and the image of each caption (m,), on every rank.
+    """Unit features of images (n, d) and captions (m, d), float32, and each caption's image (m,), on every rank.
 
     Ranks take every world-th image. Each runs the same number of forward passes, whatever its share: under ZeRO 3
     every pass is collective. Padding passes are thrown away.
@@ -50,8 +50,11 @@ def features(
     mine = list(data.source.iterate(data.count, rank(), world_size()))
     images = [view.image(sample.image, ()) for sample in mine]
     rows = view.tokenizer.ids([caption for sample in mine for caption in sample.captions])
-    pad_id = view.tokenizer.fast.pad_token_id
-    example = (torch.zeros_like(images[0]) if images else torch.zeros(3, view.image.size, view.image.size).byte(), [pad_id])
+    pad_id = view.tokenizer.pad_id
+    example = (
+        torch.zeros_like(images[0]) if images else torch.zeros(3, view.image.size, view.image.size).byte(),
+        [pad_id],
+    )
 
     def encode_images(part: Sequence[Tensor]) -> Tensor:
         return model.encode_image(torch.stack(list(part)).to(device))[1]
@@ -125,4 +128,3 @@ def evaluate_retrieval(
     finally:
         model.train(was_training)
     return retrieval_metrics(image, text, owner, data.satisfying)
-

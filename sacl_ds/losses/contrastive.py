@@ -200,7 +200,7 @@ def _log_similarity(
 
 def _log_weights(log_similarity: Tensor, negatives: Tensor) -> Tensor:
     """(n, m) log w_ij: -inf outside the mask, mean weight 1 inside it."""
-    count = negatives.sum(1, keepdim=True)
+    count = negatives.sum(1, keepdim=True).to(log_similarity.dtype)  # the logarithm of an int64 is float32
     inverse = (-log_similarity).masked_fill(~negatives, -torch.inf)
     normaliser = inverse.logsumexp(1, keepdim=True) - count.log()
     # a row without negatives has -inf - (-inf) here
@@ -223,7 +223,7 @@ def _anchor_losses(logits: Tensor, log_weights: Tensor, start: int) -> Tensor:
 def _anchor_statistics(logits: Tensor, log_weights: Tensor, negatives: Tensor, start: int) -> dict[str, Tensor]:
     """Sums over this rank's anchors (and pairs of anchor and negative) of one direction; see `_global_statistics`."""
     kept = negatives & (log_weights > -torch.inf)
-    count = kept.sum(1)
+    count = kept.sum(1).to(logits.dtype)
     own = logits.diagonal(start)
     regulated = (logits + log_weights).masked_fill(~kept, -torch.inf).logsumexp(1)
     plain = logits.masked_fill(~kept, -torch.inf).logsumexp(1)
@@ -233,7 +233,7 @@ def _anchor_statistics(logits: Tensor, log_weights: Tensor, negatives: Tensor, s
     has = count > 0
     return {
         "anchors": torch.as_tensor(float(len(logits)), device=logits.device),
-        "pairs": count.sum().to(logits.dtype),
+        "pairs": count.sum(),
         "with_negatives": has.sum().to(logits.dtype),
         "pmi_positive": (own - log_mean).sum(),
         "pmi_negative": pmi,

@@ -14,14 +14,15 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class Projection(nn.Linear):
-    """(b, width) [CLS] states -> (b, embed_dim) float32 unit vectors. No bias."""
+    """(b, width) [CLS] states -> (b, embed_dim) unit vectors, float32 (float64 for float64 states). No bias."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__(width, embed_dim, bias=False)
         nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, states: Tensor) -> Tensor:
-        return nn.functional.normalize(super().forward(states).float(), dim=-1)
+        projected = super().forward(states)
+        return nn.functional.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
 
 
 class LogitScale(nn.Module):

@@ -43,7 +43,9 @@ def load_bert(model: SaclModel, name_or_folder: str) -> None:
         model.mlm_head.bias.data.copy_(head.bias.data)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.text_encoder={name_or_folder!r} does not fit model.text_width and its kin: {reason}") from None
+        raise UserError(
+            f"model.text_encoder={name_or_folder!r} does not fit model.text_width and its kin: {reason}"
+        ) from None
     log.info("loaded %s: %d layers; cross-attention of the fusion encoder is new", name_or_folder, wanted)
 
 

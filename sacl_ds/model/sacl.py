@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from sacl_ds.config import ModelConfig
 from sacl_ds.model.heads import LogitScale, Projection
+from sacl_ds.model.initialisation import initialise
 from sacl_ds.model.text import FusionEncoder, MaskedLanguageHead, TextEncoder, bert_config
 from sacl_ds.model.vision import ImageEncoder
 
@@ -35,6 +36,7 @@ class SaclModel(nn.Module):
                 max_positions=max(config.max_tokens, 512 if config.text_encoder else 0),
                 dropout=config.dropout,
                 image_width=image_width if reads_image else None,
+                init_std=0.02 if config.init_gain is None else config.init_gain * config.text_width**-0.5,
             )
 
         self.text_encoder = TextEncoder(bert(config.text_layers, reads_image=False))
@@ -45,6 +47,8 @@ class SaclModel(nn.Module):
         self.logit_scale = LogitScale(1 / config.init_temperature)
         self.matching_head = nn.Linear(config.text_width, 2)
         self.mlm_head = MaskedLanguageHead(fusion)
+        if config.init_gain is not None and not (pretrained and config.image_pretrained):
+            initialise(self.image_encoder, config.init_gain)
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(b, 3, H, W) uint8 -> tokens (b, P, width) and unit features (b, d) float32."""

@@ -39,7 +39,7 @@ def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, 
             raise UserError(f"{setting}={folder}: no {name} there; give the directory of a finished run")
     run = load_config(folder / CONFIG, [])
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
-    model = SaclModel(run.model, len(tokenizer), pretrained=False)
+    model = SaclModel(run.model, tokenizer.size, pretrained=False)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:

@@ -16,6 +16,7 @@ def bert_config(
     heads: int,
     max_positions: int,
     dropout: float,
+    init_std: float = 0.02,
     image_width: int | None = None,
 ) -> BertConfig:
     """A BertConfig with SDPA attention; image_width set: a fusion encoder whose cross-attention reads that width."""
@@ -28,6 +29,7 @@ def bert_config(
         max_position_embeddings=max_positions,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
+        initializer_range=init_std,
         is_decoder=image_width is not None,  # transformers' condition for cross-attention
         add_cross_attention=image_width is not None,
         use_cache=False,
@@ -80,7 +82,7 @@ def _initialise(module: nn.Module, std: float) -> None:
 
 
 class MaskedLanguageHead(nn.Module):
-    """BERT's prediction head; its output matrix is the word embedding, passed at each call (one tensor, never copied)."""
+    """BERT's prediction head; its output matrix is the word embedding, passed at each call (never copied)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()

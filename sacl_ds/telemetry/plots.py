@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
-from sacl_ds.telemetry.metrics import read  # noqa: E402
+from sacl_ds.telemetry.metrics import read
 
 
 def plot_run(run_folder: Path) -> list[Path]:
@@ -65,7 +65,9 @@ def _retrieval(lines: list[dict[str, Any]], path: Path) -> Path:
     for number, name in enumerate(names):
         colour = f"C{number}"
         label = name.replace("_to_", "→").replace("_", " ")
-        axis.plot(steps, [100 * line["evaluation"][name] for line in lines], "o-", markersize=3, color=colour, label=label)
+        axis.plot(
+            steps, [100 * line["evaluation"][name] for line in lines], "o-", markersize=3, color=colour, label=label
+        )
         chance = lines[-1]["chance"][name]
         axis.axhline(100 * chance, color=colour, linestyle=":", linewidth=0.8)
     axis.set(xlabel="step", ylabel="%  (dotted: chance)", title="held-out retrieval")

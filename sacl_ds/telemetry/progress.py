@@ -40,7 +40,9 @@ class RunProgress:
             self._live.update(self._task, completed=step, figures=text)
         elif step == self.steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.console.print(f"{self.title} {step}/{self.steps}  ETA {duration(eta_seconds)}  {text}", highlight=False)
+            self.console.print(
+                f"{self.title} {step}/{self.steps}  ETA {duration(eta_seconds)}  {text}", highlight=False
+            )
 
     def advance(self, step: int) -> None:
         if self._live is not None:

@@ -37,8 +37,7 @@ def start_process() -> torch.device:
     if accelerator.device_name() == "cpu":
         # compiled at first use for a gain only in DeepSpeed's own all-reduce; gloo serves every collective
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-        torch.set_num_threads(max(1, cores() // local_ranks))
+        torch.set_num_threads(max(1, cores() // local_ranks()))
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
@@ -48,6 +47,11 @@ def start_process() -> torch.device:
 
 def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
+
+
+def local_ranks() -> int:
+    """Ranks of this job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def cores() -> int:

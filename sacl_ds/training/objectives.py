@@ -99,8 +99,9 @@ class PretrainObjective(nn.Module):
         return {"itm": matching_loss(match_logits, matched, valid), "itm_accuracy": accuracy}
 
     def _masked_language(self, image_tokens: Tensor, batch: Batch) -> Tensor:
-        assert batch.masked_ids is not None and batch.mlm_labels is not None
-        states, _ = self.model.encode_text(batch.masked_ids, batch.attention_mask)
+        assert batch.masked_ids is not None
+        assert batch.mlm_labels is not None
+        states = self.model.text_encoder(batch.masked_ids, batch.attention_mask)
         fused = self.model.fuse(states, batch.attention_mask, image_tokens)
         predicted = batch.mlm_labels != IGNORED
         return masked_language_loss(self.model.token_logits(fused[predicted]), batch.mlm_labels[predicted])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Collator, View
 from sacl_ds.data.loader import PairLoader
 from sacl_ds.data.order import GlobalOrder
-from sacl_ds.data.sample import Source
 from sacl_ds.data.sources import training_source
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
@@ -24,16 +24,17 @@ from sacl_ds.ds_config import resolve
 from sacl_ds.errors import UserError
 from sacl_ds.model.pretrained import load_bert
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, load_model, save_weights
 from sacl_ds.model.teacher import Teacher
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration, retrieval_table
 from sacl_ds.training import checkpoint
-from sacl_ds.training.engine import build_engine, cores, on_cpu, whole_state
+from sacl_ds.training.engine import build_engine, cores, local_ranks, on_cpu, whole_state
 from sacl_ds.training.loop import Loop
 from sacl_ds.training.objectives import PretrainObjective
 
+TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
 _VOCABULARY_CAPTIONS = 200_000
 
 
@@ -53,10 +54,9 @@ class Job:
     resume: bool
 
 
-def teacher_phase(run: RunConfig, folder: Path) -> RunConfig:
+def teacher_phase(run: RunConfig) -> RunConfig:
     """The paper's recipe for H_beta: the same model, trained with plain InfoNCE on clean captions."""
     values = run.model_dump()
-    values["output_dir"] = str(folder)
     values["loss"] |= {"contrastive": "infonce", "matching_weight": 0.0, "mlm_weight": 0.0}
     values["train"] |= {"steps": run.teacher.steps, "save_every": None, "eval_every": None}
     values["optim"]["warmup_steps"] = min(run.optim.warmup_steps, run.teacher.steps // 4)
@@ -75,15 +75,25 @@ def pretrain(run: RunConfig, job: Job) -> Path:
         folder = broadcast_object(_run_folder(run, job.resume) if rank() == 0 else None)
         if isinstance(folder, UserError):
             raise folder
+    with same_error():
+        if rank() == 0:
+            if not job.resume:
+                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)  # of a start that died early
+            _keep_tokenizer(run, folder)
+            if _trains_teacher(run):
+                shutil.copytree(folder / TOKENIZER, folder / TEACHER / TOKENIZER, dirs_exist_ok=True)
     teacher_folder = run.teacher.checkpoint
-    if run.uses_teacher and teacher_folder is None:
-        inner = folder / "teacher"
+    start_from = None
+    if _trains_teacher(run):
+        inner = folder / TEACHER
         if not (inner / WEIGHTS).exists():
             going_on = job.resume and checkpoint.latest(inner) is not None
-            _phase(teacher_phase(run, inner), inner, "teacher", None, job, going_on)
+            _phase(Phase(teacher_phase(run), inner, "teacher", resume=going_on), job)
         teacher_folder = str(inner)
+        start_from = teacher_folder if run.teacher.warm_start else None
     resume = job.resume and checkpoint.latest(folder) is not None
-    result, progress = _phase(run, folder, "training", teacher_folder, job, resume)
+    phase = Phase(run, folder, "training", teacher_folder if run.uses_teacher else None, start_from, resume)
+    result, progress = _phase(phase, job)
     if rank() == 0:
         plots = plot_run(folder)
         if result:
@@ -91,6 +101,11 @@ def pretrain(run: RunConfig, job: Job) -> Path:
         seconds = time.monotonic() - started
         progress.print(f"done in {duration(seconds)}; run directory {folder}, plots {', '.join(p.name for p in plots)}")
     return folder
+
+
+def _trains_teacher(run: RunConfig) -> bool:
+    wanted = run.uses_teacher or run.teacher.warm_start
+    return wanted and run.teacher.checkpoint is None and run.teacher.steps > 0
 
 
 def _run_folder(run: RunConfig, resume: bool) -> Path | UserError:
@@ -102,10 +117,12 @@ def _run_folder(run: RunConfig, resume: bool) -> Path | UserError:
         used = [int(m[1]) for p in base.glob(f"{run.data.source}-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
         number = max(used, default=0)
         folder = base / f"{run.data.source}-{max(1, number if resume else number + 1):03d}"
-    holds = checkpoint.latest(folder) is not None or checkpoint.latest(folder / "teacher") is not None
+    holds = any(checkpoint.latest(f) is not None or (f / WEIGHTS).exists() for f in (folder, folder / TEACHER))
     if resume and not holds:
-        return UserError(f"--resume: nothing to resume in {folder} (no finished checkpoint there); start without --resume")
-    if not resume and (folder / CONFIG).exists():
+        return UserError(
+            f"--resume: nothing to resume in {folder} (no finished checkpoint there); start without --resume"
+        )
+    if not resume and holds:
         return UserError(f"output_dir={folder} already holds a run; go on with --resume, or choose another output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,25 +131,29 @@ def _run_folder(run: RunConfig, resume: bool) -> Path | UserError:
     return folder
 
 
-def _phase(
-    run: RunConfig, folder: Path, title: str, teacher_folder: str | None, job: Job, resume: bool
-) -> tuple[dict[str, tuple[float, float]], RunProgress]:
-    """Build everything of one training phase, train, and leave the finished run in `folder`."""
+@dataclass(frozen=True)
+class Phase:
+    """One training from start to end in its own directory, which already holds the tokenizer."""
+
+    run: RunConfig
+    folder: Path
+    title: str
+    teacher: str | None = None  # run directory of the frozen teacher
+    start_from: str | None = None  # run directory whose weights the model starts from
+    resume: bool = False
+
+
+def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunProgress]:
+    """Build everything of one phase, train, and leave the finished run in its directory."""
+    run, folder, resume = phase.run, phase.folder, phase.resume
     first, world = rank() == 0, world_size()
-    progress = RunProgress(title, run.train.steps, 0, enabled=first)
+    progress = RunProgress(phase.title, run.train.steps, 0, enabled=first)
     with same_error():
         engine_config = resolve(job.ds, run, world, on_cpu=on_cpu(), name=job.ds_name)
         source = training_source(run)
-    with same_error():
-        if first:
-            _keep_tokenizer(run, folder, source)
-    with same_error():
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
-        teacher = Teacher(teacher_folder, job.device) if teacher_folder and run.uses_teacher else None
-        torch.manual_seed(run.seed)
-        model = SaclModel(run.model, len(tokenizer), pretrained=not resume)
-        if run.model.text_encoder and not resume:
-            load_bert(model, run.model.text_encoder)
+        teacher = Teacher(phase.teacher, job.device) if phase.teacher else None
+        model = _model(phase, tokenizer)
         evaluator = job.evaluator(run)
     if first:
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
@@ -184,12 +205,27 @@ def _training_view(run: RunConfig) -> CanonicalView | TrainView:
 
 
 def _workers(run: RunConfig) -> int:
+    """data.workers, or what suits the machine: on a CPU with two cores a rank, a worker only stalls the maths."""
     if run.data.workers is not None:
         return run.data.workers
-    return min(8, max(1, cores() // 2 // world_size()))
+    spare = cores() // local_ranks() - (2 if on_cpu() else 1)
+    return min(8, max(0 if on_cpu() else 1, spare))
 
 
-def _keep_tokenizer(run: RunConfig, folder: Path, source: Source) -> None:
+def _model(phase: Phase, tokenizer: Tokenizer) -> SaclModel:
+    """The same starting weights on every rank, from the seed, published models or an earlier run."""
+    run = phase.run
+    torch.manual_seed(run.seed)
+    published = not phase.resume and phase.start_from is None
+    model = SaclModel(run.model, tokenizer.size, pretrained=published)
+    if published and run.model.text_encoder:
+        load_bert(model, run.model.text_encoder)
+    if phase.start_from and not phase.resume:
+        model.load_state_dict(load_model(phase.start_from, "teacher.warm_start")[0].state_dict())
+    return model
+
+
+def _keep_tokenizer(run: RunConfig, folder: Path) -> None:
     """Put the run's tokenizer into its directory: that of model.text_encoder, else one trained on the captions."""
     kept = folder / TOKENIZER
     if kept.exists():
@@ -197,5 +233,5 @@ def _keep_tokenizer(run: RunConfig, folder: Path, source: Source) -> None:
     if run.model.text_encoder:
         Tokenizer.load(run.model.text_encoder, run.model.max_tokens).save(kept)
         return
-    trained = train_wordpiece(source.captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
+    trained = train_wordpiece(training_source(run).captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
     Tokenizer(trained, run.model.max_tokens).save(kept)

@@ -1,0 +1,36 @@
+# make pretrain: everything from a fresh clone to a trained model; make test: the tests. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi > /dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: venv pretrain test lint soak clean
+
+venv: $(VENV)/.ready
+
+# constraints.txt holds the set that CI tests, which exists for Python 3.11; other versions resolve from the ranges
+$(VENV)/.ready: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than 3.10; name another: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$($(VENV)/bin/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")') \
+		-r requirements.txt -e '.[dev]'
+	touch $@
+
+pretrain: venv
+	deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
+
+test: venv
+	python -m pytest -m 'not soak'
+
+lint: venv
+	ruff check .
+	ruff format --check .
+	mypy
+
+soak: venv
+	python -m pytest -m soak -s
+
+clean:
+	rm -rf $(VENV) build *.egg-info

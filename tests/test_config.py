@@ -1,0 +1,141 @@
+"""What a user can do wrong in a configuration: one line that names the key, the place and the way out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sacl_ds.config import RunConfig, load_config
+from sacl_ds.ds_config import read_ds_config, resolve
+from sacl_ds.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["train.stepz=5"], ["unknown key 'train.stepz'", "'train.stepz=5'", "did you mean 'steps'?"]),
+        (["steps=5"], ["unknown key 'steps'", "did you mean 'train.steps'"]),
+        (["losses.sharpness=5"], ["unknown key 'losses'", "did you mean 'loss'"]),
+        (["model.patchsize=5"], ["unknown key 'model.patchsize'"]),
+        (["train.steps=many"], ["train.steps", "valid integer", "'many'"]),
+        (["train.steps=-5"], ["train.steps", "greater than or equal to 0", "-5"]),
+        (["data.source=coco"], ["data.source", "'scenes' or 'shards'", "'coco'"]),
+        (["data.source=shards"], ["data.source=shards needs data.shards"]),
+        (["data.augment=crop"], ["falsify the captions of scenes"]),
+        (["model.preset=huge"], ["model.preset", "'tiny' or 'base'"]),
+        (["loss.alpha_end=2"], ["loss.alpha_end", "less than or equal to 1"]),
+        (["nonsense"], ["'nonsense'", "key=value"]),
+        (["train=5"], ["train", "in argument 'train=5'"]),
+    ],
+)
+def test_bad_overrides(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train: {stepss: 4}", ["unknown key 'train.stepss'", "run.yaml", "'steps'"]),
+        ("train: [1", ["run.yaml line", "not valid YAML"]),
+        ("- 1", ["run.yaml", "mapping"]),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(file, [])
+    for part in parts:
+        assert part in str(error.value)
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config(tmp_path / "none.yaml", [])
+
+
+def test_layers_and_the_saved_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {text_layers: 3}\ntrain: {steps: 7}\n")
+    run = load_config(file, ["train.steps=9", "optim.lr_text=3e-4", "data.shards=null", "model.image_size=96"])
+    assert (run.train.steps, run.model.text_layers, run.model.text_width) == (9, 3, 128)
+    assert run.optim.lr_text == 3e-4
+    run.save(tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []) == run
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists, max_leaves=4),
+        max_size=3,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_any_mapping_is_valid_or_a_user_error(values: dict) -> None:
+    for room in ("train", "loss", "data"):
+        arguments = [f"{room}.{key}={json.dumps(value)}" for key, value in values.items()]
+        try:
+            assert isinstance(load_config(None, arguments), RunConfig)
+        except UserError as error:
+            assert "\n" not in str(error).replace("\\n", "")
+
+
+def engine(ds: dict, *overrides: str, world: int = 2) -> dict:
+    return resolve(ds, load_config(None, list(overrides)), world, on_cpu=True, name="my.json")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_shipped_files_resolve(root: Path, stage: int) -> None:
+    ds = read_ds_config(root / f"ds_configs/zero{stage}.json")
+    out = engine(ds, "train.global_batch_size=64", "optim.lr_text=0.002", "train.precision=bf16")
+    assert "auto" not in json.dumps(out)
+    assert (out["train_batch_size"], out["train_micro_batch_size_per_gpu"]) == (64, 32)
+    assert out["gradient_accumulation_steps"] == 1
+    assert out["optimizer"]["params"] == {
+        "lr": 0.002, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True
+    }  # fmt: skip
+    assert out["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert out["zero_optimization"]["stage"] == stage
+    assert "torch_autocast" not in engine(ds)
+
+
+@pytest.mark.parametrize(
+    ("ds", "overrides", "parts"),
+    [
+        ({"train_batch_size": 999}, [], ["my.json says train_batch_size=999", "train.global_batch_size is 128"]),
+        ({"train_micro_batch_size_per_gpu": 5}, [], ["train_micro_batch_size_per_gpu=5", "is 64"]),
+        ({"gradient_accumulation_steps": 4}, [], ["gradient_accumulation_steps=4", "not supported yet"]),
+        ({"gradient_clipping": 9.0}, [], ["gradient_clipping=9.0", "optim.clip_norm is 1.0"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, [], ["lr=1", "optim.lr_text"]),
+        ({"optimizer": {"type": "Lamb"}}, [], ["'Lamb'", "AdamW"]),
+        ({"bf16": {"enabled": True}}, [], ["bf16.enabled=true", "train.precision=bf16"]),
+        ({"fp16": {"enabled": True}}, [], ["fp16.enabled=true"]),
+        ({"torch_autocast": {"enabled": True}}, [], ["enabled=True", "train.precision=fp32"]),
+        ({"scheduler": {"type": "WarmupLR"}}, [], ["remove 'scheduler'"]),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+            [],
+            ["zero_optimization.reduce_bucket_size"],
+        ),
+        ({}, ["train.global_batch_size=127"], ["127 does not divide over 2 ranks", "128"]),
+        ({}, ["train.micro_batch_size=16"], ["train.micro_batch_size=16 on 2 ranks makes 32", "accumulation"]),
+    ],
+)
+def test_contradictions(ds: dict, overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        engine(ds, *overrides)
+    for part in parts:
+        assert part in str(error.value), error.value
+
+
+def test_unreadable_ds_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the DeepSpeed configuration"):
+        read_ds_config(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"a": 1,\n oops}')
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
+        read_ds_config(tmp_path / "bad.json")

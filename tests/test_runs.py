@@ -1,0 +1,209 @@
+"""Whole runs of the command line, as a user starts them: two ranks through the deepspeed launcher, real checkpoints."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from ranks import free_port
+
+from sacl_ds.telemetry.metrics import read
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "data.scenes.eval_count=20", "train.global_batch_size=16", "train.steps=20", "train.log_every=1", "teacher.steps=4",
+    "model.text_width=32", "model.text_heads=2", "model.embed_dim=16", "data.scenes.count=3000",
+    "model.image_encoder_arguments={embed_dim: 32, depth: 1, num_heads: 2, patch_size: 16}",
+]  # fmt: skip
+CONTRASTIVE_ONLY = ["loss.matching_weight=0", "loss.mlm_weight=0"]
+
+
+def start(
+    output: Path, *arguments: str, ranks: int = 1, stage: int = 2, check: bool = True
+) -> subprocess.CompletedProcess:
+    """deepspeed --num_gpus RANKS launch/pretrain.py --ds_config ... in the repository's root."""
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+    ]
+    command = [*launcher, "launch/pretrain.py", "--ds_config", f"ds_configs/zero{stage}.json", f"output_dir={output}"]
+    done = subprocess.run(
+        [*command, *SMALL, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def losses(folder: Path, name: str = "loss") -> list[float]:
+    return [line[name] for line in read(folder / "metrics.jsonl") if name in line]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    """run(ranks, stage, *arguments): the directory of that run, made once."""
+    base = tmp_path_factory.mktemp("runs")
+
+    @cache
+    def run(ranks: int, stage: int, *arguments: str) -> Path:
+        folder = base / re.sub(r"\W+", "-", f"{ranks} {stage} {' '.join(arguments)}")
+        start(folder, *arguments, ranks=ranks, stage=stage)
+        return folder
+
+    return run
+
+
+def test_the_same_run_twice_is_equal_to_the_bit(runs, tmp_path: Path) -> None:
+    first = runs(1, 2)
+    start(tmp_path / "again")
+    a, b = losses(first), losses(tmp_path / "again")
+    assert len(a) == 20
+    assert a == b
+    assert losses(first / "teacher") == losses(tmp_path / "again/teacher")
+
+
+def test_a_finished_run_holds_what_it_should(runs) -> None:
+    folder = runs(1, 2)
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "checkpoints", "plots", "tokenizer", "model.safetensors", "teacher"
+    }  # fmt: skip
+    assert {p.name for p in (folder / "plots").iterdir()} == {"losses.png", "retrieval.png"}
+    lines = read(folder / "metrics.jsonl")
+    training = [line for line in lines if "loss" in line]
+    for name in ("itc", "itm", "mlm", "alpha", "logit_scale", "pmi_positive", "pmi_negative", "pmi_negative_target",
+                 "infonce_bound", "pairs_per_second", "step_seconds", "grad_norm"):  # fmt: skip
+        assert all(name in line for line in training), name
+    assert training[0]["alpha"] == 1.0
+    assert training[-1]["alpha"] < 1.0
+    evaluation = [line for line in lines if "evaluation" in line][-1]
+    assert 0 <= evaluation["evaluation"]["text_to_image_any_R@1"] <= 1
+    assert evaluation["chance"]["text_to_image_R@10"] == pytest.approx(0.5)
+
+
+def test_resume_goes_on_as_if_never_stopped(runs, tmp_path: Path) -> None:
+    """Stopped by kill -9 after the checkpoint at step 10; then the rest, to the bit."""
+    whole = losses(runs(1, 2))
+    folder = tmp_path / "stopped"
+    script = f"""
+import os, sys
+sys.argv = ["pretrain.py", "--ds_config", "ds_configs/zero2.json", "output_dir={folder}",
+    "train.save_every=5", *{SMALL!r}]
+sys.path.insert(0, "launch")
+from sacl_ds.training import loop
+step = loop.Loop._step
+def dying(self, n, *a, **k):
+    return os.kill(os.getpid(), 9) if n == 13 and self.teacher else step(self, n, *a, **k)
+loop.Loop._step = dying
+import pretrain
+pretrain.main()
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    assert killed.returncode == -9
+    assert (folder / "checkpoints/latest").read_text() == "step_00000010"
+    start(folder, "--resume", "train.save_every=5")
+    assert losses(folder) == whole
+
+
+def test_two_ranks_lose_as_much_as_one(runs) -> None:
+    arguments = (*CONTRASTIVE_ONLY, "model.dropout=0")
+    one, two = losses(runs(1, 2, *arguments)), losses(runs(2, 2, *arguments))
+    assert len(one) == 20
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_zero_stages_agree(runs) -> None:
+    one, two, three = (losses(runs(2, stage)) for stage in (1, 2, 3))
+    assert len(one) == 20
+    assert two == pytest.approx(one, rel=1e-4)
+    assert three == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_the_logit_scale_in_fp32(stage: int, tmp_path: Path) -> None:
+    start(tmp_path / "run", "train.precision=bf16", "teacher.steps=0", "train.steps=6", ranks=2, stage=stage)
+    scales = losses(tmp_path / "run", "logit_scale")
+    assert all(abs(loss) < 50 for loss in losses(tmp_path / "run"))
+    # bf16 has steps of 1/16 at 14; learned from 1/0.07 by small steps, the scale must not stand still on that grid
+    assert len(set(scales)) == len(scales)
+    assert all(abs(s - 1 / 0.07) < 0.5 for s in scales)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.stepz=5"], "unknown key 'train.stepz'"),
+        (["train.steps=many"], "train.steps"),
+        (
+            ["data.source=shards", "data.shards=/nowhere/{0..2}.tar"],
+            "shard /nowhere/0.tar does not exist (and 2 more of 3)",
+        ),
+        (["data.source=shards", "data.shards=' '"], "empty list of shards"),
+        (["train.global_batch_size=15"], "15 does not divide over 2 ranks"),
+        (["train.micro_batch_size=4"], "gradient accumulation is not supported yet"),
+        (["--resume"], "nothing to resume"),
+        (["teacher.checkpoint=/nowhere"], "teacher.checkpoint=/nowhere: no config.yaml there"),
+    ],
+)
+def test_mistakes_are_one_line_printed_once(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = start(tmp_path / "run", *arguments, ranks=2, check=False)
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text[-3000:]
+    assert message in errors[0]
+    assert "Traceback" not in text
+
+
+def test_a_run_directory_is_never_overwritten(runs) -> None:
+    folder = runs(1, 2)
+    before = (folder / "metrics.jsonl").read_text()
+    done = start(folder, check=False)
+    assert done.returncode != 0
+    assert "already holds a run; go on with --resume" in done.stderr
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_resume_with_other_ranks_is_refused(runs) -> None:
+    done = start(runs(1, 2), "--resume", "train.steps=25", ranks=2, check=False)
+    assert done.returncode != 0
+    assert "was saved with ranks 1, not 2" in done.stdout + done.stderr
+
+
+def test_a_finished_run_is_a_teacher(runs, tmp_path: Path) -> None:
+    teacher = runs(1, 2) / "teacher"
+    before = (teacher / "model.safetensors").read_bytes()
+    start(tmp_path / "run", f"teacher.checkpoint={teacher}", "train.steps=3")
+    assert (teacher / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "run/teacher").exists()
+    assert losses(tmp_path / "run", "alpha")[0] == 1.0
+
+
+def test_shards_train_like_a_user_would(tmp_path: Path) -> None:
+    make = [sys.executable, "tools/make_shards.py", "scenes", "--per-shard", "100"]
+    for name, count, seed in (("train", 300, 1), ("val", 20, 9)):
+        command = [*make, "--count", str(count), "--seed", str(seed), "--out", str(tmp_path / name)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    start(
+        tmp_path / "run",
+        "data.source=shards",
+        f"data.shards={tmp_path}/train/{{00000..00002}}.tar",
+        f"data.eval_shards={tmp_path}/val/00000.tar",
+        "train.steps=5",
+        "data.workers=2",
+        ranks=2,
+    )
+    evaluation = [line for line in read(tmp_path / "run/metrics.jsonl") if "evaluation" in line][-1]
+    assert evaluation["chance"]["text_to_image_R@1"] == pytest.approx(1 / 20)
+    assert "text_to_image_mAP" not in evaluation["evaluation"]
+    assert json.loads((tmp_path / "train/00000_stats.json").read_text())["successes"] == 100

@@ -1,0 +1,60 @@
+"""Imports point one way, and light things stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# each room may import those named here (and the standard library and what is installed)
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "ds_config": {"config", "errors"},
+    "distributed": {"errors"},
+    "losses": {"distributed", "losses"},
+    "data": {"config", "data", "errors"},
+    "model": {"config", "data", "distributed", "errors", "model"},
+    "telemetry": {"telemetry", "errors", "config"},
+    "evaluation": {"config", "data", "distributed", "errors", "evaluation", "model"},
+    "training": {
+        "config", "data", "distributed", "ds_config", "errors", "losses", "model", "telemetry", "training"
+    },
+}  # fmt: skip
+HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")
+
+
+def imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_directions(root: Path) -> None:
+    files = [f for f in (root / "sacl_ds").rglob("*.py") if f != root / "sacl_ds/__init__.py"]
+    assert len(files) > 20
+    for file in files:
+        room = file.relative_to(root / "sacl_ds").parts[0].removesuffix(".py")
+        ours = {name.split(".")[1] for name in imports(file) if name.startswith("sacl_ds.")}
+        assert ours <= ALLOWED[room], f"{file} imports {ours - ALLOWED[room]}"
+        if room != "training":
+            assert not any(name.split(".")[0] == "deepspeed" for name in imports(file)), file
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("sacl_ds", HEAVY),
+        ("sacl_ds.config", HEAVY),
+        ("sacl_ds.losses", ("deepspeed", "timm", "transformers", "webdataset", "pydantic", "yaml")),
+    ],
+)
+def test_light_imports(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
