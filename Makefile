@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-export DS_ACCELERATOR ?= $(shell command -v nvidia-smi > /dev/null 2>&1 && echo cuda || echo cpu)
 
 .PHONY: venv pretrain test lint soak clean
 

@@ -178,7 +178,6 @@ class TeacherConfig(_Room):
     checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
     steps: Natural = Field(400, description="without checkpoint: train one first, for so many steps; 0: no teacher")
     detail: Literal["partial", "simple"] = Field("simple", description="captions of the scenes it learns from")
-    warm_start: bool = Field(True, description="the model itself starts from the weights of a teacher trained first")
     shards: str | None = Field(None, description="clean captioned shards it learns from; none: data.shards")
 
 
@@ -205,7 +204,9 @@ class TrainConfig(_Room):
 
 
 class RunConfig(_Room):
-    output_dir: str = Field("runs/scenes", description="run directory: config.yaml, metrics.jsonl, checkpoints, plots")
+    output_dir: str | None = Field(
+        None, description="run directory; none: runs/scenes-001, -002 and so on, or the last of them with --resume"
+    )
     seed: Natural = Field(0, description="of initial weights, data order, masking and dropout")
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
@@ -317,20 +318,26 @@ def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) -
     where = _where(path, layers)
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        valid = _keys_at(path[:-1])
-        hint = nearest(path[-1], valid)
-        if not hint:
-            known = [name for room in [[], *_rooms()] for name in (_full(room, k) for k in _keys_at(room))]
-            hint = nearest(path[-1], {name.split(".")[-1] for name in known})
-            matches = [name for name in known if hint and f"'{name.split('.')[-1]}'" in hint]
-            hint = f" (did you mean {matches[0]!r}?)" if matches else f"; here are: {', '.join(valid)}"
-        return f"unknown key {key!r} {where}{hint}".replace("  ", " ")
+        return f"unknown key {key!r} {where}{_hint(path)}".replace("  ", " ")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{message} ({where})" if where else message
     value = first["input"]
     shown = f", not {value!r}" if not isinstance(value, dict) else ""
     return f"{key} {where}: {message[0].lower()}{message[1:]}{shown}".replace("  ", " ")
+
+
+def _hint(path: list[str]) -> str:
+    """The nearest valid key beside the unknown one, else the same name in other rooms, else what there is."""
+    valid = _keys_at(path[:-1])
+    close = nearest(path[-1], valid)
+    if close:
+        return f" (did you mean {_full(path[:-1], close)!r}?)"
+    known = [(room, name) for room in [[], *_rooms()] for name in _keys_at(room)]
+    close = nearest(path[-1], {name for _, name in known})
+    if close:
+        return f" (did you mean {' or '.join(repr(_full(room, name)) for room, name in known if name == close)}?)"
+    return f"; here are: {', '.join(valid)}"
 
 
 def _where(path: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:

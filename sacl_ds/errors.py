@@ -13,7 +13,7 @@ class UserError(ValueError):
     """
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """' (did you mean X?)' for the choice nearest to `name`, or '' where none is near."""
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice nearest to `name` in spelling, or None where none is near."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return close[0] if close else None

@@ -29,6 +29,7 @@ def test_the_first_token_sees_the_last(part: str, padding: int) -> None:
     mask[:, 8 - padding :] = 0
     image = torch.randn(1, 5, 32)
 
+    @torch.no_grad()
     def first_token(ids: torch.Tensor) -> torch.Tensor:
         if part == "text":
             return model.text_encoder(ids, mask)[0, 0]

@@ -17,7 +17,7 @@ from typing import Any
 import braceexpand
 from PIL import Image, UnidentifiedImageError
 from webdataset.gopen import gopen
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
@@ -148,7 +148,7 @@ def _samples(file: str, text_only: bool = False) -> Iterator[dict[str, Any]]:
     select = (lambda name: _extension(name) not in IMAGE_EXTENSIONS) if text_only else None
     try:
         with gopen(file) as stream:
-            files = tar_file_iterator(stream, select_files=select)
+            files = tar_file_expander([{"url": file, "stream": stream}], select_files=select)
             for fields in group_by_keys(files):
                 if text_only or any(ext in fields for ext in IMAGE_EXTENSIONS):
                     yield fields

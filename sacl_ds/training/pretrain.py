@@ -24,7 +24,7 @@ from sacl_ds.ds_config import resolve
 from sacl_ds.errors import UserError
 from sacl_ds.model.pretrained import load_bert
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, load_model, save_weights
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
 from sacl_ds.model.teacher import Teacher
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
@@ -35,7 +35,7 @@ from sacl_ds.training.loop import Loop
 from sacl_ds.training.objectives import PretrainObjective
 
 TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
-_VOCABULARY_CAPTIONS = 200_000
+_VOCABULARY_CAPTIONS = 100_000
 
 
 class Evaluator(Protocol):
@@ -83,16 +83,14 @@ def pretrain(run: RunConfig, job: Job) -> Path:
             if _trains_teacher(run):
                 shutil.copytree(folder / TOKENIZER, folder / TEACHER / TOKENIZER, dirs_exist_ok=True)
     teacher_folder = run.teacher.checkpoint
-    start_from = None
     if _trains_teacher(run):
         inner = folder / TEACHER
         if not (inner / WEIGHTS).exists():
             going_on = job.resume and checkpoint.latest(inner) is not None
             _phase(Phase(teacher_phase(run), inner, "teacher", resume=going_on), job)
         teacher_folder = str(inner)
-        start_from = teacher_folder if run.teacher.warm_start else None
     resume = job.resume and checkpoint.latest(folder) is not None
-    phase = Phase(run, folder, "training", teacher_folder if run.uses_teacher else None, start_from, resume)
+    phase = Phase(run, folder, "training", teacher_folder if run.uses_teacher else None, resume)
     result, progress = _phase(phase, job)
     if rank() == 0:
         plots = plot_run(folder)
@@ -104,8 +102,7 @@ def pretrain(run: RunConfig, job: Job) -> Path:
 
 
 def _trains_teacher(run: RunConfig) -> bool:
-    wanted = run.uses_teacher or run.teacher.warm_start
-    return wanted and run.teacher.checkpoint is None and run.teacher.steps > 0
+    return run.uses_teacher and run.teacher.checkpoint is None
 
 
 def _run_folder(run: RunConfig, resume: bool) -> Path | UserError:
@@ -139,7 +136,6 @@ class Phase:
     folder: Path
     title: str
     teacher: str | None = None  # run directory of the frozen teacher
-    start_from: str | None = None  # run directory whose weights the model starts from
     resume: bool = False
 
 
@@ -213,15 +209,12 @@ def _workers(run: RunConfig) -> int:
 
 
 def _model(phase: Phase, tokenizer: Tokenizer) -> SaclModel:
-    """The same starting weights on every rank, from the seed, published models or an earlier run."""
+    """The same starting weights on every rank, from the seed or from published models."""
     run = phase.run
     torch.manual_seed(run.seed)
-    published = not phase.resume and phase.start_from is None
-    model = SaclModel(run.model, tokenizer.size, pretrained=published)
-    if published and run.model.text_encoder:
+    model = SaclModel(run.model, tokenizer.size, pretrained=not phase.resume)
+    if run.model.text_encoder and not phase.resume:
         load_bert(model, run.model.text_encoder)
-    if phase.start_from and not phase.resume:
-        model.load_state_dict(load_model(phase.start_from, "teacher.warm_start")[0].state_dict())
     return model
 
 

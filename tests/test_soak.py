@@ -1,0 +1,58 @@
+"""Longer trials: what the built-in run and the tiny preset must show. make soak."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import free_port
+
+from sacl_ds.telemetry.metrics import read
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.soak
+
+
+def run(folder: Path, *arguments: str) -> tuple[dict[str, float], dict[str, float], float]:
+    """A run by the launcher: (last evaluation, its chance, seconds)."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(free_port())]
+    command = [*launcher, "launch/pretrain.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={folder}", *arguments]
+    started = time.monotonic()
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+    line = [line for line in read(folder / "metrics.jsonl") if "evaluation" in line][-1]
+    return line["evaluation"], line["chance"], time.monotonic() - started
+
+
+def test_built_in_run(tmp_path: Path) -> None:
+    values, chance, seconds = run(tmp_path)
+    assert seconds < 8 * 60
+    assert chance["text_to_image_any_R@1"] <= 0.05
+    assert values["text_to_image_any_R@1"] >= 0.35
+    training = [line for line in read(tmp_path / "metrics.jsonl") if "loss" in line]
+    for term in ("itc", "itm", "mlm"):
+        first, last = (sum(float(line[term]) for line in part) for part in (training[:5], training[-5:]))
+        assert last < first, term
+
+
+def test_scenes_are_neither_trivial_nor_hopeless(tmp_path: Path) -> None:
+    """InfoNCE, four times as long as the built-in run."""
+    arguments = ["loss.contrastive=infonce", "loss.matching_weight=0", "loss.mlm_weight=0", "train.steps=4000"]
+    values, _, _ = run(tmp_path, *arguments)
+    assert values["text_to_image_mAP"] < 0.85
+    assert values["binding_accuracy"] > 0.9
+
+
+@pytest.mark.skipif("SACL_FLICKR8K" not in os.environ, reason="SACL_FLICKR8K names no folder with a Karpathy JSON")
+def test_photographs(tmp_path: Path) -> None:
+    source = Path(os.environ["SACL_FLICKR8K"])
+    for split in ("train", "val"):
+        command = [sys.executable, "tools/make_shards.py", "karpathy", "--json", str(source / "dataset_flickr8k.json")]
+        command += ["--images", str(source / "images"), "--split", split, "--out", str(tmp_path / split)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    shards = [f"data.shards={tmp_path}/train/{{00000..00005}}.tar", f"data.eval_shards={tmp_path}/val/00000.tar"]
+    values, _, seconds = run(tmp_path / "run", "--config", "launch/configs/photographs.yaml", *shards)
+    assert seconds < 20 * 60
+    assert values["text_to_image_R@10"] >= 0.05
+    assert values["image_to_text_R@10"] >= 0.05
