@@ -80,7 +80,7 @@ class DataConfig(_Room):
     )
     eval_shards: str | None = Field(None, description="webdataset tars for held-out retrieval; none: no retrieval")
     eval_count: Positive | None = Field(None, description="at most so many held-out images; none: all of eval_shards")
-    scenes: ScenesConfig = Field(default_factory=ScenesConfig)
+    scenes: ScenesConfig = ScenesConfig()
     workers: Natural | None = Field(
         None, description="loader processes a rank; none: the cores it has to spare, at most 8"
     )
@@ -155,7 +155,7 @@ class ModelConfig(_Room):
 class LossConfig(_Room):
     contrastive: Literal["sacl", "infonce"] = Field("sacl", description="infonce: every negative weighs 1")
     sharpness: NaturalFloat = Field(
-        5.0, description="kappa: how fast weight falls with similarity; 1 is the bare paper"
+        3.0, description="kappa: how fast weight falls with similarity; 1 is the bare paper"
     )
     teacher_sharpness: NaturalFloat | None = Field(None, description="kappa_t, for the teacher; none: like sharpness")
     alpha_start: Fraction = Field(1.0, description="the teacher's share of the similarity at step 0")
@@ -176,7 +176,7 @@ class TeacherConfig(_Room):
     """The frozen teacher whose similarity regulates the negatives at first."""
 
     checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
-    steps: Natural = Field(400, description="without checkpoint: train one first, for so many steps; 0: no teacher")
+    steps: Natural = Field(350, description="without checkpoint: train one first, for so many steps; 0: no teacher")
     detail: Literal["partial", "simple"] = Field("simple", description="captions of the scenes it learns from")
     shards: str | None = Field(None, description="clean captioned shards it learns from; none: data.shards")
 
@@ -194,7 +194,7 @@ class OptimConfig(_Room):
 
 
 class TrainConfig(_Room):
-    steps: Natural = Field(1000, description="optimizer steps")
+    steps: Natural = Field(600, description="optimizer steps")
     global_batch_size: Positive = Field(128, description="pairs contrasted with each other in a step, over all ranks")
     micro_batch_size: Positive | None = Field(None, description="pairs a rank; none: global_batch_size / ranks")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters and losses stay fp32")
@@ -208,12 +208,12 @@ class RunConfig(_Room):
         None, description="run directory; none: runs/scenes-001, -002 and so on, or the last of them with --resume"
     )
     seed: Natural = Field(0, description="of initial weights, data order, masking and dropout")
-    data: DataConfig = Field(default_factory=DataConfig)
-    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
-    loss: LossConfig = Field(default_factory=LossConfig)
-    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig.model_validate({})
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
 
     @property
     def alpha_end_step(self) -> int:

@@ -18,9 +18,16 @@ pytestmark = pytest.mark.soak
 def run(folder: Path, *arguments: str) -> tuple[dict[str, float], dict[str, float], float]:
     """A run by the launcher: (last evaluation, its chance, seconds)."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(free_port())]
-    command = [*launcher, "launch/pretrain.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={folder}", *arguments]
+    command = [
+        *launcher,
+        "launch/pretrain.py",
+        "--ds_config",
+        "ds_configs/zero2.json",
+        f"output_dir={folder}",
+        *arguments,
+    ]
     started = time.monotonic()
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+    subprocess.run([*command, *arguments], cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
     line = [line for line in read(folder / "metrics.jsonl") if "evaluation" in line][-1]
     return line["evaluation"], line["chance"], time.monotonic() - started
 

@@ -17,7 +17,9 @@ from sacl_ds.data.scenes import Scenes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1001, help="default: %(default)s, the held-out scenes of the built-in run")
+    parser.add_argument(
+        "--seed", type=int, default=1001, help="default: %(default)s, the held-out scenes of the built-in run"
+    )
     parser.add_argument("--image-size", type=int, default=96, help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

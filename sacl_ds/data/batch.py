@@ -45,7 +45,7 @@ class Batch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) -> Batch:

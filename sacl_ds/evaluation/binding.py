@@ -31,7 +31,7 @@ def swapped_pairs(scenes: Scenes) -> list[tuple[str, np.ndarray, np.ndarray]]:
         thing = scene.objects[first]
         if any(other[SHAPE] == thing[SHAPE] and other[COLOUR] == thing[COLOUR] for other in objects):
             continue
-        foil = Scene(tuple(tuple(other) for other in objects), scene.background)  # type: ignore[arg-type]
+        foil = Scene(tuple(tuple(other) for other in objects), scene.background)  # type: ignore[misc]
         said = tuple(value if i in (SHAPE, COLOUR) else UNSAID for i, value in enumerate(thing))
         entropy = (scenes.seed, index)
         found.append(
@@ -50,8 +50,11 @@ def _exchangeable(scene: Scene) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def binding_accuracy(model: SaclModel, scenes: Scenes, view: View, device: torch.device) -> float:
-    """Share of `swapped_pairs` in which the caption is nearer to its own picture; 0.5 is chance."""
-    captions, pictures, foils = zip(*swapped_pairs(scenes), strict=True)
+    """Share of `swapped_pairs` whose caption is nearer to its own picture; 0.5 is chance, NaN means no pairs."""
+    pairs = swapped_pairs(scenes)
+    if not pairs:
+        return float("nan")
+    captions, pictures, foils = zip(*pairs, strict=True)
     was_training = model.training
     model.eval()
     rows = view.tokenizer.ids(captions)

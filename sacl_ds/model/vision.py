@@ -14,6 +14,9 @@ from sacl_ds.errors import UserError
 class ImageEncoder(nn.Module):
     """(b, 3, H, W) uint8 -> (b, 1 + patches, width); token 0 is [CLS]. Pixels are normalised here, on the device."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         name: str,

@@ -20,7 +20,7 @@ class MetricLog:
         self._file = path.open("a", buffering=1)
 
     def write(self, figures: dict[str, Any]) -> None:
-        self._file.write(json.dumps({name: _plain(value) for name, value in figures.items()}) + "\n")
+        self._file.write(json.dumps(_plain(figures)) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -39,6 +39,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
+    """Floats to nine digits, which is all of a float32; what JSON has no number for as text."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else str(value)
     return value

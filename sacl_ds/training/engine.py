@@ -109,7 +109,7 @@ def whole_state(engine: DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]
                     state[name] = parameter.detach().float().cpu().clone()
         elif first:
             state[name] = parameter.detach().float().cpu().clone()
-    persistent = set(module.state_dict()) if zero_stage(engine.config) != 3 else set()
+    persistent = set(module.state_dict())
     for name, buffer in module.named_buffers():
         if first and name in persistent:
             state[name] = buffer.detach().cpu().clone()
