@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -20,33 +22,34 @@ class RunProgress:
         self.console = Console(quiet=not enabled, soft_wrap=True)
         self.title, self.steps = title, steps
         self._last_line = 0.0
-        self._live: Progress | None = None
+        self._live: Live | None = None
         if enabled and self.console.is_terminal:
-            self._live = Progress(
+            self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
                 console=self.console,
             )
-            self._task = self._live.add_task(title, total=steps, completed=start, figures="")
+            self._task = self._bar.add_task(title, total=steps, completed=start)
+            self._figures = Text()  # a line of its own: beside the bar, 80 columns would cut both
+            self._live = Live(Group(self._bar, self._figures), console=self.console, refresh_per_second=4)
             self._live.start()
 
     def update(self, step: int, figures: Mapping[str, Any], eta_seconds: float) -> None:
         text = describe(figures)
         if self._live is not None:
-            self._live.update(self._task, completed=step, figures=text)
+            self._bar.update(self._task, completed=step)
+            self._figures.plain = text
         elif step == self.steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.console.print(
-                f"{self.title} {step}/{self.steps}  ETA {duration(eta_seconds)}  {text}", highlight=False
-            )
+            line = f"{self.title} {step}/{self.steps}  ETA {duration(eta_seconds)}  {text}"
+            self.console.print(line, highlight=False)
 
     def advance(self, step: int) -> None:
         if self._live is not None:
-            self._live.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step)
 
     def print(self, *things: Any) -> None:
         self.console.print(*things, highlight=False)
