@@ -1,8 +1,7 @@
 """Random words as a pure function of what they are for: SHAKE-128 of a few integers.
 
 Every draw about a sample is keyed by (seed, epoch, sample, purpose), so it is the same on any rank, worker and
-resumed run. A standard hash never changes between library versions, and costs a microsecond where seeding a numpy
-generator costs thirty.
+resumed run. A standard hash never changes between library versions, and costs less than seeding a numpy generator.
 """
 
 from __future__ import annotations
