@@ -199,7 +199,7 @@ class TrainConfig(_Room):
     micro_batch_size: Positive | None = Field(None, description="pairs a rank; none: global_batch_size / ranks")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters and losses stay fp32")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    eval_every: Positive | None = Field(None, description="steps between held-out retrievals; none: only at the end")
+    eval_every: Positive | None = Field(100, description="steps between held-out retrievals; none: only at the end")
     save_every: Positive | None = Field(None, description="steps between checkpoints; none: only at the end")
 
 
