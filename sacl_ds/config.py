@@ -168,6 +168,9 @@ class LossConfig(_Room):
     contrastive_weight: NaturalFloat = Field(1.0, description="factor of ITC in the sum of losses")
     matching_weight: NaturalFloat = Field(1.0, description="factor of ITM; 0 skips its passes")
     mlm_weight: NaturalFloat = Field(1.0, description="factor of MLM; 0 skips its passes")
+    matching_hardness: NaturalFloat = Field(
+        0.25, description="ITM's negatives are drawn in proportion to e^(this * z); 1: as ALBEF, 0: at random"
+    )
     mlm_probability: Fraction = Field(0.15, description="share of the tokens that MLM predicts")
     backend: Literal["auto", "reference"] = Field("auto", description="which computation of the contrastive loss")
 

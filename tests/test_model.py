@@ -68,14 +68,15 @@ def test_logit_scale_stays_in_bounds_and_returns(start: float, sign: int, moves:
     assert scale.log_scale.shape == (1,)
 
 
-def test_hard_negatives_follow_the_similarity() -> None:
-    logits = torch.tensor([[0.0, math.log(3), 0.0, 5.0]] * 4)
+@pytest.mark.parametrize(("hardness", "ratio"), [(1.0, 9), (0.5, 3), (0.0, 1)])
+def test_hard_negatives_follow_the_similarity(hardness: float, ratio: float) -> None:
+    logits = torch.tensor([[0.0, math.log(9), 0.0, 5.0]] * 4)
     ids = torch.tensor([0, 1, 2, 0])
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([sample_negatives(logits, ids, generator)[0] for _ in range(4000)])
+    drawn = torch.stack([sample_negatives(logits, ids, generator, hardness)[0] for _ in range(4000)])
     shares = [(drawn[:, 0] == j).float().mean().item() for j in range(4)]
-    # row 0: itself and column 3, which shares its id, never; columns 1 and 2 as 3 to 1
-    assert shares == pytest.approx([0, 0.75, 0.25, 0], abs=0.03)
+    # row 0: itself and column 3, which shares its id, never; columns 1 and 2 as 9^hardness to 1
+    assert shares == pytest.approx([0, ratio / (ratio + 1), 1 / (ratio + 1), 0], abs=0.03)
     assert all((drawn[:, i] != i).all() for i in range(4))
     columns, valid = sample_negatives(torch.zeros(1, 1))
     assert columns.shape == (1,)

@@ -11,12 +11,15 @@ from sacl_ds.losses.reduction import global_mean
 
 @torch.no_grad()
 def sample_negatives(
-    logits: Tensor, pair_ids: Tensor | None = None, generator: torch.Generator | None = None
+    logits: Tensor,
+    pair_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    hardness: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """For each row draw a column with probability proportional to e^logit (ALBEF's hard negatives).
+    """For each row draw a column with probability proportional to e^(hardness * logit).
 
-    logits: (n, n) scaled similarities of this rank's pairs; row i's own column i is never drawn, nor one that shares
-    an id. pair_ids: (n,) or (n, k) int64. Returns (n,) int64 columns and (n,) bool: False where a row has no
+    hardness: 1 draws as ALBEF does, 0 evenly. logits: (n, n) scaled similarities of this rank's pairs; row i's own
+    column i is never drawn, nor one that shares an id. pair_ids: (n,) or (n, k) int64. Returns (n,) int64 columns and (n,) bool: False where a row has no
     negative (its column then means nothing). Gumbel-max: exact, vectorised, no host sync.
     """
     n = len(logits)
@@ -26,7 +29,7 @@ def sample_negatives(
         excluded = excluded | (ids[:, None, :] == ids[None, :, :]).any(-1)
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
     gumbel = -(-uniform.clamp(min=1e-300).log()).log()
-    noisy = (logits.double() + gumbel).masked_fill(excluded, -torch.inf)
+    noisy = (hardness * logits.double() + gumbel).masked_fill(excluded, -torch.inf)
     return noisy.argmax(1), ~excluded.all(1)
 
 

@@ -85,8 +85,9 @@ class PretrainObjective(nn.Module):
     ) -> dict[str, Tensor]:
         """Matched pairs, each image with a hard text, and each text with a hard image, in one pass."""
         b = len(batch)
-        hard_text, text_found = sample_negatives(logits, batch.pair_ids, targets.generator)
-        hard_image, image_found = sample_negatives(logits.T, batch.pair_ids, targets.generator)
+        hardness = self.settings.matching_hardness
+        hard_text, text_found = sample_negatives(logits, batch.pair_ids, targets.generator, hardness)
+        hard_image, image_found = sample_negatives(logits.T, batch.pair_ids, targets.generator, hardness)
         own = torch.arange(b, device=logits.device)
         texts, images = torch.cat([own, hard_text, own]), torch.cat([own, own, hard_image])
         fused = self.model.fuse(text_states[texts], batch.attention_mask[texts], image_tokens[images])
