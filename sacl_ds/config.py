@@ -179,7 +179,7 @@ class TeacherConfig(_Room):
     """The frozen teacher whose similarity regulates the negatives at first."""
 
     checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
-    steps: Natural = Field(350, description="without checkpoint: train one first, for so many steps; 0: no teacher")
+    steps: Natural = Field(300, description="without checkpoint: train one first, for so many steps; 0: no teacher")
     detail: Literal["partial", "simple"] = Field("simple", description="captions of the scenes it learns from")
     shards: str | None = Field(None, description="clean captioned shards it learns from; none: data.shards")
 
