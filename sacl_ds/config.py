@@ -197,7 +197,7 @@ class OptimConfig(_Room):
 
 
 class TrainConfig(_Room):
-    steps: Natural = Field(600, description="optimizer steps")
+    steps: Natural = Field(500, description="optimizer steps")
     global_batch_size: Positive = Field(128, description="pairs contrasted with each other in a step, over all ranks")
     micro_batch_size: Positive | None = Field(None, description="pairs a rank; none: global_batch_size / ranks")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters and losses stay fp32")

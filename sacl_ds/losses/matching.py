@@ -19,8 +19,9 @@ def sample_negatives(
     """For each row draw a column with probability proportional to e^(hardness * logit).
 
     hardness: 1 draws as ALBEF does, 0 evenly. logits: (n, n) scaled similarities of this rank's pairs; row i's own
-    column i is never drawn, nor one that shares an id. pair_ids: (n,) or (n, k) int64. Returns (n,) int64 columns and (n,) bool: False where a row has no
-    negative (its column then means nothing). Gumbel-max: exact, vectorised, no host sync.
+    column i is never drawn, nor one that shares an id. pair_ids: (n,) or (n, k) int64. Returns (n,) int64 columns and
+    (n,) bool: False where a row has no negative (its column then means nothing). Gumbel-max: exact, vectorised, no
+    host sync.
     """
     n = len(logits)
     excluded = torch.eye(n, dtype=torch.bool, device=logits.device)
