@@ -43,7 +43,7 @@ def _losses(lines: list[dict[str, Any]], path: Path) -> Path:
             axis.plot(steps, _smooth([float(line[name]) for line in lines]), label=label)
     axis.axhline(0, color="grey", linewidth=0.5)
     axis.set(title="mutual information (nats)", xlabel="step")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
@@ -59,7 +59,7 @@ _INFORMATION = (
 
 
 def _retrieval(lines: list[dict[str, Any]], path: Path) -> Path:
-    figure, axis = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
     steps = [line["step"] for line in lines]
     names = [name for name in lines[-1]["evaluation"] if not name.endswith("R@5")]
     for number, name in enumerate(names):
@@ -71,7 +71,7 @@ def _retrieval(lines: list[dict[str, Any]], path: Path) -> Path:
         chance = lines[-1]["chance"][name]
         axis.axhline(100 * chance, color=colour, linestyle=":", linewidth=0.8)
     axis.set(xlabel="step", ylabel="%  (dotted: chance)", title="held-out retrieval")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
