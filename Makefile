@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: venv pretrain test lint soak clean
+.PHONY: venv pretrain test lint soak docs clean
 
 venv: $(VENV)/.ready
 
@@ -30,6 +30,9 @@ lint: venv
 
 soak: venv
 	python -m pytest -m soak -s
+
+docs: venv
+	python -m sacl_ds.config_help docs/configuration.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,19 +1,15 @@
-"""The run configuration: one strict model per room, read from defaults, a YAML file and key=value arguments.
-
-Defaults are the built-in run: scenes, `tiny` preset, minutes on two CPU cores. `load_config` reports what is wrong as
-one line that names the key, where it was set, and the nearest valid name.
-"""
+"""The run configuration: one strict model per room. Defaults are the built-in run: minutes on two CPU cores."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sacl_ds.errors import UserError, nearest
+from sacl_ds.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -78,11 +74,11 @@ class DataConfig(_Room):
     shards: str | None = Field(
         None, description="webdataset tars for training, braces allowed: '/data/{00000..00331}.tar'"
     )
-    eval_shards: str | None = Field(None, description="webdataset tars for held-out retrieval; none: no retrieval")
-    eval_count: Positive | None = Field(None, description="at most so many held-out images; none: all of eval_shards")
+    eval_shards: str | None = Field(None, description="webdataset tars for held-out retrieval; null: no retrieval")
+    eval_count: Positive | None = Field(None, description="at most so many held-out images; null: all of eval_shards")
     scenes: ScenesConfig = ScenesConfig()
     workers: Natural | None = Field(
-        None, description="loader processes a rank; none: the cores it has to spare, at most 8"
+        None, description="loader processes a rank; null: the cores it has to spare, at most 8"
     )
     streams: Positive = Field(16, description="shards read side by side over all ranks; part of the data order")
     shuffle_buffer: Positive = Field(2048, description="samples shuffled together in a stream; part of the data order")
@@ -128,7 +124,7 @@ class ModelConfig(_Room):
     vocab_size: Positive = Field(description="largest WordPiece vocabulary trained where text_encoder is none")
     max_tokens: Positive = Field(description="captions are cut to so many tokens, [CLS] and [SEP] included")
     init_gain: PositiveFloat | None = Field(
-        description="weights that start from scratch: deviation init_gain / sqrt(width); none: the libraries' 0.02"
+        description="weights that start from scratch: deviation init_gain / sqrt(width); null: the libraries' 0.02"
     )
     init_temperature: PositiveFloat = Field(0.07, description="temperature at the start; learned from there")
 
@@ -157,11 +153,11 @@ class LossConfig(_Room):
     sharpness: NaturalFloat = Field(
         3.0, description="kappa: how fast weight falls with similarity; 1 is the bare paper"
     )
-    teacher_sharpness: NaturalFloat | None = Field(None, description="kappa_t, for the teacher; none: like sharpness")
+    teacher_sharpness: NaturalFloat | None = Field(None, description="kappa_t, for the teacher; null: like sharpness")
     alpha_start: Fraction = Field(1.0, description="the teacher's share of the similarity at step 0")
     alpha_end: Fraction = Field(0.5, description="the teacher's share from alpha_end_step on")
     alpha_end_step: Natural | None = Field(
-        None, description="where the linear hand-over ends; none: half of train.steps"
+        None, description="where the linear hand-over ends; null: half of train.steps"
     )
     negative_mass: PositiveFloat = Field(1.0, description="mean weight of the negatives; 1 is the paper's condition 2")
     drop_below: PositiveFloat | None = Field(None, description="remove negatives lighter than this (paper section 4.3)")
@@ -181,7 +177,7 @@ class TeacherConfig(_Room):
     checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
     steps: Natural = Field(300, description="without checkpoint: train one first, for so many steps; 0: no teacher")
     detail: Literal["partial", "simple"] = Field("simple", description="captions of the scenes it learns from")
-    shards: str | None = Field(None, description="clean captioned shards it learns from; none: data.shards")
+    shards: str | None = Field(None, description="clean captioned shards it learns from; null: data.shards")
 
 
 class OptimConfig(_Room):
@@ -199,16 +195,28 @@ class OptimConfig(_Room):
 class TrainConfig(_Room):
     steps: Natural = Field(500, description="optimizer steps")
     global_batch_size: Positive = Field(128, description="pairs contrasted with each other in a step, over all ranks")
-    micro_batch_size: Positive | None = Field(None, description="pairs a rank; none: global_batch_size / ranks")
+    micro_batch_size: Positive | None = Field(None, description="pairs a rank; null: global_batch_size / ranks")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters and losses stay fp32")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    eval_every: Positive | None = Field(100, description="steps between held-out retrievals; none: only at the end")
-    save_every: Positive | None = Field(None, description="steps between checkpoints; none: only at the end")
+    eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")
+    save_every: Positive | None = Field(None, description="steps between checkpoints; null: only at the end")
+
+
+class KernelsConfig(_Room):
+    apex: Literal["auto", "on", "off"] = Field(
+        "auto", description="NVIDIA apex's FusedAdam and FusedLayerNorm; auto: where it is installed and there is a GPU"
+    )
+
+    @field_validator("apex", mode="before")
+    @classmethod
+    def _on_and_off(cls, value: Any) -> Any:
+        """YAML reads on and off as truth values."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class RunConfig(_Room):
     output_dir: str | None = Field(
-        None, description="run directory; none: runs/scenes-001, -002 and so on, or the last of them with --resume"
+        None, description="run directory; null: runs/scenes-001, -002 and so on, or the last of them with --resume"
     )
     seed: Natural = Field(0, description="of initial weights, data order, masking and dropout")
     data: DataConfig = DataConfig()
@@ -217,6 +225,7 @@ class RunConfig(_Room):
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    kernels: KernelsConfig = KernelsConfig()
 
     @property
     def alpha_end_step(self) -> int:
@@ -245,145 +254,3 @@ class RunConfig(_Room):
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
-
-
-def load_config(file: str | Path | None, overrides: list[str]) -> RunConfig:
-    """Defaults, then the YAML file, then key=value arguments such as 'train.steps=500'.
-
-    Raises UserError, one line, for what cannot be read or is not valid.
-    """
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if file is not None:
-        layers.append((f"in {file}", _read_yaml(Path(file))))
-    for argument in overrides:
-        layers.append((f"in argument {argument!r}", _parse_override(argument)))
-    merged: dict[str, Any] = {}
-    for _, layer in layers:
-        _merge(merged, layer)
-    try:
-        return RunConfig.model_validate(merged)
-    except ValidationError as error:
-        raise UserError(_explain(error, layers)) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(
-            f"{path}: a configuration is a mapping such as 'train: {{steps: 100}}', not {type(loaded).__name__}"
-        )
-    return loaded
-
-
-def _parse_override(argument: str) -> dict[str, Any]:
-    key, separator, text = argument.partition("=")
-    if not separator or not key:
-        raise UserError(f"argument {argument!r}: expected key=value, e.g. train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if isinstance(value, str):
-        value = _number(value)
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _number(text: str) -> str | float:
-    """YAML reads 1e-4 as a string; people mean a number."""
-    try:
-        return float(text) if "e" in text.lower() and any(c.isdigit() for c in text) else text
-    except ValueError:
-        return text
-
-
-def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) -> str:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    where = _where(path, layers)
-    key = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} {where}{_hint(path)}".replace("  ", " ")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{message} ({where})" if where else message
-    value = first["input"]
-    shown = f", not {value!r}" if not isinstance(value, dict) else ""
-    return f"{key} {where}: {message[0].lower()}{message[1:]}{shown}".replace("  ", " ")
-
-
-def _hint(path: list[str]) -> str:
-    """The nearest valid key beside the unknown one, else the same name in other rooms, else what there is."""
-    valid = _keys_at(path[:-1])
-    close = nearest(path[-1], valid)
-    if close:
-        return f" (did you mean {_full(path[:-1], close)!r}?)"
-    known = [(room, name) for room in [[], *_rooms()] for name in _keys_at(room)]
-    close = nearest(path[-1], {name for _, name in known})
-    if close:
-        return f" (did you mean {' or '.join(repr(_full(room, name)) for room, name in known if name == close)}?)"
-    return f"; here are: {', '.join(valid)}"
-
-
-def _where(path: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:
-    """The last layer that sets the key, or one above it."""
-    for place, layer in reversed(layers):
-        value: Any = layer
-        depth = 0
-        while depth < len(path) and isinstance(value, dict) and path[depth] in value:
-            value = value[path[depth]]
-            depth += 1
-        if depth == len(path) or (depth and not isinstance(value, dict)):
-            return place
-    return ""
-
-
-def _model_at(path: list[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = RunConfig
-    for part in path:
-        field = model.model_fields.get(part)
-        found = [t for t in (field.annotation, *get_args(field.annotation)) if _is_room(t)] if field else []
-        if not found:
-            return None
-        model = found[0]
-    return model
-
-
-def _is_room(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _keys_at(path: list[str]) -> list[str]:
-    model = _model_at(path)
-    return list(model.model_fields) if model else []
-
-
-def _rooms(path: tuple[str, ...] = ()) -> list[list[str]]:
-    found: list[list[str]] = []
-    for key in _keys_at(list(path)):
-        inner = [*path, key]
-        if _model_at(inner) is not None:
-            found += [inner, *_rooms(tuple(inner))]
-    return found
-
-
-def _full(room: list[str], key: str) -> str:
-    return ".".join([*room, key])

@@ -16,17 +16,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sacl_ds.errors import UserError
+from sacl_ds.errors import SharedError, UserError
 
 Group = ProcessGroup | None
 
 
+def initialised() -> bool:
+    """Whether this process has joined the others of its job."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size(group: Group = None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(group) if initialised() else 1
 
 
 def rank(group: Group = None) -> int:
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(group) if initialised() else 0
 
 
 def barrier() -> None:
@@ -65,7 +70,7 @@ def same_error() -> Iterator[None]:
         message = str(error)
     for said in gather_objects(message):
         if said is not None:
-            raise UserError(said)
+            raise SharedError(said)
 
 
 def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:

@@ -9,11 +9,26 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sacl_ds.config import RunConfig
 from sacl_ds.errors import UserError
+from sacl_ds.machine import Machine, has_package
+
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}  # and packages
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What `deepspeed.initialize` gets, whose AdamW steps, and what to tell the user about it."""
+
+    values: dict[str, Any]
+    adam: Literal["PyTorch", "DeepSpeed", "apex"]
+    fused_norm: bool  # apex's FusedLayerNorm in the model
+    notes: tuple[str, ...]
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -29,10 +44,13 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def resolve(ds: dict[str, Any], run: RunConfig, world: int, *, on_cpu: bool, name: str = "ds_config") -> dict[str, Any]:
+def resolve(
+    ds: dict[str, Any], run: RunConfig, world: int, machine: Machine, *, name: str = "ds_config", folder: str = "."
+) -> EngineConfig:
     """The engine's configuration for `world` ranks.
 
-    ds: what `read_ds_config` gave; name: how error lines call it. Raises UserError where the two contradict each other.
+    ds: what `read_ds_config` gave; name: how error lines call it; folder: the run directory, where monitors write.
+    Raises UserError where file and run contradict each other, or ask for what the machine does not have.
     """
     out = copy.deepcopy(ds)
     micro = run.micro_batch_size(world)
@@ -40,14 +58,18 @@ def resolve(ds: dict[str, Any], run: RunConfig, world: int, *, on_cpu: bool, nam
     _settle(out, "train_micro_batch_size_per_gpu", micro, f"train.global_batch_size / {world} ranks", name)
     _settle(out, "train_batch_size", run.train.global_batch_size, "train.global_batch_size", name)
     _settle(out, "gradient_clipping", run.optim.clip_norm, "optim.clip_norm", name)
-    _optimizer(out, run, on_cpu, name)
-    _precision(out, run, name)
+    _precision(out, run, machine, name)
+    _offload(out, machine, name)
+    _monitors(out, name, folder)
+    notes: list[str] = []
+    use_apex = _apex(run, machine, notes)
+    adam = _optimizer(out, run, machine, use_apex, name, notes)
     if "scheduler" in out:
         raise UserError(f"{name}: remove 'scheduler'; the learning rate follows optim.schedule and optim.warmup_steps")
     left = _paths_of_auto(out)
     if left:
         raise UserError(f"{name}: {left[0]} is 'auto', which nothing fills; write a value or leave it out")
-    return out
+    return EngineConfig(out, adam, use_apex, tuple(notes))
 
 
 def zero_stage(engine_config: dict[str, Any]) -> int:
@@ -78,8 +100,31 @@ def _accumulation(out: dict[str, Any], name: str) -> None:
     out["gradient_accumulation_steps"] = 1
 
 
-def _optimizer(out: dict[str, Any], run: RunConfig, on_cpu: bool, name: str) -> None:
-    """AdamW with betas, eps and weight decay always explicit: implementations differ in their defaults."""
+def _apex(run: RunConfig, machine: Machine, notes: list[str]) -> bool:
+    """Whether NVIDIA's apex is used."""
+    asked = run.kernels.apex
+    if asked == "off":
+        return False
+    if asked == "on" and machine.on_cpu:
+        raise UserError("kernels.apex=on, but apex runs on NVIDIA GPUs only; leave it at auto")
+    if machine.apex == "other":
+        told = "the package 'apex' installed here is not NVIDIA's apex but another project of that name"
+        if asked == "on":
+            raise UserError(f"kernels.apex=on: {told}; remove it (pip uninstall apex) and see docs/configuration.md")
+        notes.append(f"{told}; not used")
+    if asked == "on" and machine.apex == "none":
+        raise UserError("kernels.apex=on, but NVIDIA's apex is not installed; see docs/configuration.md")
+    return machine.apex == "nvidia" and not machine.on_cpu
+
+
+def _optimizer(
+    out: dict[str, Any], run: RunConfig, machine: Machine, use_apex: bool, name: str, notes: list[str]
+) -> Literal["PyTorch", "DeepSpeed", "apex"]:
+    """AdamW with betas, eps and weight decay always explicit: implementations differ in their defaults.
+
+    Whose: with offload DeepSpeed's CPU Adam, else apex's where it is used, else PyTorch's (fused on a GPU). The file's
+    own word, `torch_adam`, goes first.
+    """
     optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {}})
     if optimizer.get("type") != "AdamW":
         raise UserError(f"{name}: optimizer.type={optimizer.get('type')!r}; only 'AdamW' is supported")
@@ -90,12 +135,73 @@ def _optimizer(out: dict[str, Any], run: RunConfig, on_cpu: bool, name: str) -> 
     _settle(params, "betas", list(optim.betas), "optim.betas", name)
     _settle(params, "eps", optim.eps, "optim.eps", name)
     _settle(params, "weight_decay", optim.weight_decay, "optim.weight_decay", name)
-    offloaded = "offload_optimizer" in out.get("zero_optimization", {})
-    if on_cpu and not offloaded:
-        params.setdefault("torch_adam", True)  # DeepSpeed's FusedAdam would be compiled for no gain on a CPU
+    given = params.get("torch_adam", "auto")
+    if given not in ("auto", True, False):
+        raise UserError(f'{name}: optimizer.params.torch_adam={given!r}; write true, false or "auto"')
+    offloaded = offload_device(out, "offload_optimizer") is not None
+    if given is False and machine.cannot_compile:
+        raise UserError(
+            f"{name} says torch_adam=false, but DeepSpeed's AdamW cannot be built here: {machine.cannot_compile}; "
+            'write "auto" there'
+        )
+    if given == "auto" and use_apex and not offloaded:
+        params.pop("torch_adam", None)
+        return "apex"
+    if given == "auto" and offloaded and machine.cannot_compile:
+        notes.append(f"{machine.cannot_compile}: PyTorch's AdamW instead of DeepSpeed's for the offloaded state")
+    params["torch_adam"] = given if given != "auto" else not offloaded or machine.cannot_compile is not None
+    if params["torch_adam"] and not machine.on_cpu and not offloaded:
+        params.setdefault("fused", True)
+    return "PyTorch" if params["torch_adam"] else "DeepSpeed"
 
 
-def _precision(out: dict[str, Any], run: RunConfig, name: str) -> None:
+def offload_device(engine_config: dict[str, Any], part: str) -> str | None:
+    """part: offload_optimizer or offload_param. "cpu", "nvme", or None."""
+    device = (engine_config.get("zero_optimization", {}).get(part) or {}).get("device", "none")
+    return None if device == "none" else str(device)
+
+
+def _offload(out: dict[str, Any], machine: Machine, name: str) -> None:
+    """NVMe is refused where its path or its operator is missing."""
+    for part in ("offload_optimizer", "offload_param"):
+        if offload_device(out, part) != "nvme":
+            continue
+        section = out["zero_optimization"][part]
+        path = section.get("nvme_path")
+        if zero_stage(out) != 3:
+            raise UserError(f'{name}: {part} to nvme needs zero_optimization.stage=3; or offload to "cpu"')
+        if not path or not os.path.isdir(path) or not os.access(path, os.W_OK):
+            raise UserError(
+                f"{name}: {part}.nvme_path={path!r} is no folder that can be written to; give one on the NVMe disk, "
+                'or offload to "cpu"'
+            )
+        if machine.cannot_compile:
+            raise UserError(
+                f"{name}: {part} to nvme needs DeepSpeed's async_io operator, which cannot be built here: "
+                f'{machine.cannot_compile}; offload to "cpu"'
+            )
+
+
+def _monitors(out: dict[str, Any], name: str, folder: str) -> None:
+    """DeepSpeed's monitor sections: off unless enabled; "auto" paths lie in the run directory."""
+    for kind, package in MONITORS.items():
+        section = out.get(kind)
+        if section is None:
+            continue
+        if section.get("enabled", False) is not True:
+            del out[kind]
+            continue
+        if package is not None and not has_package(package):
+            raise UserError(
+                f"{name} enables {kind}, but the package {package} is not installed: pip install {package}, "
+                f"or set {kind}.enabled to false"
+            )
+        for key, value in (("output_path", folder), ("job_name", kind)):
+            if section.get(key) == "auto":
+                section[key] = value
+
+
+def _precision(out: dict[str, Any], run: RunConfig, machine: Machine, name: str) -> None:
     """bf16 through DeepSpeed's torch_autocast, which keeps parameters, among them the logit scale, in fp32."""
     for kind in ("bf16", "fp16"):
         enabled = out.get(kind, {}).get("enabled", False)
@@ -105,6 +211,8 @@ def _precision(out: dict[str, Any], run: RunConfig, name: str) -> None:
                 "remove it and set train.precision=bf16 (autocast, parameters stay fp32)"
             )
         out.pop(kind, None)
+    if run.train.precision == "bf16" and not machine.bf16:
+        raise UserError(f"train.precision=bf16, but {machine.device_name} has no bf16; set train.precision=fp32")
     section = out.setdefault("torch_autocast", {})
     _settle(section, "enabled", run.train.precision == "bf16", f"train.precision={run.train.precision}: autocast", name)
     if section["enabled"]:

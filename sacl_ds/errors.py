@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -11,6 +12,22 @@ class UserError(ValueError):
 
     The command lines print it without a traceback and exit with status 2.
     """
+
+
+class SharedError(UserError):
+    """One that every rank raises alike, so that one of them is enough to say it."""
+
+
+def cannot_load(setting: str, name: str, error: Exception) -> UserError:
+    """For a model or tokenizer, by hub name or folder, that a library failed to load."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0].rstrip(".") if lines else type(error).__name__
+    if Path(name).exists():
+        return UserError(f"{setting}={name} cannot be loaded: {reason}")
+    return UserError(
+        f"{setting}={name}: no folder of that name, and the hub cannot be reached or lacks it; without network, "
+        f"fetch it elsewhere and give the local folder ({reason[:120]})"
+    )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

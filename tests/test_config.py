@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.config import RunConfig, load_config
+from sacl_ds.config import RunConfig
+from sacl_ds.config_file import load_config
 from sacl_ds.ds_config import read_ds_config, resolve
 from sacl_ds.errors import UserError
+from sacl_ds.machine import Machine
 
 
 @pytest.mark.parametrize(
@@ -85,8 +87,12 @@ def test_any_mapping_is_valid_or_a_user_error(values: dict) -> None:
             assert "\n" not in str(error).replace("\\n", "")
 
 
-def engine(ds: dict, *overrides: str, world: int = 2) -> dict:
-    return resolve(ds, load_config(None, list(overrides)), world, on_cpu=True, name="my.json")
+CPU = Machine("cpu", "this cpu", bf16=True, apex="none", cannot_compile=None)
+GPU = Machine("cuda", "My GPU", bf16=True, apex="none", cannot_compile=None)
+
+
+def engine(ds: dict, *overrides: str, world: int = 2, machine: Machine = CPU) -> dict:
+    return resolve(ds, load_config(None, list(overrides)), world, machine, name="my.json", folder="run").values
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -163,5 +163,5 @@ def test_tokenizer_round_trip_and_bert_folder(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle"]))
     BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     assert Tokenizer.load(tmp_path / "bert", 8).ids(["Red circle blob"]) == [[2, 5, 6, 1, 3]]
-    with pytest.raises(UserError, match="cannot load a tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer=.*no folder of that name"):
         Tokenizer.load(tmp_path / "none", 6)

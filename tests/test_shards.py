@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sacl_ds.data.batch import Collator, View
+from sacl_ds.data.batch import Collator, TrainingView
 from sacl_ds.data.loader import PairLoader
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.record_lists import karpathy_records, scene_records
@@ -50,7 +50,7 @@ def uneven(tmp_path: Path) -> str:
 @pytest.fixture(scope="module")
 def collator() -> Collator:
     tokenizer = Tokenizer(train_wordpiece([f"picture number {i} again" for i in range(60)] * 2, 300), 12)
-    return Collator(View(CanonicalView(16), tokenizer), seed=5, mlm_probability=0.3)
+    return Collator(TrainingView(CanonicalView(16), tokenizer), seed=5, mlm_probability=0.3)
 
 
 def batches(pattern: str, collator: Collator, *, rank: int, world: int, workers: int, start: int, steps: int):

@@ -11,15 +11,19 @@ import pytest
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
-    "ds_config": {"config", "errors"},
+    "config_file": {"config", "errors"},
+    "config_help": {"config", "errors"},
+    "machine": set(),
+    "ds_config": {"config", "errors", "machine"},
+    "command_line": {"config", "config_file", "config_help", "distributed", "errors"},
     "distributed": {"errors"},
     "losses": {"distributed", "losses"},
     "data": {"config", "data", "errors"},
-    "model": {"config", "data", "distributed", "errors", "model"},
+    "model": {"config", "config_file", "data", "distributed", "errors", "model"},
     "telemetry": {"telemetry", "errors", "config"},
     "evaluation": {"config", "data", "distributed", "errors", "evaluation", "model"},
     "training": {
-        "config", "data", "distributed", "ds_config", "errors", "losses", "model", "telemetry", "training"
+        "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry", "training"
     },
 }  # fmt: skip
 HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")

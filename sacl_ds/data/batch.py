@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sacl_ds.data.draws import words
 from sacl_ds.data.sample import Sample
 from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, pad
-from sacl_ds.data.transforms import CanonicalView, TrainView
 
 _IMAGE, _CAPTION, _MASK = range(3)
 
@@ -69,12 +70,33 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
     return Batch(keys=[key for batch in batches for key in batch.keys], **joined)  # type: ignore[arg-type]
 
 
+class ImageView(Protocol):
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+
+    def __call__(self, image: Image.Image, entropy: tuple[int, ...]) -> Tensor:
+        """(3, size, size) uint8, drawn from `entropy` alone."""
+
+
+class TextView(Protocol):
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two that give every caption the same ids."""
+
+    def ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids, cut to the model's length, not padded."""
+
+
 @dataclass(frozen=True)
 class View:
-    """How one model sees a sample."""
+    """How a model that is not trained sees a sample: teacher, evaluation."""
 
-    image: CanonicalView | TrainView
-    tokenizer: Tokenizer
+    image: ImageView
+    tokenizer: TextView
 
     def same_images(self, other: View) -> bool:
         return self.image == other.image
@@ -84,10 +106,17 @@ class View:
 
 
 @dataclass(frozen=True)
+class TrainingView(View):
+    """How the model that is trained sees it: its tokenizer can also mask."""
+
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
 class Collator:
     """Samples to a `Batch`. What is random about a sample is drawn from (seed, epoch, its key), on any rank alike."""
 
-    view: View
+    view: TrainingView
     seed: int
     mlm_probability: float | None  # None: no masked copy
     teacher: View | None = None

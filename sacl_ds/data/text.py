@@ -16,7 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sacl_ds.data.draws import words
-from sacl_ds.errors import UserError
+from sacl_ds.errors import UserError, cannot_load
 
 # loader workers are the parallelism; threads inside a forked one would only warn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,13 +55,15 @@ class Tokenizer:
     max_tokens: int
 
     @classmethod
-    def load(cls, name_or_folder: str | Path, max_tokens: int) -> Tokenizer:
-        """From a folder written by `save`, any tokenizer folder of transformers, or a hub name."""
+    def load(cls, name_or_folder: str | Path, max_tokens: int, setting: str = "tokenizer") -> Tokenizer:
+        """From a folder written by `save`, any tokenizer folder of transformers, or a hub name.
+
+        setting: what error lines call it. Raises UserError.
+        """
         try:
             fast = AutoTokenizer.from_pretrained(str(name_or_folder), use_fast=True)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot load a tokenizer from {str(name_or_folder)!r}: {reason}") from error
+            raise cannot_load(setting, str(name_or_folder), error) from None
         missing = [name for name in SPECIAL if getattr(fast, name, None) is None]
         if missing:
             raise UserError(

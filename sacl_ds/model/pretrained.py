@@ -7,7 +7,7 @@ import logging
 from torch import nn
 from transformers import BertForMaskedLM
 
-from sacl_ds.errors import UserError
+from sacl_ds.errors import UserError, cannot_load
 from sacl_ds.model.sacl import SaclModel
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,7 @@ def load_bert(model: SaclModel, name_or_folder: str) -> None:
     try:
         bert = BertForMaskedLM.from_pretrained(name_or_folder)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.text_encoder={name_or_folder!r} cannot be loaded: {reason}") from None
+        raise cannot_load("model.text_encoder", name_or_folder, error) from None
     text, fusion = model.text_encoder.bert, model.fusion_encoder.encoder
     layers = list(bert.bert.encoder.layer)
     wanted = len(text.encoder.layer) + len(fusion.layer)

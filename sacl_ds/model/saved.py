@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sacl_ds.config import RunConfig, load_config
+from sacl_ds.config import RunConfig
+from sacl_ds.config_file import load_config
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel

@@ -1,21 +1,43 @@
-"""The frozen teacher: a finished run's dual encoder, in eval mode, without gradient, on the canonical view.
+"""The frozen teacher: in eval mode, without gradient, on the canonical view, outside the engine's module.
 
-It lives outside the engine's module, so ZeRO neither shards nor saves it.
+So ZeRO neither shards nor saves it.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.data.transforms import CanonicalView
+from sacl_ds.model.clip_teacher import ClipTeacher, is_clip
 from sacl_ds.model.saved import load_model
 
 
-class Teacher:
+class Teacher(Protocol):
+    view: View  # how it sees a sample
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(b, d_t) image features and (b, d_t) text features, unit length, float32."""
+
+
+def load_teacher(checkpoint: str, device: torch.device) -> Teacher:
+    """A finished run's directory, or a CLIPModel of transformers: its folder or its hub name. Raises UserError."""
+    folder = Path(checkpoint)
+    local = folder.exists() or checkpoint.startswith(("/", ".", "~"))
+    if is_clip(folder) or not local:
+        return ClipTeacher(checkpoint, device)
+    return RunTeacher(checkpoint, device)
+
+
+class RunTeacher:
+    """The dual encoder of a finished run."""
+
     def __init__(self, folder: str, device: torch.device) -> None:
-        """folder: a finished run (`teacher.checkpoint`). Raises UserError where it holds none."""
+        """Raises UserError where the folder holds no finished run."""
         model, run, tokenizer = load_model(folder, "teacher.checkpoint")
         self.model = model.requires_grad_(False).eval().to(device)
         self.view = View(CanonicalView(run.model.image_size), tokenizer)

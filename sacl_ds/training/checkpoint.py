@@ -26,16 +26,17 @@ class RunState:
     step: int
     world: int
     zero_stage: int
+    vocabulary: str  # the tokenizer's fingerprint
 
 
-def save(engine: DeepSpeedEngine, run_folder: Path, step: int) -> None:
+def save(engine: DeepSpeedEngine, run_folder: Path, step: int, vocabulary: str) -> None:
     """Save after `step` steps; every rank calls it."""
     folder = run_folder / FOLDER
     tag = f"step_{step:08d}"
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
     barrier()
     if rank() == 0:
-        state = RunState(step, world_size(), zero_stage(engine.config))
+        state = RunState(step, world_size(), zero_stage(engine.config), vocabulary)
         _write(folder / tag / STATE, json.dumps(asdict(state), indent=2))
         _write(folder / LATEST, tag)
     barrier()
@@ -50,15 +51,19 @@ def latest(run_folder: Path) -> RunState | None:
         return None
 
 
-def resume(engine: DeepSpeedEngine, run_folder: Path) -> int:
+def resume(engine: DeepSpeedEngine, run_folder: Path, vocabulary: str) -> int:
     """Load the newest checkpoint; returns the number of steps done. Every rank calls it."""
     state = latest(run_folder)
     if state is None:
         raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
-    here = RunState(state.step, world_size(), zero_stage(engine.config))
+    if state.vocabulary != vocabulary:
+        raise UserError(
+            f"--resume: the tokenizer in {run_folder} is not the one that its checkpoint was trained with; "
+            "put it back, or start anew in another output_dir"
+        )
     for name, was, now in (
-        ("ranks", state.world, here.world),
-        ("ZeRO stage", state.zero_stage, here.zero_stage),
+        ("ranks", state.world, world_size()),
+        ("ZeRO stage", state.zero_stage, zero_stage(engine.config)),
     ):
         if was != now:
             raise UserError(f"--resume: {run_folder} was saved with {name} {was}, not {now}; resume with {was}")

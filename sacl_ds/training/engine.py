@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,13 +17,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.distributed import DistNetworkError
 
 from sacl_ds.config import OptimConfig
-from sacl_ds.ds_config import zero_stage
+from sacl_ds.ds_config import EngineConfig, zero_stage
+from sacl_ds.errors import UserError
+from sacl_ds.machine import Machine, this_machine
 
 
-def start_process() -> torch.device:
-    """Join the job that the launcher started (or be a job of one) and return this rank's device."""
+def start_process() -> tuple[torch.device, Machine]:
+    """Join the job that the launcher started (or be a job of one): this rank's device, and what the machine can do."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # a script started by its interpreter's path lacks what activation adds: ninja, for what DeepSpeed compiles
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -40,13 +44,18 @@ def start_process() -> torch.device:
         torch.set_num_threads(max(1, cores() // local_ranks()))
     else:
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    except DistNetworkError as error:
+        port = os.environ["MASTER_PORT"]
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {port} is in use, by another run on this machine?; give this one its own: deepspeed --master_port "
+            f"{int(port) + 1} ..."
+        ) from None
     name = accelerator.device_name() if accelerator.device_name() == "cpu" else accelerator.device_name(local_rank)
-    return torch.device(name)
-
-
-def on_cpu() -> bool:
-    return get_accelerator().device_name() == "cpu"
+    return torch.device(name), this_machine(accelerator.device_name())
 
 
 def local_ranks() -> int:
@@ -82,10 +91,28 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     ]
 
 
-def build_engine(module: nn.Module, engine_config: dict[str, Any], optim: OptimConfig) -> DeepSpeedEngine:
-    """engine_config: what `ds_config.resolve` made."""
+def build_engine(module: nn.Module, config: EngineConfig, optim: OptimConfig) -> DeepSpeedEngine:
+    """Raises UserError where an operator that `config` relies on fails to build."""
     groups = parameter_groups(module, optim)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=engine_config)
+    values = dict(config.values)
+    own: dict[str, Any] = {"model_parameters": groups}
+    if config.adam == "apex":
+        from apex.optimizers import FusedAdam
+
+        del values["optimizer"]
+        own["optimizer"] = FusedAdam(
+            groups, lr=optim.lr_text, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+    try:
+        engine, *_ = deepspeed.initialize(model=module, config=values, **own)
+    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        if config.adam != "DeepSpeed":
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"DeepSpeed's AdamW cannot be built here: {reason}; set optimizer.params.torch_adam to true in the "
+            "DeepSpeed configuration"
+        ) from error
     return engine
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.distributed import rank, sum_over_ranks, world_size
+from sacl_ds.errors import UserError
 from sacl_ds.model.teacher import Teacher
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
@@ -32,6 +33,7 @@ class Loop:
 
     run: RunConfig
     folder: Path
+    vocabulary: str  # the tokenizer's fingerprint, kept with checkpoints
     engine: DeepSpeedEngine
     batches: Iterator[Batch]
     device: torch.device
@@ -62,7 +64,7 @@ class Loop:
                 result = self._evaluate(done)
                 clock = time.perf_counter()
             if _due(done, train.save_every) or done == train.steps:
-                checkpoint.save(self.engine, self.folder, done)
+                checkpoint.save(self.engine, self.folder, done, self.vocabulary)
                 clock = time.perf_counter()
         return result
 
@@ -75,9 +77,12 @@ class Loop:
         set_learning_rates(self.engine, run.optim, learning_rate_factor(step, run.train.steps, run.optim))
         teacher = self.teacher.features(batch) if self.teacher else None
         targets = Targets(teacher, alpha(step, run) if teacher else 0.0, generator, statistics)
-        losses: dict[str, Tensor] = self.engine(batch, targets)
-        self.engine.backward(losses["loss"])
-        self.engine.step()
+        try:
+            losses: dict[str, Tensor] = self.engine(batch, targets)
+            self.engine.backward(losses["loss"])
+            self.engine.step()
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory(run, step, len(batch), world_size(), error)) from None
         return losses
 
     def _record(self, done: int, losses: dict[str, Tensor], step_seconds: float, waited: float) -> None:
@@ -101,6 +106,7 @@ class Loop:
             figures["alpha"] = alpha(done - 1, run)
         if self.log:
             self.log.write(figures)
+        self._monitor("train", figures, done)
         self.progress.update(done, figures, (run.train.steps - done) * step_seconds)
 
     def _evaluate(self, done: int) -> dict[str, tuple[float, float]]:
@@ -111,7 +117,24 @@ class Loop:
             values = {name: value for name, (value, _) in figures.items()}
             chances = {name: chance for name, (_, chance) in figures.items()}
             self.log.write({"step": done, "evaluation": values, "chance": chances})
+        self._monitor("evaluation", {name: value for name, (value, _) in figures.items()}, done)
         return figures
+
+    def _monitor(self, room: str, figures: dict[str, Any], done: int) -> None:
+        """To DeepSpeed's monitors (TensorBoard, wandb, CSV), where its configuration enables one."""
+        if self.engine.monitor.enabled:
+            numbers = [(name, value) for name, value in figures.items() if isinstance(value, float)]
+            self.engine.monitor.write_events([(f"{room}/{name}", value, done) for name, value in numbers])
+
+
+def out_of_memory(run: RunConfig, step: int, pairs: int, world: int, error: BaseException) -> str:
+    """What ran out, where, and what lowers it, as one line."""
+    advice = [f"train.global_batch_size (now {run.train.global_batch_size})"]
+    if run.train.precision == "fp32":
+        advice.append("train.precision=bf16")
+    advice += [f"more than {world} rank{'s' if world > 1 else ''}", "ds_configs/zero3_offload.json"]
+    reason = ". ".join(str(error).split(". ")[:2])
+    return f"out of GPU memory at step {step} with {pairs} pairs a rank ({reason}); try a lower {', or '.join(advice)}"
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -13,28 +13,29 @@ from typing import Any, Protocol
 import torch
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.batch import Collator, View
+from sacl_ds.data.batch import Collator, TrainingView, View
 from sacl_ds.data.loader import PairLoader
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.sources import training_source
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
-from sacl_ds.ds_config import resolve
-from sacl_ds.errors import UserError
+from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
+from sacl_ds.machine import Machine
+from sacl_ds.model.fused_norm import use_fused_layer_norm
 from sacl_ds.model.pretrained import load_bert
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
-from sacl_ds.model.teacher import Teacher
+from sacl_ds.model.teacher import load_teacher
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration, retrieval_table
 from sacl_ds.training import checkpoint
-from sacl_ds.training.engine import build_engine, cores, local_ranks, on_cpu, whole_state
+from sacl_ds.training.engine import build_engine, cores, local_ranks, whole_state
 from sacl_ds.training.loop import Loop
 from sacl_ds.training.objectives import PretrainObjective
+from sacl_ds.training.run_folder import TEACHER, check_space, open_run_folder
 
-TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
 _VOCABULARY_CAPTIONS = 100_000
 
 
@@ -51,7 +52,11 @@ class Job:
     ds_name: str
     evaluator: Callable[[RunConfig], Evaluator | None]
     device: torch.device
+    machine: Machine
     resume: bool
+
+    def engine_config(self, run: RunConfig, folder: Path) -> EngineConfig:
+        return resolve(self.ds, run, world_size(), self.machine, name=self.ds_name, folder=str(folder))
 
 
 def teacher_phase(run: RunConfig) -> RunConfig:
@@ -70,11 +75,14 @@ def teacher_phase(run: RunConfig) -> RunConfig:
 def pretrain(run: RunConfig, job: Job) -> Path:
     """Train to the end and return the run directory. Raises UserError, the same on every rank."""
     started = time.monotonic()
+    opened = None  # with the lock, which is held while this function runs
     with same_error():
-        resolve(job.ds, run, world_size(), on_cpu=on_cpu(), name=job.ds_name)
-        folder = broadcast_object(_run_folder(run, job.resume) if rank() == 0 else None)
-        if isinstance(folder, UserError):
-            raise folder
+        plan = job.engine_config(run, Path(run.output_dir or "."))
+        if rank() == 0:
+            opened = open_run_folder(run, job.resume)
+    folder: Path = broadcast_object(opened[0] if opened else None)
+    if opened:
+        print(describe_start(job, plan), flush=True)
     with same_error():
         if rank() == 0:
             if not job.resume:
@@ -98,34 +106,23 @@ def pretrain(run: RunConfig, job: Job) -> Path:
             progress.print(retrieval_table(f"after {run.train.steps} steps", result))
         seconds = time.monotonic() - started
         progress.print(f"done in {duration(seconds)}; run directory {folder}, plots {', '.join(p.name for p in plots)}")
+    if opened:
+        opened[1].close()
     return folder
+
+
+def describe_start(job: Job, plan: EngineConfig) -> str:
+    """One line on what trains, and one for each thing that is not as it could be."""
+    precision = "bf16 autocast" if "torch_autocast" in plan.values else "fp32"
+    ranks = f"{world_size()} rank{'s' if world_size() > 1 else ''} on {job.machine.device_name}"
+    line = f"{ranks}, ZeRO {zero_stage(plan.values)}, {precision}, AdamW of {plan.adam}"
+    if job.machine.cannot_compile:
+        line += f"; {job.machine.cannot_compile} here, so DeepSpeed's own operators stay off"
+    return "\n".join([line, *(f"note: {note}" for note in plan.notes)])
 
 
 def _trains_teacher(run: RunConfig) -> bool:
     return run.uses_teacher and run.teacher.checkpoint is None
-
-
-def _run_folder(run: RunConfig, resume: bool) -> Path | UserError:
-    """Rank 0: the directory of this run, made; or what is wrong with it."""
-    if run.output_dir is not None:
-        folder = Path(run.output_dir)
-    else:
-        base = Path("runs")
-        used = [int(m[1]) for p in base.glob(f"{run.data.source}-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
-        number = max(used, default=0)
-        folder = base / f"{run.data.source}-{max(1, number if resume else number + 1):03d}"
-    holds = any(checkpoint.latest(f) is not None or (f / WEIGHTS).exists() for f in (folder, folder / TEACHER))
-    if resume and not holds:
-        return UserError(
-            f"--resume: nothing to resume in {folder} (no finished checkpoint there); start without --resume"
-        )
-    if not resume and holds:
-        return UserError(f"output_dir={folder} already holds a run; go on with --resume, or choose another output_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return UserError(f"output_dir={folder} cannot be made: {error.strerror}")
-    return folder
 
 
 @dataclass(frozen=True)
@@ -145,19 +142,25 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     first, world = rank() == 0, world_size()
     progress = RunProgress(phase.title, run.train.steps, 0, enabled=first)
     with same_error():
-        engine_config = resolve(job.ds, run, world, on_cpu=on_cpu(), name=job.ds_name)
+        engine_config = job.engine_config(run, folder)
         source = training_source(run)
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
-        teacher = Teacher(phase.teacher, job.device) if phase.teacher else None
+        teacher = load_teacher(phase.teacher, job.device) if phase.teacher else None
         model = _model(phase, tokenizer)
         evaluator = job.evaluator(run)
+        if first:
+            warning = check_space(folder, sum(p.numel() for p in model.parameters()), _checkpoints(run))
+            if warning:
+                progress.print(f"warning: {warning}")
+    if engine_config.fused_norm:
+        use_fused_layer_norm(model)
     if first:
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     canonical = View(CanonicalView(run.model.image_size), tokenizer)
-    view = View(_training_view(run), tokenizer)
+    view = TrainingView(_training_view(run), tokenizer)
     engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
     with same_error():
-        start = checkpoint.resume(engine, folder) if resume else 0
+        start = checkpoint.resume(engine, folder, tokenizer.fingerprint) if resume else 0
     data = run.data
     order = GlobalOrder(source.counts, run.train.global_batch_size, run.seed, data.streams, data.shuffle_buffer)
     masks = run.loss.mlm_probability if run.loss.mlm_weight else None
@@ -167,13 +170,14 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         Collator(view, run.seed, masks, teacher.view if teacher else None),
         rank=rank(),
         world=world,
-        workers=_workers(run),
+        workers=_workers(run, job.machine.on_cpu),
         start_step=start,
-        pin_memory=not on_cpu(),
+        pin_memory=not job.machine.on_cpu,
     )
     loop = Loop(
         run=run,
         folder=folder,
+        vocabulary=tokenizer.fingerprint,
         engine=engine,
         batches=iter(loader),
         device=job.device,
@@ -194,18 +198,23 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     return result, progress
 
 
+def _checkpoints(run: RunConfig) -> int:
+    """How many a whole run writes."""
+    return math.ceil(run.train.steps / run.train.save_every) if run.train.save_every else 1
+
+
 def _training_view(run: RunConfig) -> CanonicalView | TrainView:
     if run.data.crops or run.data.flip:
         return TrainView(run.model.image_size, run.data.crop_scale if run.data.crops else (1.0, 1.0), run.data.flip)
     return CanonicalView(run.model.image_size)
 
 
-def _workers(run: RunConfig) -> int:
+def _workers(run: RunConfig, on_cpu: bool) -> int:
     """data.workers, or what suits the machine: on a CPU with two cores a rank, a worker only stalls the maths."""
     if run.data.workers is not None:
         return run.data.workers
-    spare = cores() // local_ranks() - (2 if on_cpu() else 1)
-    return min(8, max(0 if on_cpu() else 1, spare))
+    spare = cores() // local_ranks() - (2 if on_cpu else 1)
+    return min(8, max(0 if on_cpu else 1, spare))
 
 
 def _model(phase: Phase, tokenizer: Tokenizer) -> SaclModel:
@@ -224,7 +233,7 @@ def _keep_tokenizer(run: RunConfig, folder: Path) -> None:
     if kept.exists():
         return
     if run.model.text_encoder:
-        Tokenizer.load(run.model.text_encoder, run.model.max_tokens).save(kept)
+        Tokenizer.load(run.model.text_encoder, run.model.max_tokens, "model.text_encoder").save(kept)
         return
     trained = train_wordpiece(training_source(run).captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
     Tokenizer(trained, run.model.max_tokens).save(kept)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from sacl_ds.machine import this_machine
 from sacl_ds.training.objectives import PretrainObjective, Targets
 
 PAIRS = 8
@@ -101,7 +102,7 @@ def engine_ranks(rank: int, world: int, folder: Path) -> None:
         for stage in range(4):
             run = tiny.config(**options)
             run = run.model_copy(update={"train": run.train.model_copy(update={"global_batch_size": PAIRS})})
-            settings = resolve({"zero_optimization": {"stage": stage}}, run, world, on_cpu=True)
+            settings = resolve({"zero_optimization": {"stage": stage}}, run, world, this_machine("cpu"))
             engine = build_engine(build(loss, world), settings, run.optim)
             part, part_teacher = tiny.rows(whole, teacher, rank * block, (rank + 1) * block)
             engine.backward(engine(part, targets(part_teacher, torch.float32))["loss"])

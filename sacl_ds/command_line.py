@@ -1,0 +1,133 @@
+"""What the training command lines share: options, help, errors of one line, the hostfile that is not there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from sacl_ds.config import RunConfig
+from sacl_ds.config_file import load_config
+from sacl_ds.config_help import explain
+from sacl_ds.distributed import initialised
+from sacl_ds.errors import SharedError, UserError
+
+_HELP = """
+settings (all of them with defaults: docs/configuration.md, or '?'):
+  key=value             set one, e.g. train.steps=2000 data.source=shards data.shards='/data/{00000..00331}.tar'
+  key=?                 explain one, or a room of them: loss.contrastive=? or loss=?
+
+example:
+  """
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes as UserError, and help once: argparse itself would print once a rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def print_help(self, file: object = None) -> None:
+        if _first():
+            print(self.format_help(), end="", flush=True)
+
+
+def training_parser(purpose: str, example: str) -> Parser:
+    """--ds_config, --config, --resume, --print_config and key=value. example: one command line."""
+    parser = Parser(
+        prog=f"deepspeed {os.path.relpath(sys.argv[0])}" if sys.argv[0] else None,
+        usage="%(prog)s --ds_config FILE [--config FILE] [--resume] [--print_config] [key=value ...]",
+        description=purpose,
+        epilog=_HELP.lstrip("\n") + example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("--ds_config", metavar="FILE", help="DeepSpeed's own JSON (required)")
+    files.add_argument("--config", metavar="FILE", help="run configuration, YAML (default: the built-in run)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
+    run.add_argument("--print_config", action="store_true", help="print the resolved run configuration and stop")
+    run.add_argument("-h", "--help", action="help", help="print this and stop")
+    run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
+    return parser
+
+
+def read_options(parser: Parser) -> tuple[argparse.Namespace, RunConfig | None]:
+    """Options and run configuration; None where the command line only asked something, now answered."""
+    options = parser.parse_intermixed_args()  # key=value may stand before and after options
+    questions = [a.removesuffix("=?").removesuffix("?") for a in options.overrides if a == "?" or a.endswith("=?")]
+    if questions:
+        _say(explain(questions))
+        return options, None
+    run = load_config(options.config, options.overrides)
+    if options.print_config:
+        _say(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).rstrip())
+        return options, None
+    if options.ds_config is None:
+        raise UserError("--ds_config is missing, e.g. --ds_config ds_configs/zero2.json; see --help")
+    check_hostfile()
+    return options, run
+
+
+def exit_status(main: Callable[[], None]) -> int:
+    """Run `main`; a UserError becomes one line on stderr, from the ranks that must say it, and status 2."""
+    try:
+        main()
+    except UserError as error:
+        # what every rank meets alike, the first one says; what one rank alone met, that one
+        alone = initialised() and not isinstance(error, SharedError)
+        if _first() or alone:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _PEER_GONE):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank} stops: another rank ended first, whose own line says why", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
+
+
+def check_hostfile() -> None:
+    """DeepSpeed's launcher goes on with this machine alone where the --hostfile it was given does not exist."""
+    import psutil
+
+    try:
+        lines = [process.cmdline() for process in psutil.Process().parents()]
+    except psutil.Error:
+        return
+    for words in lines:
+        if any(Path(word).name in ("deepspeed", "ds") for word in words[:2]):
+            named = launcher_option(words, ("--hostfile", "-H"))
+            if named is not None and not Path(named).is_file():
+                raise UserError(f"--hostfile {named} does not exist; correct the path, or leave it out for one machine")
+
+
+def launcher_option(words: list[str], names: tuple[str, ...]) -> str | None:
+    """The value of one of the deepspeed launcher's own options on its command line, or None."""
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word.endswith(".py"):
+            return None  # from here on the script's own
+        name, separator, value = word.partition("=")
+        if name in names:
+            return value if separator else after
+    return None
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _first():
+        print(text, flush=True)

@@ -1,0 +1,157 @@
+"""Reads the run configuration from defaults, a YAML file and key=value arguments.
+
+What is wrong becomes one line that names the key, where it was set, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sacl_ds.config import RunConfig
+from sacl_ds.errors import UserError, nearest
+
+
+def load_config(file: str | Path | None, overrides: list[str]) -> RunConfig:
+    """Defaults, then the YAML file, then key=value arguments such as 'train.steps=500'.
+
+    Raises UserError, one line, for what cannot be read or is not valid.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if file is not None:
+        layers.append((f"in {file}", _read_yaml(Path(file))))
+    for argument in overrides:
+        layers.append((f"in argument {argument!r}", _parse_override(argument)))
+    merged: dict[str, Any] = {}
+    for _, layer in layers:
+        _merge(merged, layer)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error, layers)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(
+            f"{path}: a configuration is a mapping such as 'train: {{steps: 100}}', not {type(loaded).__name__}"
+        )
+    return loaded
+
+
+def _parse_override(argument: str) -> dict[str, Any]:
+    key, separator, text = argument.partition("=")
+    if not separator or not key:
+        raise UserError(f"argument {argument!r}: expected key=value, e.g. train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        value = _number(value)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _number(text: str) -> str | float:
+    """YAML reads 1e-4 as a string; people mean a number."""
+    try:
+        return float(text) if "e" in text.lower() and any(c.isdigit() for c in text) else text
+    except ValueError:
+        return text
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = _where(path, layers)
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r} {where}{_hint(path)}".replace("  ", " ")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{message} ({where})" if where else message
+    value = first["input"]
+    shown = f", not {value!r}" if not isinstance(value, dict) else ""
+    return f"{key} {where}: {message[0].lower()}{message[1:]}{shown}".replace("  ", " ")
+
+
+def _hint(path: list[str]) -> str:
+    """The nearest valid key beside the unknown one, else the same name in other rooms, else what there is."""
+    valid = _keys_at(path[:-1])
+    close = nearest(path[-1], valid)
+    if close:
+        return f" (did you mean {_full(path[:-1], close)!r}?)"
+    known = [(room, name) for room in [[], *_rooms()] for name in _keys_at(room)]
+    close = nearest(path[-1], {name for _, name in known})
+    if close:
+        return f" (did you mean {' or '.join(repr(_full(room, name)) for room, name in known if name == close)}?)"
+    return f"; here are: {', '.join(valid)}"
+
+
+def _where(path: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:
+    """The last layer that sets the key, or one above it."""
+    for place, layer in reversed(layers):
+        value: Any = layer
+        depth = 0
+        while depth < len(path) and isinstance(value, dict) and path[depth] in value:
+            value = value[path[depth]]
+            depth += 1
+        if depth == len(path) or (depth and not isinstance(value, dict)):
+            return place
+    return ""
+
+
+def _model_at(path: list[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = RunConfig
+    for part in path:
+        field = model.model_fields.get(part)
+        found = [t for t in (field.annotation, *get_args(field.annotation)) if _is_room(t)] if field else []
+        if not found:
+            return None
+        model = found[0]
+    return model
+
+
+def _is_room(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    model = _model_at(path)
+    return list(model.model_fields) if model else []
+
+
+def _rooms(path: tuple[str, ...] = ()) -> list[list[str]]:
+    found: list[list[str]] = []
+    for key in _keys_at(list(path)):
+        inner = [*path, key]
+        if _model_at(inner) is not None:
+            found += [inner, *_rooms(tuple(inner))]
+    return found
+
+
+def _full(room: list[str], key: str) -> str:
+    return ".".join([*room, key])

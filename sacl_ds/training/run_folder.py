@@ -1,0 +1,111 @@
+"""The run directory: which one, that no other run writes to it, that it fits what is resumed, and that it has room."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+from sacl_ds.config import RunConfig
+from sacl_ds.errors import UserError
+from sacl_ds.model.saved import CONFIG, WEIGHTS
+from sacl_ds.training import checkpoint
+
+TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
+_LOCK = ".lock"
+_BYTES_WEIGHTS, _BYTES_CHECKPOINT = 4, 16  # a parameter: fp32; fp32 in both module and optimizer, and two moments
+
+
+def open_run_folder(run: RunConfig, resume: bool) -> tuple[Path, IO[str]]:
+    """The directory of this run, made and locked until the file that comes with it is closed. For rank 0.
+
+    Raises UserError where there is nothing to resume, a run to be overwritten, a run of another model, or another
+    process at work.
+    """
+    folder = Path(run.output_dir) if run.output_dir is not None else _numbered(run, resume)
+    holds = any(checkpoint.latest(f) is not None or (f / WEIGHTS).exists() for f in (folder, folder / TEACHER))
+    if resume and not holds:
+        raise UserError(
+            f"--resume: nothing to resume in {folder} (no finished checkpoint there); start without --resume"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    except OSError as error:
+        raise UserError(f"output_dir={folder} cannot be made or written to: {error.strerror}") from None
+    if not resume and holds:
+        raise UserError(f"output_dir={folder} already holds a run; go on with --resume, or choose another output_dir")
+    if resume:
+        _same_model(run, folder)
+    return folder, lock
+
+
+def check_space(folder: Path, parameters: int, checkpoints: int) -> str | None:
+    """Whether the disk holds one checkpoint and the weights of a model with so many parameters.
+
+    Returns a warning where it holds that, but not all `checkpoints`. Raises UserError where it does not.
+    """
+    free = shutil.disk_usage(folder).free
+    least = parameters * (_BYTES_CHECKPOINT + _BYTES_WEIGHTS)
+    if free < least:
+        raise UserError(
+            f"output_dir={folder}: {_gigabytes(free)} free, and one checkpoint with the weights takes "
+            f"{_gigabytes(least)}; make room or choose another output_dir"
+        )
+    whole = parameters * (_BYTES_CHECKPOINT * checkpoints + _BYTES_WEIGHTS)
+    if free < whole:
+        return (
+            f"output_dir={folder}: {_gigabytes(free)} free, and {checkpoints} checkpoints take {_gigabytes(whole)}; "
+            "make room, or set train.save_every higher"
+        )
+    return None
+
+
+def _numbered(run: RunConfig, resume: bool) -> Path:
+    """runs/SOURCE-NNN: the next one, or the last one to be resumed."""
+    base = Path("runs")
+    used = [int(m[1]) for p in base.glob(f"{run.data.source}-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
+    number = max(used, default=0)
+    return base / f"{run.data.source}-{max(1, number if resume else number + 1):03d}"
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Held by the open file, so it goes with the process, however that ends."""
+    file = (folder / _LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"output_dir={folder} is in use by another run ({holder}); wait for it, or choose another output_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _same_model(run: RunConfig, folder: Path) -> None:
+    """The weights to be resumed are those of this configuration's model."""
+    try:
+        saved = yaml.safe_load((folder / CONFIG).read_text())["model"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return  # stopped before its configuration was written, in the teacher phase
+    for key, now in run.model.model_dump(mode="json").items():
+        if key in saved and saved[key] != now:
+            raise UserError(
+                f"--resume: {folder} holds a model with model.{key}={saved[key]}, not {now}; "
+                f"resume with model.{key}={saved[key]}, or start anew in another output_dir"
+            )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,252 @@
+"""Each mistake of docs/mistakes.md as a user makes it: that line is the one they see, once, and status is not 0."""
+
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from ranks import free_port
+from test_runs import SMALL, losses, start
+
+from sacl_ds.command_line import launcher_option
+from sacl_ds.config_file import load_config
+from sacl_ds.config_help import markdown, settings
+from sacl_ds.errors import UserError
+from sacl_ds.telemetry.metrics import read
+from sacl_ds.training.loop import out_of_memory
+from sacl_ds.training.run_folder import check_space
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTED = (ROOT / "docs/mistakes.md").read_text()
+
+
+def said(done: subprocess.CompletedProcess, folder: Path) -> str:
+    """The one error line, with `folder` shown as /data."""
+    text = done.stdout + done.stderr
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0
+    assert len(errors) == 1, text[-3000:]
+    assert "Traceback" not in text, text[-3000:]
+    return errors[0].replace(str(folder), "/data")
+
+
+def documented(line: str) -> None:
+    assert f"`{line}`" in DOCUMENTED, line
+
+
+def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> Path:
+    """A shard of 32 pictures; broken: sample -> (its image bytes, its caption), None as usual."""
+    buffer = io.BytesIO()
+    path = folder / "00000.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(32):
+            buffer = io.BytesIO()
+            Image.new("RGB", (48, 48), (8 * i, 0, 0)).save(buffer, "png")
+            image, caption = broken.get(i, (None, None))
+            for name, data in (
+                (f"{i:04d}.png", buffer.getvalue() if image is None else image),
+                (f"{i:04d}.txt", (f"number {i}" if caption is None else caption).encode()),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("broken", [{20: (b"not a picture", None)}, {20: (None, "  ")}], ids=["image", "caption"])
+def test_a_broken_sample(broken: dict, tmp_path: Path) -> None:
+    """One of two ranks meets it: that one says it."""
+    path = shard(tmp_path, broken)
+    arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0"]
+    line = said(start(tmp_path / "run", *arguments, ranks=2, check=False), tmp_path)
+    documented(re.sub(r" <_io\.BytesIO.*>", "", line))
+
+
+def test_fewer_shards_than_ranks_and_workers_is_no_mistake(tmp_path: Path) -> None:
+    path = shard(tmp_path, {})
+    arguments = ["data.source=shards", f"data.shards={path}", "data.workers=3", "teacher.steps=0", "train.steps=4"]
+    start(tmp_path / "run", *arguments, ranks=2)
+    assert len(losses(tmp_path / "run")) == 4
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    start(folder / "run", "teacher.steps=0", "train.steps=2")
+    return folder
+
+
+def test_resume_with_another_model(finished: Path) -> None:
+    done = start(finished / "run", "--resume", "teacher.steps=0", "model.text_layers=3", check=False)
+    documented(said(done, finished))
+
+
+def test_resume_with_another_vocabulary(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    kept = tmp_path / "run/tokenizer/tokenizer.json"
+    tokenizer = json.loads(kept.read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
+    kept.write_text(json.dumps(tokenizer))
+    done = start(tmp_path / "run", "--resume", "teacher.steps=0", "train.steps=4", check=False)
+    documented(said(done, tmp_path))
+
+
+def test_an_output_directory_in_use(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/.lock").open("w") as held:
+        held.write("process 4711 on gpu-node-3")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        documented(said(start(tmp_path / "run", check=False), tmp_path))
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_disk_without_room() -> None:
+    with pytest.raises(UserError, match=r"GB free, and one checkpoint with the weights takes 20000000000\.0"):
+        check_space(ROOT, 10**18, 1)
+    free = shutil.disk_usage(ROOT).free
+    assert "5000000000 checkpoints take" in str(check_space(ROOT, free // 40, 5_000_000_000))
+    assert check_space(ROOT, 1000, 3) is None
+
+
+def test_a_full_disk_end_to_end(tmp_path: Path) -> None:
+    """On a file system of 300 kB, made in a mount namespace of its own."""
+    (tmp_path / "small").mkdir()
+    mount = f"mount -t tmpfs -o size=300k none {tmp_path}/small"
+    unshare = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    command = [sys.executable, "launch/pretrain.py", "--ds_config", "ds_configs/zero2.json", *SMALL, "teacher.steps=0"]
+    script = f"{mount} && exec {' '.join(map(repr, command))} output_dir={tmp_path}/small/run"
+    env = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*unshare, script], cwd=ROOT, env=env, capture_output=True, text=True)
+    line = re.sub(r"\d+\.\d (kB|MB)", "N MB", said(done, tmp_path))
+    documented(line)
+
+
+def test_out_of_gpu_memory() -> None:
+    """The line; tests/gpu provokes it."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of ...")
+    line = out_of_memory(load_config(None, ["train.global_batch_size=4096"]), 1, 512, 8, error)
+    documented(f"error: {line}")
+
+
+@pytest.mark.parametrize("setting", ["model.text_encoder", "teacher.checkpoint", "model.image_encoder"])
+def test_a_hub_name_without_network(setting: str, tmp_path: Path) -> None:
+    value = {"model.image_encoder": "vit_small_patch16_224"}.get(setting, "some/model")
+    more = ["model.image_pretrained=true", "model.image_encoder_arguments={}"] if "image" in setting else []
+    done = start(tmp_path / "run", f"{setting}={value}", *more, "teacher.steps=0", check=False)
+    documented(re.sub(r" \([^()]*\)$", "", said(done, tmp_path)))
+
+
+def test_a_misspelt_hostfile(tmp_path: Path) -> None:
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+    command = [*launcher, f"--hostfile={tmp_path}/hots", "launch/pretrain.py", "--ds_config", "ds_configs/zero2.json"]
+    env = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*command, *SMALL], cwd=ROOT, env=env, capture_output=True, text=True)
+    documented(said(done, tmp_path))
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(port)]
+        command = [
+            *launcher,
+            "launch/pretrain.py",
+            "--ds_config",
+            "ds_configs/zero2.json",
+            f"output_dir={tmp_path}/run",
+        ]
+        env = os.environ | {"DS_ACCELERATOR": "cpu"}
+        done = subprocess.run([*command, *SMALL], cwd=ROOT, env=env, capture_output=True, text=True)
+    documented(said(done, tmp_path).replace(str(port), "29500").replace(str(port + 1), "29501"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("python deepspeed --hostfile a launch/pretrain.py --hostfile b", "a"),
+        ("python deepspeed -H a --num_gpus 2 launch/pretrain.py", "a"),
+        ("python deepspeed --num_gpus 2 launch/pretrain.py --hostfile b", None),
+    ],
+)
+def test_which_hostfile_the_launcher_was_given(words: str, named: str | None) -> None:
+    assert launcher_option(words.split(), ("--hostfile", "-H")) == named
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.stepz=5"],
+        ["--resumme"],
+        ["data.source=shards", "data.shards=/nowhere/{0..2}.tar"],
+        ["train.global_batch_size=15"],
+        ["train.micro_batch_size=4"],
+        ["--resume"],
+        ["teacher.checkpoint=/nowhere"],
+        ["kernels.apex=on"],
+        ["trains=?"],
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], tmp_path: Path) -> None:
+    documented(said(start(tmp_path / "run", *arguments, ranks=2, check=False), tmp_path))
+
+
+def answer(*arguments: str) -> str:
+    """What pretrain.py prints on two ranks, without the launcher's own lines."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    env = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*launcher, "launch/pretrain.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
+
+
+def test_help_and_questions_are_answered_once() -> None:
+    text = answer("--help")
+    assert text.count("usage:") == 1
+    for part in ("--ds_config", "--resume", "--print_config", "key=?", "example:", "train.steps=1000"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert answer("loss.contrastive=?").strip() == (
+        "loss.contrastive = sacl\n    sacl or infonce; infonce: every negative weighs 1"
+    )
+
+
+def test_the_resolved_configuration_can_be_printed(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(answer("--print_config", "train.steps=7"))
+    assert load_config(tmp_path / "run.yaml", []) == load_config(None, ["train.steps=7"])
+
+
+def test_the_documented_configuration_is_the_codes() -> None:
+    """docs/configuration.md holds what `make docs` writes."""
+    assert markdown() in (ROOT / "docs/configuration.md").read_text()
+    assert all(setting.description for setting in settings())
+
+
+def test_monitors_get_the_figures(tmp_path: Path) -> None:
+    ds = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    ds["csv_monitor"]["enabled"] = True
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    command = [sys.executable, "launch/pretrain.py", "--ds_config", f"{tmp_path}/ds.json", f"output_dir={tmp_path}/run"]
+    env = os.environ | {"DS_ACCELERATOR": "cpu"}
+    subprocess.run([*command, *SMALL, "teacher.steps=0", "train.steps=3"], cwd=ROOT, env=env, check=True)
+    rows = (tmp_path / "run/csv_monitor/train_itc.csv").read_text().splitlines()
+    logged = [line["itc"] for line in read(tmp_path / "run/metrics.jsonl") if "itc" in line]
+    assert [float(row.split(",")[1]) for row in rows[1:]] == pytest.approx(logged, rel=1e-6)
+    assert (tmp_path / "run/csv_monitor/evaluation_text_to_image_mAP.csv").exists()
