@@ -149,7 +149,9 @@ def read_samples(file: str, text_only: bool = False, without_image: bool = False
                 if text_only or without_image or any(ext in fields for ext in IMAGE_EXTENSIONS):
                     yield fields
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise UserError(f"shard {file} cannot be read: {error}") from None
+        # webdataset adds the stream to the message and to the arguments
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(next(iter(error.args), error))
+        raise UserError(f"shard {file} cannot be read: {reason.partition(' @ <')[0]}") from None
 
 
 def captions_of(fields: dict[str, Any]) -> list[str]:
