@@ -231,7 +231,7 @@ def _members(record: Record, skip_broken: bool) -> _Members:
 
 
 def _tar_member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Header, content, zeros up to a whole block. What TarFile.addfile writes, in half the time."""
+    """Header, content, zeros up to a whole block. What TarFile.addfile writes, which keeps all headers in memory."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
