@@ -69,6 +69,11 @@ def test_every_figure(mixed: list[str]) -> None:
     ]
     assert found.widths == {10: 4, 30: 1}
     assert found.heights == {20: 4, 40: 1}
+    sizes = sorted(len(data) for data in (*[picture(10, 20, 0)] * 3, picture(30, 40, 1), picture(10, 20, 2)))
+    sizes.append(len(sources.image(7)) - 10)
+    assert found.image_sizes() == {
+        "min": sizes[0], "p05": sizes[0], "median": sizes[2], "p95": sizes[5], "max": sizes[5]
+    }  # fmt: skip
     assert found.words == {1: 4, 2: 2, 3: 1}
     assert found.captions == {0: 1, 1: 5, 2: 1}
     images, captions = found.repeated_images, found.repeated_captions

@@ -98,7 +98,7 @@ def _spreads(found: Inspection) -> Table:
     for number, name in enumerate(("", "min", "5 %", "median", "95 %", "max")):
         table.add_column(name, justify="right" if number else "left", style="" if number else "bold")
     measured = [
-        ("image file", {name: size(value) for name, value in quantiles(Counter(found.image_bytes)).items()}),
+        ("image file", {name: size(value) for name, value in found.image_sizes().items()}),
         ("image width", quantiles(found.widths)),
         ("image height", quantiles(found.heights)),
         ("words a caption", quantiles(found.words)),

@@ -23,6 +23,7 @@ from sacl_ds.errors import UserError
 
 LISTED = 20  # broken samples, and shards with wrong stats
 EXAMPLES = 3  # of repeated images and captions
+_SHARES = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
 _THREADS = 4
 _AHEAD = 32
 
@@ -77,6 +78,13 @@ class Inspection:
         """Nothing that would stop or falsify training."""
         return not (self.broken or self.wrong_stats or self.unreadable_shards)
 
+    def image_sizes(self) -> dict[str, int]:
+        """Quantiles of the bytes of an encoded image."""
+        if not self.image_bytes:
+            return {}
+        found = np.quantile(np.frombuffer(self.image_bytes, np.uint64), list(_SHARES.values()), method="inverted_cdf")
+        return {name: int(value) for name, value in zip(_SHARES, found, strict=True)}
+
     def summary(self) -> dict[str, Any]:
         """All but the pictures, for JSON."""
         return {
@@ -88,7 +96,7 @@ class Inspection:
             "unreadable_shards": self.unreadable_shards,
             "broken": dict(self.broken),
             "broken_listed": self.broken_listed,
-            "image_bytes": {"total": sum(self.image_bytes), **quantiles(Counter(self.image_bytes))},
+            "image_bytes": {"total": sum(self.image_bytes), **self.image_sizes()},
             "image_width": quantiles(self.widths),
             "image_height": quantiles(self.heights),
             "image_formats": dict(self.formats),
@@ -105,10 +113,8 @@ def quantiles(counts: Counter[int]) -> dict[str, int]:
         return {}
     values = sorted(counts)
     reached = np.cumsum([counts[value] for value in values])
-    found = {}
-    for name, share in (("min", 0.0), ("p05", 0.05), ("median", 0.5), ("p95", 0.95), ("max", 1.0)):
-        found[name] = values[min(int(np.searchsorted(reached, share * reached[-1])), len(values) - 1)]
-    return found
+    places = np.minimum(np.searchsorted(reached, np.array(list(_SHARES.values())) * reached[-1]), len(values) - 1)
+    return {name: values[place] for name, place in zip(_SHARES, places, strict=True)}
 
 
 def inspect_shards(
