@@ -19,15 +19,16 @@ from sacl_ds.data.record_lists import karpathy_records, scene_records
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.shard_writer import Record, write_shards
 from sacl_ds.data.shards import ShardSource, expand, stats_path
+from sacl_ds.data.survey import survey
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
 
 
-def jpeg(value: int) -> tuple[bytes, str]:
+def jpeg(value: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 16), (value % 256, 0, 0)).save(buffer, "jpeg")
-    return buffer.getvalue(), "jpg"
+    return buffer.getvalue()
 
 
 def records(count: int) -> list[Record]:
@@ -68,7 +69,7 @@ def test_written_shards_read_back(tmp_path: Path) -> None:
     found = list(source.iterate(None, 0, 1))
     assert [s.key for s in found] == [r.key for r in records(25)]
     assert [s.captions for s in found] == [list(r.captions) for r in records(25)]
-    assert [s.image_bytes for s in found] == [r.load()[0] for r in records(25)]
+    assert [s.image_bytes for s in found] == [r.load() for r in records(25)]
     assert [s.key for s in source.iterate(8, 1, 3)] == ["000001", "000004", "000007"]
     with tarfile.open(tmp_path / "00000.tar") as tar:
         assert tar.getnames()[:3] == ["000000.jpg", "000000.txt", "000000.json"]
@@ -78,7 +79,7 @@ def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def stopping() -> tuple[bytes, str]:
+    def stopping() -> bytes:
         raise Stop
 
     broken = records(25)
@@ -136,7 +137,7 @@ def test_more_workers_than_samples_of_a_rank(tmp_path: Path, collator: Collator)
     ],
 )
 def test_bad_samples_are_named(tmp_path: Path, collator: Collator, spoil, message: str) -> None:
-    fields = spoil({"jpg": jpeg(3)[0], "txt": b"a caption"})
+    fields = spoil({"jpg": jpeg(3), "txt": b"a caption"})
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for extension, data in fields.items():
             info = tarfile.TarInfo(f"a.{extension}")
@@ -166,7 +167,7 @@ def test_missing_shards(pattern: str, message: str) -> None:
 
 def test_karpathy_records(tmp_path: Path) -> None:
     for name in ("x.jpg", "y.jpg"):
-        (tmp_path / name).write_bytes(jpeg(1)[0])
+        (tmp_path / name).write_bytes(jpeg(1))
     entry = {"sentences": [{"raw": " One . "}, {"raw": "Two"}], "imgid": 5}
     images = [
         {"filename": "x.jpg", "split": "train", **entry},
@@ -177,11 +178,11 @@ def test_karpathy_records(tmp_path: Path) -> None:
     annotations.write_text(json.dumps({"images": images}))
     train = karpathy_records(annotations, tmp_path, "train")
     assert [(r.meta["filename"], r.captions) for r in train] == [
-        ("x.jpg", ["One .", "Two"]),
-        ("y.jpg", ["One .", "Two"]),
+        ("x.jpg", [" One . ", "Two"]),
+        ("y.jpg", [" One . ", "Two"]),
     ]
-    with pytest.raises(UserError, match=r"1 of 1 images are missing, first .*z\.jpg"):
-        karpathy_records(annotations, tmp_path, "val")
+    with pytest.raises(UserError, match=r"1 of 1 samples cannot be written .1 image missing.*z\.jpg"):
+        survey(karpathy_records(annotations, tmp_path, "val"), skip_broken=False).require(skip_broken=False)
     with pytest.raises(UserError, match="there are: restval, train, val"):
         karpathy_records(annotations, tmp_path, "test")
 

@@ -1,64 +1,163 @@
-"""Write webdataset shards (img2dataset's layout) from a Karpathy JSON or from the built-in scenes.
+"""Write webdataset shards (img2dataset's layout) from captioned images.
 
-python tools/make_shards.py karpathy --json dataset.json --images images/ --split train --out shards/train
-python tools/make_shards.py scenes --count 10000 --seed 1 --out shards/scenes
-
-Stopped half-way, the same command goes on where it was.
+All samples are looked at before the first shard is written, though images are
+decoded only then; one that is broken ends the command with a line that names
+it, unless --skip-broken. Stopped half-way, the same command goes on.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sacl_ds.data.record_lists import karpathy_records, scene_records
-from sacl_ds.data.shard_writer import Record, write_shards
+from sacl_ds.data.record import Record
+from sacl_ds.data.record_lists import coco_records, folder_records, karpathy_records, scene_records, table_records
+from sacl_ds.data.shard_writer import SKIPPED, list_skipped, write_shards
+from sacl_ds.data.survey import Survey, describe, require_space, sampled_survey, survey
 from sacl_ds.errors import UserError
+
+EXAMPLES = {
+    "karpathy": "--json dataset_flickr8k.json --images images/ --split val",
+    "coco": "--json captions_train2017.json --images train2017/",
+    "table": "--table pairs.csv --image-column path --images images/",
+    "folder": "--images photographs/",
+    "scenes": "--count 10000 --seed 1",
+}
+SUMMARIES = {
+    "karpathy": "Karpathy JSON (COCO, Flickr30k, Flickr8k) and a folder of images",
+    "coco": "COCO captions JSON and a folder of images",
+    "table": "CSV, TSV or parquet of image paths and captions",
+    "folder": "images, each with a .txt of the same name, one caption a line",
+    "scenes": "the built-in scenes",
+}
+
+
+def example_of(source: str) -> str:
+    return f"example:\n  python tools/make_shards.py {source} \\\n      {EXAMPLES[source]} --out shards/"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sources = parser.add_subparsers(dest="source", required=True)
-    karpathy = sources.add_parser("karpathy", help="Karpathy JSON (COCO, Flickr30k, Flickr8k) and a folder of images")
-    karpathy.add_argument("--json", type=Path, required=True)
-    karpathy.add_argument("--images", type=Path, required=True)
-    karpathy.add_argument("--split", default="train", help="default: %(default)s, with restval")
-    scenes = sources.add_parser("scenes", help="the built-in scenes")
-    scenes.add_argument("--count", type=int, required=True)
-    scenes.add_argument("--seed", type=int, default=1)
-    scenes.add_argument("--image-size", type=int, default=48)
-    scenes.add_argument("--detail", choices=["partial", "simple"], default="partial")
-    for source in (karpathy, scenes):
-        source.add_argument("--out", type=Path, required=True, help="folder of the shards")
-        source.add_argument("--per-shard", type=int, default=1000, help="samples a shard (default: %(default)s)")
+    raw = argparse.RawDescriptionHelpFormatter
+    example = f"{example_of('table')}\n\nevery SOURCE has its own --help"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, epilog=example)
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE", title="sources")
+    for name, summary in SUMMARIES.items():
+        source = sources.add_parser(
+            name, help=summary, description=summary, epilog=example_of(name), formatter_class=raw
+        )
+        read = source.add_argument_group("source")
+        if name == "scenes":
+            read.add_argument("--count", type=int, required=True, help="how many")
+            read.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+            read.add_argument("--image-size", type=int, default=48, help="pixels a side (default: %(default)s)")
+            read.add_argument(
+                "--detail",
+                choices=["partial", "simple"],
+                default="partial",
+                help="captions of one or two objects, or of one by colour and shape (default: %(default)s)",
+            )
+        elif name in ("karpathy", "coco"):
+            read.add_argument("--json", type=Path, required=True, help="file of captions")
+        elif name == "table":
+            read.add_argument("--table", type=Path, required=True, help=".csv, .tsv, .csv.gz, .tsv.gz or .parquet")
+            read.add_argument(
+                "--image-column",
+                default="path",
+                metavar="NAME",
+                help="paths; in parquet also encoded images (default: %(default)s)",
+            )
+            read.add_argument("--caption-column", default="caption", metavar="NAME", help="default: %(default)s")
+            read.add_argument(
+                "--no-quotes",
+                action="store_true",
+                help="quotation marks in CSV and TSV are plain characters (default: they enclose values)",
+            )
+        if name == "karpathy":
+            read.add_argument("--split", default="train", help="default: %(default)s, with restval")
+        if name != "scenes":
+            what = "folder, subfolders included" if name == "folder" else "folder that the paths start from"
+            required = name != "table"
+            default = "" if required else " (default: where you are)"
+            read.add_argument("--images", type=Path, required=required, default=Path(), help=what + default)
+        shards = source.add_argument_group("shards")
+        shards.add_argument("--out", type=Path, required=True, help="folder of the shards")
+        shards.add_argument("--per-shard", type=int, default=1000, help="samples a shard (default: %(default)s)")
+        if name != "scenes":
+            shards.add_argument(
+                "--skip-broken",
+                action="store_true",
+                help=f"leave out what cannot be used, list it in {SKIPPED} beside the shards (default: stop there)",
+            )
     return parser.parse_args()
 
 
-def records(options: argparse.Namespace) -> list[Record]:
+def records(options: argparse.Namespace) -> Iterable[Record]:
     if options.source == "karpathy":
         return karpathy_records(options.json, options.images, options.split)
-    return scene_records(options.count, options.seed, options.image_size, options.detail)
+    if options.source == "coco":
+        return coco_records(options.json, options.images)
+    if options.source == "table":
+        columns = options.image_column, options.caption_column
+        return table_records(options.table, options.images, *columns, quotes=not options.no_quotes)
+    return folder_records(options.images)
+
+
+def write(options: argparse.Namespace, progress: Progress) -> tuple[Survey, int, int]:
+    """(what the list holds, shards written now, shards that were there)."""
+    skip = options.source != "scenes" and options.skip_broken
+    if options.source == "scenes":
+        chosen: Iterable[Record] = (
+            scenes := scene_records(options.count, options.seed, options.image_size, options.detail)
+        )
+        found = sampled_survey(scenes)
+    else:
+        checking = progress.add_task("checking", total=None)
+        chosen = records(options)
+        found = survey(chosen, skip, lambda n: progress.advance(checking, n))
+        progress.update(checking, total=found.samples)
+    found.require(skip)
+    require_space(options.out, found.tar_bytes)
+    writing = progress.add_task("writing", total=found.samples)
+    written, kept = write_shards(
+        chosen,
+        options.out,
+        options.per_shard,
+        lambda n: progress.advance(writing, n),
+        total=found.samples,
+        skip_broken=skip,
+    )
+    return found, written, kept
 
 
 def main() -> int:
     options = arguments()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples  ETA"),
+        TimeRemainingColumn(),
+    )
     try:
-        chosen = records(options)
-        columns = (
-            TextColumn("writing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("samples  ETA"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns) as progress:
-            task = progress.add_task("", total=len(chosen))
-            written, kept = write_shards(chosen, options.out, options.per_shard, lambda n: progress.advance(task, n))
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            found, written, kept = write(options, progress)
+        skipped = list_skipped(options.out)
     except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(chosen)} samples in {written + kept} shards under {options.out} ({kept} were there already)")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    captions = skipped.pop("empty caption", 0)
+    count = found.samples - sum(skipped.values())
+    print(f"{count} samples in {written + kept} shards under {options.out} ({kept} were there already)")
+    if skipped:
+        print(f"left out {sum(skipped.values())} samples: {describe(skipped)}; see {options.out / SKIPPED}")
+    if captions:
+        print(f"left out {captions} empty captions of samples that have others; see {options.out / SKIPPED}")
     return 0
 
 

@@ -5,7 +5,6 @@ Counts come from `NAME_stats.json` (img2dataset, `make_shards`) beside each tar,
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
-from PIL import Image, UnidentifiedImageError
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from sacl_ds.data.images import BadImage, decode
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
+from sacl_ds.data.shard_layout import IMAGE_EXTENSIONS, stats_path
 from sacl_ds.errors import UserError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 def expand(pattern: str, setting: str = "data.shards") -> list[str]:
@@ -37,12 +35,6 @@ def expand(pattern: str, setting: str = "data.shards") -> list[str]:
         more = f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else ""
         raise UserError(f"{setting}: shard {missing[0]} does not exist{more}; correct the pattern {pattern!r}")
     return files
-
-
-def stats_path(shard: str | Path) -> Path:
-    """Where the count of a shard stands: 00012.tar -> 00012_stats.json, as img2dataset names it."""
-    shard = Path(shard)
-    return shard.with_name(f"{shard.stem}_stats.json")
 
 
 def count_samples(shard: str) -> int:
@@ -82,20 +74,20 @@ class ShardSource:
         data = next((fields[ext] for ext in IMAGE_EXTENSIONS if ext in fields), None)
         if data is None:
             raise UserError(f"shard {shard}, sample {key}: no image ({', '.join(IMAGE_EXTENSIONS)})")
-        captions = _captions(fields)
+        captions = captions_of(fields)
         if not captions:
             raise UserError(f"shard {shard}, sample {key}: no caption in its .txt or .json")
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            image = decode(data)
+        except BadImage as error:
             raise UserError(f"shard {shard}, sample {key}: the image cannot be decoded: {error}") from None
         return Sample(key, image, captions, data)
 
     def captions(self, limit: int) -> Iterator[str]:
         given = 0
         for file in self.files:
-            for fields in _samples(file, text_only=True):
-                for caption in _captions(fields):
+            for fields in read_samples(file, text_only=True):
+                for caption in captions_of(fields):
                     yield caption
                     given += 1
                     if given >= limit:
@@ -104,7 +96,7 @@ class ShardSource:
     def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
         number = 0
         for file in self.files:
-            for fields in _samples(file):
+            for fields in read_samples(file):
                 if limit is not None and number >= limit:
                     return
                 if number % world == rank:
@@ -129,7 +121,7 @@ class ShardReader:
                 continue
             if place.shard != self.shard or place.offset < self.next_offset:
                 self.shard, self.next_offset = place.shard, 0
-                self.samples = _samples(self.files[place.shard])
+                self.samples = read_samples(self.files[place.shard])
             fields = None
             while self.next_offset <= place.offset:
                 fields = next(self.samples, None)
@@ -143,20 +135,25 @@ class ShardReader:
         return found
 
 
-def _samples(file: str, text_only: bool = False) -> Iterator[dict[str, Any]]:
-    """The samples of one tar in their order, as webdataset groups them: {'__key__': ..., 'jpg': bytes, ...}."""
+def read_samples(file: str, text_only: bool = False, without_image: bool = False) -> Iterator[dict[str, Any]]:
+    """The samples of one tar in their order, as webdataset groups them: {'__key__': ..., 'jpg': bytes, ...}.
+
+    text_only: without reading images. without_image: groups that have none too, which are no samples for training.
+    """
     select = (lambda name: _extension(name) not in IMAGE_EXTENSIONS) if text_only else None
     try:
         with gopen(file) as stream:
             files = tar_file_expander([{"url": file, "stream": stream}], select_files=select)
             for fields in group_by_keys(files):
-                if text_only or any(ext in fields for ext in IMAGE_EXTENSIONS):
+                if text_only or without_image or any(ext in fields for ext in IMAGE_EXTENSIONS):
                     yield fields
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise UserError(f"shard {file} cannot be read: {error}") from None
+        # webdataset adds the stream to the message and to the arguments
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(next(iter(error.args), error))
+        raise UserError(f"shard {file} cannot be read: {reason.partition(' @ <')[0]}") from None
 
 
-def _captions(fields: dict[str, Any]) -> list[str]:
+def captions_of(fields: dict[str, Any]) -> list[str]:
     """All captions: the list 'captions' of the .json where there is one, else the .txt, else 'caption' of the .json."""
     meta: dict[str, Any] = {}
     if "json" in fields:

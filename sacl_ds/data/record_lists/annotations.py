@@ -1,0 +1,82 @@
+"""Caption files in JSON, which are read whole: Karpathy's and COCO's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sacl_ds.data.record import ImageFile, Record, no_image
+from sacl_ds.errors import UserError
+
+
+def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record]:
+    """Records of one split of a Karpathy JSON (COCO, Flickr30k, Flickr8k); 'train' takes 'restval' too.
+
+    Raises UserError for a file that cannot be read, and for an empty split (naming those there are).
+    """
+    document = _read_json(annotations)
+    try:
+        entries = document["images"]
+        wanted = {split, "restval"} if split == "train" else {split}
+        chosen = [entry for entry in entries if entry["split"] in wanted]
+        splits = sorted({entry["split"] for entry in entries})
+        records = [
+            Record(
+                key=f"{number:09d}",
+                captions=[sentence["raw"] for sentence in entry["sentences"]],
+                load=ImageFile(os.path.join(images, entry.get("filepath", ""), entry["filename"])),
+                meta={"filename": entry["filename"], "imgid": entry.get("imgid", number)},
+                where=f"{annotations}, image {entry['filename']}",
+            )
+            for number, entry in enumerate(chosen)
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{annotations} is no Karpathy JSON: {error} is missing in 'images'") from None
+    if not records:
+        raise UserError(f"{annotations}: no images in split {split!r}; there are: {', '.join(splits)}")
+    return records
+
+
+def coco_records(annotations: Path, images: Path) -> list[Record]:
+    """Records of a COCO captions JSON in the order of its 'images'; all captions of an image in one sample.
+
+    A caption whose image_id no image has becomes a broken record at the end. Raises UserError for a file that cannot
+    be read.
+    """
+    document = _read_json(annotations)
+    captions: dict[Any, list[str]] = defaultdict(list)
+    try:
+        for annotation in document["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        records = [
+            Record(
+                key=f"{number:09d}",
+                captions=captions.pop(entry["id"], []),
+                load=ImageFile(os.path.join(images, entry["file_name"])),
+                meta={"filename": entry["file_name"], "image_id": entry["id"]},
+                where=f"{annotations}, image {entry['id']} ({entry['file_name']})",
+            )
+            for number, entry in enumerate(document["images"])
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{annotations} is no COCO captions JSON: {error} is missing") from None
+    if not records:
+        raise UserError(f"{annotations}: 'images' is empty")
+    for image_id, orphans in captions.items():
+        where, problem = f"{annotations}, image_id {image_id}", "caption of an image that 'images' lacks"
+        records.append(Record(f"{len(records):09d}", orphans, no_image, {"image_id": image_id}, where, problem))
+    return records
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None

@@ -1,0 +1,91 @@
+"""A folder of images, each with a .txt of the same stem beside it, one caption a line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from sacl_ds.data.record import ImageFile, Record, no_image
+from sacl_ds.data.shard_layout import IMAGE_EXTENSIONS
+from sacl_ds.errors import UserError
+
+
+class FolderRecords:
+    """Sorted by name within each folder, subfolders in their place among the files. Hidden files are passed over."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __iter__(self) -> Iterator[Record]:
+        number = 0
+        for folder, stem, files in _stems(str(self.root)):
+            images = [name for name in files if _extension(name) in IMAGE_EXTENSIONS]
+            texts = [name for name in files if _extension(name) == "txt"]
+            text = os.path.join(folder, texts[0]) if texts else os.path.join(folder, f"{stem}.txt")
+            captions, problem = _read_captions(text) if images and texts else ([], "")
+            if images and not texts:
+                problem = "no .txt beside the image"
+            for name in images:
+                path = os.path.join(folder, name)
+                meta = {"filename": os.path.relpath(path, self.root)}
+                yield Record(f"{number:09d}", captions, ImageFile(path), meta, path, problem)
+                number += 1
+            if texts and not images:
+                meta = {"filename": os.path.relpath(text, self.root)}
+                problem = f"no {', '.join(IMAGE_EXTENSIONS)} beside the text"
+                yield Record(f"{number:09d}", [], no_image, meta, text, problem)
+                number += 1
+
+
+def folder_records(root: Path) -> FolderRecords:
+    """Records of all images under `root`. Raises UserError where that is no folder."""
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; correct --images")
+    return FolderRecords(root)
+
+
+def _stems(folder: str) -> Iterator[tuple[str, str, list[str]]]:
+    """(folder, stem, files of that stem), in order. Holds the names of one folder and those above it."""
+    names: list[str] = []
+    folders: set[str] = set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                names.append(entry.name)
+                if entry.is_dir(follow_symlinks=False):  # a link to a folder above would never end
+                    folders.add(entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from None
+    names.sort()
+    names.sort(key=_stem)
+    for stem, group in groupby(names, key=_stem):
+        files = []
+        for name in group:
+            if name in folders:
+                yield from _stems(os.path.join(folder, name))
+            else:
+                files.append(name)
+        yield folder, stem, files
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower().lstrip(".")
+
+
+def _read_captions(path: str) -> tuple[list[str], str]:
+    """(captions, "") or ([], what is wrong). Empty lines are no captions."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [line for line in file.read().split("\n") if line.strip()], ""
+    except UnicodeDecodeError:
+        return [], "text is not UTF-8"
+    except OSError as error:
+        return [], f"text unreadable: {error.strerror}"
