@@ -194,6 +194,7 @@ def test_which_hostfile_the_launcher_was_given(words: str, named: str | None) ->
         ["train.stepz=5"],
         ["--resumme"],
         ["data.source=shards", "data.shards=/nowhere/{0..2}.tar"],
+        ["data.source=shards", "data.shards=' '"],
         ["train.global_batch_size=15"],
         ["train.micro_batch_size=4"],
         ["--resume"],

@@ -140,32 +140,6 @@ def test_bf16_keeps_the_logit_scale_in_fp32(stage: int, tmp_path: Path) -> None:
     assert all(abs(s - 1 / 0.07) < 0.5 for s in scales)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train.stepz=5"], "unknown key 'train.stepz'"),
-        (["--resumme"], "--resumme"),
-        (
-            ["data.source=shards", "data.shards=/nowhere/{0..2}.tar"],
-            "shard /nowhere/0.tar does not exist (and 2 more of 3)",
-        ),
-        (["data.source=shards", "data.shards=' '"], "empty list of shards"),
-        (["train.global_batch_size=15"], "15 does not divide over 2 ranks"),
-        (["train.micro_batch_size=4"], "gradient accumulation is not supported yet"),
-        (["--resume"], "nothing to resume"),
-        (["teacher.checkpoint=/nowhere"], "teacher.checkpoint=/nowhere: no config.yaml there"),
-    ],
-)
-def test_mistakes_are_one_line_printed_once(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = start(tmp_path / "run", *arguments, ranks=2, check=False)
-    assert done.returncode != 0
-    text = done.stdout + done.stderr
-    errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, text[-3000:]
-    assert message in errors[0]
-    assert "Traceback" not in text
-
-
 def test_a_run_directory_is_never_overwritten(runs) -> None:
     folder = runs(1, 2)
     before = (folder / "metrics.jsonl").read_text()
