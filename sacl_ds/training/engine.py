@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.builder import CUDAMismatchException
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.distributed import DistNetworkError
@@ -105,8 +105,8 @@ def build_engine(module: nn.Module, config: EngineConfig, optim: OptimConfig) ->
         )
     try:
         engine, *_ = deepspeed.initialize(model=module, config=values, **own)
-    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        if config.adam != "DeepSpeed":
+    except (RuntimeError, CUDAMismatchException) as error:
+        if isinstance(error, RuntimeError) and "building extension" not in str(error):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(
