@@ -116,6 +116,8 @@ def describe_start(job: Job, plan: EngineConfig) -> str:
     precision = "bf16 autocast" if "torch_autocast" in plan.values else "fp32"
     ranks = f"{world_size()} rank{'s' if world_size() > 1 else ''} on {job.machine.device_name}"
     line = f"{ranks}, ZeRO {zero_stage(plan.values)}, {precision}, AdamW of {plan.adam}"
+    if plan.adam == "DeepSpeed":
+        line += " (compiled at its first use, which takes minutes)"
     if job.machine.cannot_compile:
         line += f"; {job.machine.cannot_compile} here, so DeepSpeed's own operators stay off"
     return "\n".join([line, *(f"note: {note}" for note in plan.notes)])
