@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -85,6 +86,8 @@ def exit_status(main: Callable[[], None]) -> int:
         alone = initialised() and not isinstance(error, SharedError)
         if _first() or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:  # the launcher ends all ranks when one has ended: not before the first has spoken
+            time.sleep(_SECONDS_TO_SPEAK)
         return 2
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _PEER_GONE):
@@ -95,6 +98,7 @@ def exit_status(main: Callable[[], None]) -> int:
     return 0
 
 
+_SECONDS_TO_SPEAK = 30.0
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
 
 
