@@ -24,6 +24,8 @@ def cannot_load(setting: str, name: str, error: Exception) -> UserError:
     reason = lines[0].rstrip(".") if lines else type(error).__name__
     if Path(name).exists():
         return UserError(f"{setting}={name} cannot be loaded: {reason}")
+    if name.startswith(("/", ".", "~")):
+        return UserError(f"{setting}={name}: no such folder; correct the path")
     return UserError(
         f"{setting}={name}: no folder of that name, and the hub cannot be reached or lacks it; without network, "
         f"fetch it elsewhere and give the local folder ({reason[:120]})"
