@@ -46,7 +46,6 @@ def documented(line: str) -> None:
 
 def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> Path:
     """A shard of 32 pictures; broken: sample -> (its image bytes, its caption), None as usual."""
-    buffer = io.BytesIO()
     path = folder / "00000.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(32):
