@@ -3,7 +3,6 @@
 import sys
 
 from sacl_ds.command_line import exit_status, read_options, training_parser
-from sacl_ds.ds_config import read_ds_config
 
 EXAMPLE = "deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2.json train.steps=1000"
 
@@ -12,8 +11,10 @@ def main() -> None:
     options, run = read_options(training_parser(__doc__, EXAMPLE))
     if run is None:
         return
-    ds = read_ds_config(options.ds_config)
     # after the checks that need no rank: these imports take seconds
+    from sacl_ds.ds_config import read_ds_config
+
+    ds = read_ds_config(options.ds_config)
     from sacl_ds.evaluation.held_out import held_out_evaluator
     from sacl_ds.training.engine import start_process
     from sacl_ds.training.pretrain import Job, pretrain

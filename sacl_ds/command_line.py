@@ -15,7 +15,6 @@ import yaml
 from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.config_help import explain
-from sacl_ds.distributed import initialised
 from sacl_ds.errors import SharedError, UserError
 
 _HELP = """
@@ -83,7 +82,7 @@ def exit_status(main: Callable[[], None]) -> int:
         main()
     except UserError as error:
         # what every rank meets alike, the first one says; what one rank alone met, that one
-        alone = initialised() and not isinstance(error, SharedError)
+        alone = _in_a_job() and not isinstance(error, SharedError)
         if _first() or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:  # the launcher ends all ranks when one has ended: not before the first has spoken
@@ -96,6 +95,15 @@ def exit_status(main: Callable[[], None]) -> int:
         print(f"rank {rank} stops: another rank ended first, whose own line says why", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _in_a_job() -> bool:
+    """Whether this process has joined the others; most mistakes are answered before torch, which takes seconds."""
+    if "torch" not in sys.modules:
+        return False
+    from sacl_ds.distributed import initialised
+
+    return initialised()
 
 
 _SECONDS_TO_SPEAK = 30.0

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import free_port
-from test_runs import SMALL
+from starting import SMALL, launch
 
 from sacl_ds.config_file import load_config
 from sacl_ds.ds_config import EngineConfig, read_ds_config, resolve
@@ -154,21 +153,14 @@ def test_missing_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3_offload"])
 def test_trains_without_compiler_ninja_or_activation(ds_config: str, root: Path, tmp_path: Path) -> None:
     """PATH holds nothing at all; the interpreter is named by its path."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [
-            *launcher,
-            "launch/pretrain.py",
-            "--ds_config",
-            f"ds_configs/{ds_config}.json",
-            f"output_dir={tmp_path}/run",
-            *SMALL,
-            "teacher.steps=0",
-        ],
-        cwd=root,
+    done = launch(
+        "--ds_config",
+        f"ds_configs/{ds_config}.json",
+        f"output_dir={tmp_path}/run",
+        *SMALL,
+        "teacher.steps=0",
+        options=("--num_gpus", "1"),
         env={"PATH": str(tmp_path), "HOME": str(tmp_path), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if "AdamW of PyTorch" in line]

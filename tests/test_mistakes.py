@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from ranks import free_port
-from test_runs import SMALL, losses, start
+from starting import ROOT, SMALL, launch, losses, start
 
 from sacl_ds.command_line import launcher_option
 from sacl_ds.config_file import load_config
@@ -26,7 +25,6 @@ from sacl_ds.telemetry.metrics import read
 from sacl_ds.training.loop import out_of_memory
 from sacl_ds.training.run_folder import check_space
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTED = (ROOT / "docs/mistakes.md").read_text()
 
 
@@ -73,7 +71,7 @@ def test_a_broken_sample(broken: dict, tmp_path: Path) -> None:
 
 def test_fewer_shards_than_ranks_and_workers_is_no_mistake(tmp_path: Path) -> None:
     path = shard(tmp_path, {})
-    arguments = ["data.source=shards", f"data.shards={path}", "data.workers=3", "teacher.steps=0", "train.steps=4"]
+    arguments = ["data.source=shards", f"data.shards={path}", "data.workers=1", "teacher.steps=0", "train.steps=4"]
     start(tmp_path / "run", *arguments, ranks=2)
     assert len(losses(tmp_path / "run")) == 4
 
@@ -150,11 +148,8 @@ def test_a_hub_name_without_network(setting: str, tmp_path: Path) -> None:
 
 
 def test_a_misspelt_hostfile(tmp_path: Path) -> None:
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
-    command = [*launcher, f"--hostfile={tmp_path}/hots", "launch/pretrain.py", "--ds_config", "ds_configs/zero2.json"]
-    env = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*command, *SMALL], cwd=ROOT, env=env, capture_output=True, text=True)
-    documented(said(done, tmp_path))
+    options = (f"--hostfile={tmp_path}/hots",)
+    documented(said(launch("--ds_config", "ds_configs/zero2.json", *SMALL, options=options), tmp_path))
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
@@ -162,16 +157,8 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(port)]
-        command = [
-            *launcher,
-            "launch/pretrain.py",
-            "--ds_config",
-            "ds_configs/zero2.json",
-            f"output_dir={tmp_path}/run",
-        ]
-        env = os.environ | {"DS_ACCELERATOR": "cpu"}
-        done = subprocess.run([*command, *SMALL], cwd=ROOT, env=env, capture_output=True, text=True)
+        arguments = ["--ds_config", "ds_configs/zero2.json", f"output_dir={tmp_path}/run", *SMALL]
+        done = launch(*arguments, options=("--num_gpus", "1", "--master_port", str(port)))
     documented(said(done, tmp_path).replace(str(port), "29500").replace(str(port + 1), "29501"))
 
 
@@ -193,10 +180,20 @@ def test_which_hostfile_the_launcher_was_given(words: str, named: str | None) ->
         ["train.stepz=5"],
         ["--resumme"],
         ["data.source=shards", "data.shards=/nowhere/{0..2}.tar"],
-        ["data.source=shards", "data.shards=' '"],
         ["train.global_batch_size=15"],
-        ["train.micro_batch_size=4"],
         ["--resume"],
+    ],
+)
+def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> None:
+    """Said once and not per rank, also where the launcher ends the ranks that are left."""
+    documented(said(start(tmp_path / "run", *arguments, ranks=2, check=False, launcher=True), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data.source=shards", "data.shards=' '"],
+        ["train.micro_batch_size=4"],
         ["teacher.checkpoint=/nowhere"],
         ["kernels.apex=on"],
         ["trains=?"],
@@ -208,11 +205,7 @@ def test_mistakes_on_the_command_line(arguments: list[str], tmp_path: Path) -> N
 
 def answer(*arguments: str) -> str:
     """What pretrain.py prints on two ranks, without the launcher's own lines."""
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    env = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*launcher, "launch/pretrain.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = launch(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
 
@@ -243,9 +236,7 @@ def test_monitors_get_the_figures(tmp_path: Path) -> None:
     ds = json.loads((ROOT / "ds_configs/zero2.json").read_text())
     ds["csv_monitor"]["enabled"] = True
     (tmp_path / "ds.json").write_text(json.dumps(ds))
-    command = [sys.executable, "launch/pretrain.py", "--ds_config", f"{tmp_path}/ds.json", f"output_dir={tmp_path}/run"]
-    env = os.environ | {"DS_ACCELERATOR": "cpu"}
-    subprocess.run([*command, *SMALL, "teacher.steps=0", "train.steps=3"], cwd=ROOT, env=env, check=True)
+    start(tmp_path / "run", "--ds_config", f"{tmp_path}/ds.json", "teacher.steps=0", "train.steps=3")
     rows = (tmp_path / "run/csv_monitor/train_itc.csv").read_text().splitlines()
     logged = [line["itc"] for line in read(tmp_path / "run/metrics.jsonl") if "itc" in line]
     assert [float(row.split(",")[1]) for row in rows[1:]] == pytest.approx(logged, rel=1e-6)

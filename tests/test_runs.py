@@ -1,4 +1,4 @@
-"""Whole runs of the command line, as a user starts them: two ranks through the deepspeed launcher, real checkpoints."""
+"""Whole runs of the command line, as a user starts them, with real checkpoints."""
 
 import json
 import os
@@ -9,45 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from starting import ROOT, SMALL, losses, start
 
 from sacl_ds.telemetry.metrics import read
 
-ROOT = Path(__file__).parent.parent
-SMALL = [
-    "data.scenes.eval_count=20", "train.global_batch_size=16", "train.steps=20", "train.log_every=1", "teacher.steps=4",
-    "model.text_width=32", "model.text_heads=2", "model.embed_dim=16", "data.scenes.count=3000",
-    "model.image_encoder_arguments={embed_dim: 32, depth: 1, num_heads: 2, patch_size: 16}",
-]  # fmt: skip
 CONTRASTIVE_ONLY = ["loss.matching_weight=0", "loss.mlm_weight=0"]
-
-
-def start(
-    output: Path, *arguments: str, ranks: int = 1, stage: int | str = 2, check: bool = True, device: str = "cpu"
-) -> subprocess.CompletedProcess:
-    """deepspeed --num_gpus RANKS launch/pretrain.py --ds_config ... in the repository's root."""
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-    ]
-    command = [*launcher, "launch/pretrain.py", "--ds_config", f"ds_configs/zero{stage}.json", f"output_dir={output}"]
-    done = subprocess.run(
-        [*command, *SMALL, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"DS_ACCELERATOR": device},
-        capture_output=True,
-        text=True,
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-def losses(folder: Path, name: str = "loss") -> list[float]:
-    return [line[name] for line in read(folder / "metrics.jsonl") if name in line]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
 
 def test_the_same_run_twice_is_equal_to_the_bit(runs, tmp_path: Path) -> None:
     first = runs(1, 2)
-    start(tmp_path / "again")
+    start(tmp_path / "again", launcher=True)
     a, b = losses(first), losses(tmp_path / "again")
     assert len(a) == 20
     assert a == b

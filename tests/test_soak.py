@@ -27,7 +27,7 @@ def run(folder: Path, *arguments: str) -> tuple[dict[str, float], dict[str, floa
         *arguments,
     ]
     started = time.monotonic()
-    subprocess.run([*command, *arguments], cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
     line = [line for line in read(folder / "metrics.jsonl") if "evaluation" in line][-1]
     return line["evaluation"], line["chance"], time.monotonic() - started
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import start
+from starting import start
 
 pytestmark = [
     pytest.mark.gpu,
