@@ -5,7 +5,7 @@ import torch
 
 from sacl_ds.losses import Regulation, hard_negatives
 
-B, DRAWS = 7, 3000
+B, DRAWS = 7, 1500
 IDS = torch.tensor([[0, 10], [1, 11], [0, 12], [3, 13], [4, 11], [5, 15], [6, 16]])
 
 

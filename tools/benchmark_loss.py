@@ -211,18 +211,16 @@ def plot(results: list[dict[str, object]], path: Path) -> None:
     for (width, scale), pair in zip(panels, axes, strict=True):
         for axis, key, factor, label in zip(pair, ("seconds", "bytes"), (1, 1e-6), ("seconds", "MB"), strict=True):
             for number, name in enumerate(names):
-                rows = [
-                    r for r in results
-                    if r["implementation"] == name and (r["case"]["width"], r["case"]["scale"]) == (width, scale) and r[key]
-                ]  # fmt: skip
-                style = {
-                    "color": f"C{number}",
-                    "marker": "o",
-                    "linestyle": "--" if "dense" in name or "_" in name else "-",
-                }
+                here = [r for r in results if r["implementation"] == name and r[key]]
+                rows = [r for r in here if (r["case"]["width"], r["case"]["scale"]) == (width, scale)]
+                peer = name in ("open_clip", "inf_cl") or name.startswith("dense")
+                style = {"color": f"C{number}", "marker": "o", "linestyle": "--" if peer else "-"}
                 axis.plot([r["case"]["pairs"] for r in rows], [r[key] * factor for r in rows], label=name, **style)
             axis.set(xscale="log", yscale="log", xlabel="pairs", ylabel=label, title=f"width {width}, scale {scale:g}")
-            axis.grid(alpha=0.3, which="both")
+            ticks = sorted({r["case"]["pairs"] for r in results})
+            axis.set_xticks(ticks, [str(n) for n in ticks])
+            axis.set_xticks([], minor=True)
+            axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=120)
 

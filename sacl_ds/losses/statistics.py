@@ -12,7 +12,7 @@ from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.losses.streaming import Anchors, Joint, sums_over_ranks
 from sacl_ds.losses.tiles import Excluded, Similarities, Sums, tiles_of
 
-_TILE = 512, 1024
+_TILE = 1024, 1024
 # sums that each rank contributes
 _NAMES = (
     "anchors", "pairs", "with_negatives", "pmi_positive", "pmi_negative", "pmi_negative_target", "infonce_bound",

@@ -241,11 +241,10 @@ class _JointLoss(torch.autograd.Function):
                 joint.images, columns, joint.logit_scale, *shifts, own, into_images, into_texts, kept
             )
 
-        into_texts = _sum_to_owners(gradients, joint.job, into_images.new_zeros, text)
-        factor = upstream * joint.job.share
-        of_scale = (row_products(image, into_images).sum() * factor).to(logit_scale.dtype)
-        factor = factor * logit_scale
-        of_image, of_text = (into.mul_(factor).to(image.dtype) for into in (into_images, into_texts))
+        share = upstream * joint.job.share
+        of_text = _sum_to_owners(gradients, joint.job, into_images.new_zeros, text, share * logit_scale)
+        of_scale = (row_products(image, into_images).sum() * share).to(logit_scale.dtype)
+        of_image = into_images.mul_(share * logit_scale).to(image.dtype)
         return of_image, of_text, of_scale.view_as(logit_scale), None
 
 
@@ -286,18 +285,17 @@ def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:
 
 
 def _sum_to_owners(
-    gradients: Callable[[int, int, Tensor], None], job: Job, zeros: Callable[..., Tensor], texts: Tensor
+    gradients: Callable[[int, int, Tensor], None], job: Job, zeros: Callable[..., Tensor], own: Tensor, factor: Tensor
 ) -> Tensor:
-    """(b, d) gradient of this rank's texts. gradients(start, stop, into) adds this rank's part for texts start..stop.
+    """factor * the gradient of this rank's texts `own`, (b, d) like them.
 
-    A share of every rank's texts at a time, so that one share's sum over ranks travels while the next is computed.
+    gradients(start, stop, into) adds this rank's part for texts start..stop. A share of every rank's texts at a time:
+    one share's sum over ranks travels while the next is computed, and only that much is held in float32.
     """
-    counts, world, width = job.counts, world_size(job.group), texts.shape[1]
-    if world == 1:
-        into = zeros(texts.shape)
-        gradients(0, len(texts), into)
-        return into
+    counts, world, width = job.counts, world_size(job.group), own.shape[1]
     share = -(-max(counts) // _GRADIENT_PARTS)
+    if world == 1 and own.dtype == factor.dtype:
+        share = counts[0]
     sums: list[Tensor] = []
     arriving: Callable[[], Tensor] | None = None
     for begin in range(0, max(counts), share):
@@ -308,7 +306,7 @@ def _sum_to_owners(
                 gradients(start, start + length, into[owner, :length])
         if arriving is not None:
             sums.append(arriving())
-        arriving = start_sum_to_owners(into.to(texts.dtype), job.group)
+        arriving = start_sum_to_owners(into.mul_(factor).to(own.dtype), job.group)
     assert arriving is not None
     sums.append(arriving())
-    return torch.cat(sums)[: counts[rank(job.group)]].to(into.dtype)
+    return (sums[0] if len(sums) == 1 else torch.cat(sums))[: counts[rank(job.group)]]

@@ -88,7 +88,7 @@ class Kept:
 class TorchTiles:
     """The arithmetic of tiles of at most `rows` x `columns`, on any device."""
 
-    def __init__(self, regulation: Regulation, rows: int = 512, columns: int = 1024) -> None:
+    def __init__(self, regulation: Regulation, rows: int = 1024, columns: int = 1024) -> None:
         self.regulation = regulation
         self.shape = rows, columns
 
