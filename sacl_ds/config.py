@@ -167,8 +167,13 @@ class LossConfig(_Room):
     matching_hardness: NaturalFloat = Field(
         0.25, description="ITM's negatives are drawn in proportion to e^(this * z); 1: as ALBEF, 0: at random"
     )
+    matching_regulated: bool = Field(
+        False, description="draw those in proportion to w e^(hardness * z): false negatives are no hard ones"
+    )
     mlm_probability: Fraction = Field(0.15, description="share of the tokens that MLM predicts")
-    backend: Literal["auto", "reference"] = Field("auto", description="which computation of the contrastive loss")
+    backend: Literal["auto", "reference", "streaming", "triton"] = Field(
+        "auto", description="computation of the contrastive loss; auto: triton on CUDA, else streaming"
+    )
 
 
 class TeacherConfig(_Room):

@@ -7,7 +7,7 @@ that a loss summed over ranks is differentiated exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,14 @@ def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
     return total
 
 
+def max_over_ranks(value: Tensor, group: Group = None) -> Tensor:
+    """A new tensor: the greatest of each element of `value` over ranks, without gradient."""
+    greatest = value.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
+    return greatest
+
+
 def row_counts(rows: Tensor, group: Group = None) -> list[int]:
     """How many rows each rank holds: len(rows), in rank order. One small collective and a host sync."""
     if world_size(group) == 1:
@@ -91,21 +99,48 @@ def row_counts(rows: Tensor, group: Group = None) -> list[int]:
     return counts.tolist()
 
 
+def start_gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> Callable[[], Tensor]:
+    """Begin `gather_rows`; the function returned waits for its end and gives its result."""
+    rows = rows.detach()
+    world = world_size(group)
+    if world == 1:
+        return lambda: rows
+    longest = max(counts)
+    gathered = rows.new_empty(world * longest, *rows.shape[1:])
+    work = dist.all_gather_into_tensor(gathered, _padded(rows, longest), group=group, async_op=True)
+    assert work is not None
+
+    def finish() -> Tensor:
+        work.wait()
+        if min(counts) == longest:
+            return gathered
+        return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts, strict=True)])
+
+    return finish
+
+
 def gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> Tensor:
     """All ranks' rows in rank order, (sum(counts), ...), without gradient.
 
     counts: rows per rank, from `row_counts`. Uneven counts are padded on the wire, since gloo gathers equal sizes only.
     """
-    rows = rows.detach()
-    world = world_size(group)
-    if world == 1:
-        return rows
-    longest = max(counts)
-    gathered = rows.new_empty(world * longest, *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, _padded(rows, longest), group=group)
-    if min(counts) == longest:
-        return gathered
-    return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts, strict=True)])
+    return start_gather_rows(rows, counts, group)()
+
+
+def start_sum_to_owners(parts: Tensor, group: Group = None) -> Callable[[], Tensor]:
+    """Begin to give each rank r the sum over ranks of parts[r], (world, n, ...) -> (n, ...); the function returned
+    waits for its end and gives it."""
+    if world_size(group) == 1:
+        return lambda: parts[0]
+    mine = torch.empty_like(parts[0])
+    work = dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group, async_op=True)
+    assert work is not None
+
+    def finish() -> Tensor:
+        work.wait()
+        return mine
+
+    return finish
 
 
 def gather_rows_with_grad(rows: Tensor, counts: list[int], group: Group = None) -> Tensor:
@@ -130,7 +165,5 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         longest = max(ctx.counts)
-        parts = [_padded(part, longest) for part in gradient.split(ctx.counts)]
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(mine, torch.cat(parts), group=ctx.group)
-        return mine[: ctx.counts[rank(ctx.group)]], None, None
+        parts = torch.stack([_padded(part, longest) for part in gradient.split(ctx.counts)])
+        return start_sum_to_owners(parts, ctx.group)()[: ctx.counts[rank(ctx.group)]], None, None

@@ -1,6 +1,5 @@
 """The model's parts: attention in both directions, the temperature's bounds, starts from saved models."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 from sacl_ds.config import ModelConfig
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.errors import UserError
-from sacl_ds.losses import sample_negatives
 from sacl_ds.model.heads import LogitScale
 from sacl_ds.model.pretrained import load_bert
 from sacl_ds.model.sacl import SaclModel
@@ -66,21 +64,6 @@ def test_logit_scale_stays_in_bounds_and_returns(start: float, sign: int, moves:
     (-sign * value).backward()
     assert (scale.log_scale.grad.abs().sum() > 0) == moves
     assert scale.log_scale.shape == (1,)
-
-
-@pytest.mark.parametrize(("hardness", "ratio"), [(1.0, 9), (0.5, 3), (0.0, 1)])
-def test_hard_negatives_follow_the_similarity(hardness: float, ratio: float) -> None:
-    logits = torch.tensor([[0.0, math.log(9), 0.0, 5.0]] * 4)
-    ids = torch.tensor([0, 1, 2, 0])
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([sample_negatives(logits, ids, generator, hardness)[0] for _ in range(4000)])
-    shares = [(drawn[:, 0] == j).float().mean().item() for j in range(4)]
-    # row 0: itself and column 3, which shares its id, never; columns 1 and 2 as 9^hardness to 1
-    assert shares == pytest.approx([0, ratio / (ratio + 1), 1 / (ratio + 1), 0], abs=0.03)
-    assert all((drawn[:, i] != i).all() for i in range(4))
-    columns, valid = sample_negatives(torch.zeros(1, 1))
-    assert columns.shape == (1,)
-    assert not valid.any()
 
 
 def test_starts_from_a_bert_folder(tmp_path: Path) -> None:

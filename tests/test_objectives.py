@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from sacl_ds.training.objectives import Targets
+from sacl_ds.training.objectives import Targets, _take
 
 
 @pytest.mark.parametrize("term", ["contrastive", "matching", "mlm"])
@@ -23,3 +23,21 @@ def test_each_term_can_be_learned_by_heart(term: str) -> None:
         optimizer.step()
         seen.append(losses[name].item())
     assert sum(seen[-10:]) / 10 < 0.15 * seen[0]
+
+
+def test_the_gradient_of_what_is_taken_more_than_once_has_the_same_bits_every_time() -> None:
+    """Large enough for several threads, on which the gradient of an index with repeats depends on their order."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(64, 24, 96, generator=generator)
+    places = torch.randint(0, 8, (192,), generator=generator)
+    weights = torch.randn(192, 24, 96, generator=generator)
+    gradients = []
+    for _ in range(10):
+        leaf = states.clone().requires_grad_()
+        taken = _take(leaf, places)
+        assert torch.equal(taken, states[places])
+        (taken * weights).sum().backward()
+        gradients.append(leaf.grad)
+    expected = torch.zeros_like(states, dtype=torch.float64).index_add_(0, places, weights.double())
+    torch.testing.assert_close(gradients[0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from sacl_ds.config import LossConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
-from sacl_ds.losses import masked_language_loss, matching_loss, sample_negatives, similarity_regulated_loss
+from sacl_ds.losses import (
+    HardNegatives,
+    Regulation,
+    hard_negatives,
+    masked_language_loss,
+    matching_loss,
+    similarity_regulated_loss,
+)
 from sacl_ds.model.sacl import SaclModel
 
 
@@ -48,9 +55,8 @@ class PretrainObjective(nn.Module):
         losses = self._contrastive(image, text, logit_scale, batch, targets)
         total = settings.contrastive_weight * losses["itc"]
         if settings.matching_weight:
-            with torch.no_grad():
-                logits = logit_scale * image @ text.T
-            losses |= self._matching(image_tokens, text_states, logits, batch, targets)
+            negatives = self._hard_negatives(image, text, logit_scale, batch, targets)
+            losses |= self._matching(image_tokens, text_states, negatives, batch)
             total = total + settings.matching_weight * losses["itm"]
         if settings.mlm_weight:
             losses["mlm"] = self._masked_language(image_tokens, batch)
@@ -60,39 +66,58 @@ class PretrainObjective(nn.Module):
     def _contrastive(
         self, image: Tensor, text: Tensor, logit_scale: Tensor, batch: Batch, targets: Targets
     ) -> dict[str, Tensor]:
-        settings = self.settings
-        regulated = settings.contrastive == "sacl"
-        teacher_image, teacher_text = targets.teacher if regulated and targets.teacher else (None, None)
+        regulation, teacher = self._regulation(targets)
+        teacher_image, teacher_text = teacher or (None, None)
         out = similarity_regulated_loss(
             image,
             text,
             logit_scale,
             teacher_image=teacher_image,
             teacher_text=teacher_text,
-            alpha=targets.alpha if teacher_image is not None else 0.0,
-            sharpness=settings.sharpness if regulated else 0.0,
-            teacher_sharpness=settings.teacher_sharpness if regulated else None,
+            alpha=regulation.alpha,
+            sharpness=regulation.sharpness,
+            teacher_sharpness=regulation.teacher_sharpness,
             pair_ids=batch.pair_ids,
-            negative_mass=settings.negative_mass,
-            drop_below=settings.drop_below if regulated else None,
-            backend=settings.backend,
+            negative_mass=regulation.negative_mass,
+            drop_below=regulation.drop_below,
+            backend=self.settings.backend,
             statistics=targets.statistics,
         )
         return {"itc": out.loss, **(out.statistics or {})}
 
+    def _regulation(self, targets: Targets) -> tuple[Regulation, tuple[Tensor, Tensor] | None]:
+        """How negatives are weighted at this step, and by which teacher's features."""
+        settings = self.settings
+        if settings.contrastive == "infonce":
+            return Regulation(sharpness=0.0, negative_mass=settings.negative_mass), None
+        sharpness, of_teacher = settings.sharpness, settings.teacher_sharpness
+        regulation = Regulation(
+            targets.alpha if targets.teacher else 0.0,
+            sharpness,
+            sharpness if of_teacher is None else of_teacher,
+            settings.negative_mass,
+            settings.drop_below,
+        )
+        return regulation, targets.teacher
+
+    def _hard_negatives(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor, batch: Batch, targets: Targets
+    ) -> HardNegatives:
+        regulation, teacher = self._regulation(targets) if self.settings.matching_regulated else (None, None)
+        hardness, generator = self.settings.matching_hardness, targets.generator
+        return hard_negatives(image, text, logit_scale, batch.pair_ids, hardness, regulation, teacher, generator)
+
     def _matching(
-        self, image_tokens: Tensor, text_states: Tensor, logits: Tensor, batch: Batch, targets: Targets
+        self, image_tokens: Tensor, text_states: Tensor, negatives: HardNegatives, batch: Batch
     ) -> dict[str, Tensor]:
         """Matched pairs, each image with a hard text, and each text with a hard image, in one pass."""
         b = len(batch)
-        hardness = self.settings.matching_hardness
-        hard_text, text_found = sample_negatives(logits, batch.pair_ids, targets.generator, hardness)
-        hard_image, image_found = sample_negatives(logits.T, batch.pair_ids, targets.generator, hardness)
-        own = torch.arange(b, device=logits.device)
-        texts, images = torch.cat([own, hard_text, own]), torch.cat([own, own, hard_image])
-        fused = self.model.fuse(text_states[texts], batch.attention_mask[texts], image_tokens[images])
-        matched = torch.arange(3 * b, device=logits.device) < b
-        valid = torch.cat([torch.ones_like(text_found), text_found, image_found])
+        own = torch.arange(b, device=text_states.device)
+        texts, images = torch.cat([own, negatives.text, own]), torch.cat([own, own, negatives.image])
+        fused = self.model.fuse(_take(text_states, texts), batch.attention_mask[texts], _take(image_tokens, images))
+        matched = torch.arange(3 * b, device=text_states.device) < b
+        found = negatives.text_found
+        valid = torch.cat([torch.ones_like(found), found, negatives.image_found])
         match_logits = self.model.match_logits(fused)
         with torch.no_grad():
             right = (match_logits.argmax(1).bool() == matched) & valid
@@ -106,3 +131,9 @@ class PretrainObjective(nn.Module):
         fused = self.model.fuse(states, batch.attention_mask, image_tokens)
         predicted = batch.mlm_labels != IGNORED
         return masked_language_loss(self.model.token_logits(fused[predicted]), batch.mlm_labels[predicted])
+
+
+def _take(states: Tensor, places: Tensor) -> Tensor:
+    """states[places], (n, ...), whose gradient has the same bits every time: that of an index with repeats, on several
+    threads, has not."""
+    return nn.functional.embedding(places, states.flatten(1)).unflatten(1, states.shape[1:])

@@ -1,0 +1,362 @@
+"""Tiles of the similarity matrix as Triton kernels: `TritonTiles` does what `sacl_ds.losses.tiles.TorchTiles` does.
+
+Products of features run on tensor cores in the features' own type, float32 with the precision that PyTorch is set to;
+everything after them is float32. No atomics: the same input gives the same bits.
+
+The forward kernel fuses the products with both directions' running log-sums. A program owns a block of rows and walks
+over a span of columns; it keeps its rows' sums in registers and writes, per tile, its share of the columns' sums. The
+backward kernel writes G, a piece of the matrix at a time, in the features' type; cuBLAS multiplies the piece with the
+features, which is faster than any kernel that would have to hold (rows, d) sums in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses.tiles import Kept, Side, Sums
+
+# what r is made of
+_EVEN, _STUDENT, _TEACHER, _MIXED = 0, 1, 2, 3
+
+# largest piece of the matrix that one launch works on: bounds the memory of partial sums and of G
+_SUM_PIECE = 8192, 32768
+_GRADIENT_PIECE = 2048, 8192
+_SPAN = 4096  # columns that one program of the forward kernel walks over
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile of one program: rows x columns, and how much of the width is multiplied at a time."""
+
+    rows: int = 128
+    columns: int = 128
+    width: int = 64
+    warps: int = 8
+    stages: int = 3
+
+
+@triton.jit
+def _product(a, b, rows, columns, n_rows, n_columns, width, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """<a_row, b_column> of one tile, float32. a, b: (n, width), contiguous."""
+    total = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    # int64: row * width passes 2^31 at 2^22 rows of 512
+    a_rows = a + rows.to(tl.int64)[:, None] * width
+    b_columns = b + columns.to(tl.int64)[None, :] * width
+    for start in range(0, width, BLOCK_WIDTH):
+        places = start + tl.arange(0, BLOCK_WIDTH)
+        some_a = tl.load(a_rows + places[None, :], (rows < n_rows)[:, None] & (places < width)[None, :], 0.0)
+        some_b = tl.load(b_columns + places[:, None], (columns < n_columns)[None, :] & (places < width)[:, None], 0.0)
+        if PRECISION == "interpreted":  # whose products take bfloat16 for integers
+            some_a, some_b = some_a.to(tl.float32), some_b.to(tl.float32)
+            total += tl.dot(some_a, some_b)
+        else:
+            total = tl.dot(some_a, some_b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _similarity(
+    v, t, teacher_v, teacher_t, rows, columns, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
+    teacher_sharpness, KIND: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z and r of one tile."""
+    cosine = _product(v, t, rows, columns, n_rows, n_columns, width, BLOCK_WIDTH, PRECISION)
+    r = tl.zeros_like(cosine)
+    if KIND == 1:
+        r = -sharpness * cosine
+    if KIND >= 2:
+        of_teacher = teacher_sharpness * _product(
+            teacher_v, teacher_t, rows, columns, n_rows, n_columns, teacher_width, BLOCK_WIDTH, PRECISION
+        )
+        if KIND == 2:
+            r = -of_teacher
+        else:
+            of_student = sharpness * cosine
+            top = tl.maximum(of_teacher, of_student)
+            r = -top - tl.log(alpha * tl.exp(of_teacher - top) + (1.0 - alpha) * tl.exp(of_student - top))
+    return scale * cosine, r
+
+
+@triton.jit
+def _excluded(
+    row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH: tl.constexpr, ID_COLUMNS: tl.constexpr
+):
+    """Where a tile leaves the matrix, a pair meets itself, or shares an id. Ids: (ID_COLUMNS, n) int32."""
+    out = (rows >= n_rows)[:, None] | (columns >= n_columns)[None, :]
+    if SAME_BATCH:
+        out = out | (rows[:, None] + offset == columns[None, :])
+    for k in tl.static_range(ID_COLUMNS):
+        mine = tl.load(row_ids + k * n_rows + rows, rows < n_rows, -1)
+        theirs = tl.load(column_ids + k * n_columns + columns, columns < n_columns, -2)
+        out = out | (mine[:, None] == theirs[None, :])
+    return out
+
+
+@triton.jit
+def _log_sum(x, top, sums, AXIS: tl.constexpr):
+    """The running (top, sums of e^(x - top)) with a tile's exponents taken in along AXIS."""
+    higher = tl.maximum(top, tl.max(x, AXIS))
+    finite = tl.where(higher == float("-inf"), 0.0, higher)
+    if AXIS == 1:
+        added = tl.sum(tl.exp(x - finite[:, None]), 1)
+    else:
+        added = tl.sum(tl.exp(x - finite[None, :]), 0)
+    return higher, sums * tl.exp(top - finite) + added
+
+
+@triton.jit
+def _sums_kernel(
+    v, t, teacher_v, teacher_t, row_ids, column_ids, row_least, column_least, logit_scale, of_rows, of_columns,
+    n_rows, n_columns, width, teacher_width, offset, span, alpha, sharpness, teacher_sharpness,
+    KIND: tl.constexpr, SAME_BATCH: tl.constexpr, ID_COLUMNS: tl.constexpr, KEPT: tl.constexpr, BOTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """of_rows: (spans, 3, n_rows), of_columns: (row blocks, 3, n_columns): log-sum of x, of r, and count."""
+    scale = tl.load(logit_scale)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < n_rows
+    row_bound = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    if KEPT:
+        row_bound = tl.load(row_least + rows, inside, 0.0)
+    x_top = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+    r_top = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+    x_sum = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    r_sum = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    count = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, n_columns), BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        z, r = _similarity(
+            v, t, teacher_v, teacher_t, rows, columns, n_rows, n_columns, width, teacher_width, scale, alpha,
+            sharpness, teacher_sharpness, KIND, BLOCK_WIDTH, PRECISION,
+        )  # fmt: skip
+        out = _excluded(row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH, ID_COLUMNS)
+        x = z + r
+        if KEPT:
+            x = z
+        row_out = out
+        if KEPT:
+            row_out = out | (r < row_bound[:, None])
+        row_x = tl.where(row_out, float("-inf"), x)
+        x_top, x_sum = _log_sum(row_x, x_top, x_sum, 1)
+        count += tl.sum(tl.where(row_out, 0.0, 1.0), 1)
+        row_r = tl.where(out, float("-inf"), r)
+        if KIND > 0 and not KEPT:
+            r_top, r_sum = _log_sum(row_r, r_top, r_sum, 1)
+        if BOTH:
+            column_out = out
+            if KEPT:
+                column_bound = tl.load(column_least + columns, columns < n_columns, 0.0)
+                column_out = out | (r < column_bound[None, :])
+            low = tl.full((BLOCK_COLUMNS,), float("-inf"), dtype=tl.float32)
+            none = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
+            into = of_columns + tl.program_id(0).to(tl.int64) * 3 * n_columns + columns
+            top, total = _log_sum(tl.where(column_out, float("-inf"), x), low, none, 0)
+            tl.store(into, top + tl.log(total), columns < n_columns)
+            if KIND > 0 and not KEPT:
+                top, total = _log_sum(row_r, low, none, 0)
+                tl.store(into + n_columns, top + tl.log(total), columns < n_columns)
+            tl.store(into + 2 * n_columns, tl.sum(tl.where(column_out, 0.0, 1.0), 0), columns < n_columns)
+    into = of_rows + tl.program_id(1).to(tl.int64) * 3 * n_rows + rows
+    tl.store(into, x_top + tl.log(x_sum), inside)
+    if KIND > 0 and not KEPT:
+        tl.store(into + n_rows, r_top + tl.log(r_sum), inside)
+    tl.store(into + 2 * n_rows, count, inside)
+
+
+@triton.jit
+def _gradient_kernel(
+    v, t, teacher_v, teacher_t, row_ids, column_ids, row_least, column_least, logit_scale, row_shift, column_shift,
+    own, out, row_lost, column_lost, n_rows, n_columns, width, teacher_width, offset, alpha, sharpness,
+    teacher_sharpness,
+    KIND: tl.constexpr, SAME_BATCH: tl.constexpr, ID_COLUMNS: tl.constexpr, KEPT: tl.constexpr, BOTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out: (n_rows, n_columns), G in the features' type; row_lost: (column blocks, n_rows) and column_lost: (row
+    blocks, n_columns), sums of what rounding to that type took away."""
+    scale = tl.load(logit_scale)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    z, r = _similarity(
+        v, t, teacher_v, teacher_t, rows, columns, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
+        teacher_sharpness, KIND, BLOCK_WIDTH, PRECISION,
+    )  # fmt: skip
+    excluded = _excluded(row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH, ID_COLUMNS)
+    x = z + r
+    if KEPT:
+        x = z
+    dropped = excluded
+    if KEPT:
+        dropped = excluded | (r < tl.load(row_least + rows, rows < n_rows, 0.0)[:, None])
+    # excluded exponents may lie above every sum: they must not reach exp
+    shifted = x + tl.load(row_shift + rows, rows < n_rows, float("-inf"))[:, None]
+    g = tl.exp(tl.where(dropped, float("-inf"), shifted))
+    if BOTH:
+        if KEPT:
+            dropped = excluded | (r < tl.load(column_least + columns, columns < n_columns, 0.0)[None, :])
+        else:
+            dropped = excluded
+        shifted = x + tl.load(column_shift + columns, columns < n_columns, float("-inf"))[None, :]
+        g += tl.exp(tl.where(dropped, float("-inf"), shifted))
+    if SAME_BATCH:
+        mine = tl.load(own + rows, rows < n_rows, 0.0)
+        g = tl.where(rows[:, None] + offset == columns[None, :], mine[:, None], g)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    rounded = g.to(out.dtype.element_ty)
+    tl.store(out + rows.to(tl.int64)[:, None] * n_columns + columns[None, :], rounded, inside)
+    if out.dtype.element_ty != tl.float32:
+        lost = tl.where(inside, g - rounded.to(tl.float32), 0.0)
+        tl.store(row_lost + tl.program_id(1) * n_rows + rows, tl.sum(lost, 1), rows < n_rows)
+        tl.store(column_lost + tl.program_id(0) * n_columns + columns, tl.sum(lost, 0), columns < n_columns)
+
+
+class TritonTiles:
+    """The arithmetic of tiles on a GPU, for bfloat16, float16 and float32 features of any width."""
+
+    def __init__(self, regulation: Regulation, blocks: Blocks | None = None) -> None:
+        self.regulation = regulation
+        self.blocks = blocks
+
+    @staticmethod
+    def dtype(features: Tensor) -> torch.dtype:
+        """The dtype that features are brought to before they come here: their own."""
+        return features.dtype
+
+    def sums(
+        self, rows: Side, columns: Side, logit_scale: Tensor, both: bool = True, kept: Kept | None = None
+    ) -> tuple[Sums, Sums]:
+        """As `TorchTiles.sums`."""
+        of_rows, of_columns = (Sums.empty(len(side), side.features.device) for side in (rows, columns))
+        for i, j, row, column, some in _pieces(rows, columns, kept, _SUM_PIECE):
+            blocks = self._blocks(row.features)
+            grid = triton.cdiv(len(row), blocks.rows), triton.cdiv(len(column), _SPAN)
+            row_parts = row.features.new_empty(grid[1], 3, len(row), dtype=torch.float32)
+            column_parts = row.features.new_empty(grid[0] if both else 0, 3, len(column), dtype=torch.float32)
+            self._launch(
+                _sums_kernel, grid, row, column, logit_scale, some, both, [row_parts, column_parts], span=_SPAN
+            )
+            of_rows.add(self._together(row_parts, some), i)
+            if both:
+                of_columns.add(self._together(column_parts, some), j)
+        return of_rows, of_columns
+
+    def gradients(
+        self,
+        rows: Side,
+        columns: Side,
+        logit_scale: Tensor,
+        row_shift: Tensor,
+        column_shift: Tensor | None,
+        own: Tensor,
+        into_rows: Tensor,
+        into_columns: Tensor | None,
+        kept: Kept | None = None,
+    ) -> None:
+        """As `TorchTiles.gradients`."""
+        row_shift, own = row_shift.float(), own.float()
+        column_shift = row_shift.new_empty(0) if column_shift is None else column_shift.float()
+        both = bool(len(column_shift))
+        # rounding G errs most along what the features have in common, where the terms of a gradient cancel
+        row_mean, column_mean = (side.features.mean(0, dtype=torch.float32) for side in (rows, columns))
+        for i, j, row, column, some in _pieces(rows, columns, kept, _GRADIENT_PIECE):
+            blocks = self._blocks(row.features)
+            grid = triton.cdiv(len(row), blocks.rows), triton.cdiv(len(column), blocks.columns)
+            g = row.features.new_empty(len(row), len(column))
+            row_lost = own.new_zeros(grid[1], len(row))
+            column_lost = own.new_zeros(grid[0], len(column))
+            shifts = [row_shift[i : i + len(row)], column_shift[j : j + len(column)], own[i : i + len(row)]]
+            outputs = [*shifts, g, row_lost, column_lost]
+            self._launch(_gradient_kernel, grid, row, column, logit_scale, some, both, outputs)
+            _accumulate(into_rows[i : i + len(row)], g, column.features, row_lost, column_mean)
+            if into_columns is not None:
+                _accumulate(into_columns[j : j + len(column)], g.T, row.features, column_lost, row_mean)
+
+    def _blocks(self, features: Tensor) -> Blocks:
+        if self.blocks is not None:
+            return self.blocks
+        return Blocks(width=32, columns=64, stages=2) if features.dtype == torch.float32 else Blocks()
+
+    def _launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        row: Side,
+        column: Side,
+        logit_scale: Tensor,
+        kept: Kept | None,
+        both: bool,
+        outputs: list[Tensor],
+        **more: int,
+    ) -> None:
+        regulation, features = self.regulation, row.features
+        none = features.new_empty(0, dtype=torch.float32)
+        teacher = (row.teacher, column.teacher) if regulation.teacher else (features, column.features)
+        assert teacher[0] is not None
+        assert teacher[1] is not None
+        with_ids = row.ids is not None and column.ids is not None
+        ids = [side.ids.T.contiguous().int() if with_ids and side.ids is not None else none for side in (row, column)]
+        same_batch = row.first is not None and column.first is not None
+        blocks = self._blocks(features)
+        kernel[grid](
+            features.contiguous(), column.features.contiguous(), teacher[0].contiguous(), teacher[1].contiguous(), *ids,
+            none if kept is None else kept.rows.float(), none if kept is None else kept.columns.float(),
+            logit_scale.float().reshape(1), *outputs,
+            len(row), len(column), features.shape[1], teacher[0].shape[1],
+            row.first - column.first if row.first is not None and column.first is not None else 0,
+            **more, alpha=regulation.alpha, sharpness=regulation.sharpness,
+            teacher_sharpness=regulation.teacher_sharpness,
+            KIND=_kind(regulation), SAME_BATCH=same_batch, ID_COLUMNS=ids[0].shape[0] if with_ids else 0,
+            KEPT=kept is not None, BOTH=both,
+            BLOCK_ROWS=blocks.rows, BLOCK_COLUMNS=blocks.columns, BLOCK_WIDTH=blocks.width,
+            PRECISION=_precision(features),
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+
+    def _together(self, parts: Tensor, kept: Kept | None) -> Sums:
+        """parts: (parts, 3, n) float32, the second plane unwritten where all r are 0."""
+        weighted = parts[:, 0].double().logsumexp(0)
+        if self.regulation.even or kept is not None:
+            normaliser = torch.full_like(weighted, -torch.inf)
+        else:
+            normaliser = parts[:, 1].double().logsumexp(0)
+        return Sums(weighted, normaliser, parts[:, 2].sum(0, dtype=torch.float64))
+
+
+def _kind(regulation: Regulation) -> int:
+    if regulation.even:
+        return _EVEN
+    if regulation.alpha == 0.0:
+        return _STUDENT
+    return _TEACHER if regulation.alpha == 1.0 else _MIXED
+
+
+def _precision(features: Tensor) -> str:
+    if not features.is_cuda:
+        return "interpreted"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _pieces(
+    rows: Side, columns: Side, kept: Kept | None, shape: tuple[int, int]
+) -> Iterator[tuple[int, int, Side, Side, Kept | None]]:
+    for j in range(0, len(columns), shape[1]):
+        for i in range(0, len(rows), shape[0]):
+            some = None if kept is None else kept.part(slice(i, i + shape[0]), slice(j, j + shape[1]))
+            yield i, j, rows.part(i, i + shape[0]), columns.part(j, j + shape[1]), some
+
+
+def _accumulate(into: Tensor, a: Tensor, b: Tensor, lost: Tensor, mean: Tensor) -> None:
+    """into += a @ b, summed in float32; lost: (parts, n) what rounding took from a's rows, made good along b's mean."""
+    if a.dtype == torch.float32:
+        into.addmm_(a, b)
+        return
+    into += torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    into.addr_(lost.sum(0), mean)
