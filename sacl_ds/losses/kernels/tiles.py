@@ -36,27 +36,40 @@ _SPAN = 4096  # columns that one program of the forward kernel walks over
 class Blocks:
     """Tile of one program: rows x columns, and how much of the width is multiplied at a time."""
 
-    rows: int = 128
-    columns: int = 128
-    width: int = 64
-    warps: int = 8
-    stages: int = 3
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, kernel: Any, dtype: torch.dtype) -> Blocks:
+        """The largest that leave sm_80 and sm_90 without spilled registers (tests/test_kernel_builds.py); not timed."""
+        if dtype == torch.float32:
+            return cls(64, 64, 32, 4, 2) if kernel is _sums_kernel else cls(128, 64, 32, 8, 2)
+        return cls(128, 64, 64, 8, 3)
 
 
 @triton.jit
-def _product(a, b, rows, columns, n_rows, n_columns, width, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """<a_row, b_column> of one tile, float32. a, b: (n, width), contiguous."""
-    total = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
-    # int64: row * width passes 2^31 at 2^22 rows of 512
-    a_rows = a + rows.to(tl.int64)[:, None] * width
-    b_columns = b + columns.to(tl.int64)[None, :] * width
+def _product(
+    a, b, row, column, n_rows, n_columns, width,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<a_i, b_j> of the tile that begins at (row, column), float32. a, b: (n, width), contiguous."""
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    rows, columns, places = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS), tl.arange(0, BLOCK_WIDTH)
+    # int64 for the tile's origin: row * width passes 2^31 at 2^22 rows of 512; inside a tile int32 spares registers
+    one = tl.full((), 1, dtype=tl.int64)
+    a += one * row * width
+    b += one * column * width
+    a_places = rows[:, None] * width + places[None, :]
+    b_places = columns[None, :] * width + places[:, None]
     for start in range(0, width, BLOCK_WIDTH):
-        places = start + tl.arange(0, BLOCK_WIDTH)
-        some_a = tl.load(a_rows + places[None, :], (rows < n_rows)[:, None] & (places < width)[None, :], 0.0)
-        some_b = tl.load(b_columns + places[:, None], (columns < n_columns)[None, :] & (places < width)[:, None], 0.0)
+        left = places < width - start
+        some_a = tl.load(a + start + a_places, (rows < n_rows - row)[:, None] & left[None, :], 0.0)
+        some_b = tl.load(b + start + b_places, (columns < n_columns - column)[None, :] & left[:, None], 0.0)
         if PRECISION == "interpreted":  # whose products take bfloat16 for integers
-            some_a, some_b = some_a.to(tl.float32), some_b.to(tl.float32)
-            total += tl.dot(some_a, some_b)
+            total += tl.dot(some_a.to(tl.float32), some_b.to(tl.float32))
         else:
             total = tl.dot(some_a, some_b, total, input_precision=PRECISION)
     return total
@@ -64,18 +77,20 @@ def _product(a, b, rows, columns, n_rows, n_columns, width, BLOCK_WIDTH: tl.cons
 
 @triton.jit
 def _similarity(
-    v, t, teacher_v, teacher_t, rows, columns, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
-    teacher_sharpness, KIND: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    v, t, teacher_v, teacher_t, row, column, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
+    teacher_sharpness, KIND: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z and r of one tile."""
-    cosine = _product(v, t, rows, columns, n_rows, n_columns, width, BLOCK_WIDTH, PRECISION)
+    """z and r of the tile that begins at (row, column)."""
+    cosine = _product(v, t, row, column, n_rows, n_columns, width, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION)
     r = tl.zeros_like(cosine)
     if KIND == 1:
         r = -sharpness * cosine
     if KIND >= 2:
         of_teacher = teacher_sharpness * _product(
-            teacher_v, teacher_t, rows, columns, n_rows, n_columns, teacher_width, BLOCK_WIDTH, PRECISION
-        )
+            teacher_v, teacher_t, row, column, n_rows, n_columns, teacher_width,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,
+        )  # fmt: skip
         if KIND == 2:
             r = -of_teacher
         else:
@@ -121,7 +136,8 @@ def _sums_kernel(
 ):  # fmt: skip
     """of_rows: (spans, 3, n_rows), of_columns: (row blocks, 3, n_columns): log-sum of x, of r, and count."""
     scale = tl.load(logit_scale)
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(0) * BLOCK_ROWS
+    rows = row + tl.arange(0, BLOCK_ROWS)
     inside = rows < n_rows
     row_bound = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     if KEPT:
@@ -135,36 +151,32 @@ def _sums_kernel(
     for start in range(first, tl.minimum(first + span, n_columns), BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         z, r = _similarity(
-            v, t, teacher_v, teacher_t, rows, columns, n_rows, n_columns, width, teacher_width, scale, alpha,
-            sharpness, teacher_sharpness, KIND, BLOCK_WIDTH, PRECISION,
+            v, t, teacher_v, teacher_t, row, start, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
+            teacher_sharpness, KIND, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
         out = _excluded(row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH, ID_COLUMNS)
-        x = z + r
-        if KEPT:
-            x = z
-        row_out = out
-        if KEPT:
-            row_out = out | (r < row_bound[:, None])
-        row_x = tl.where(row_out, float("-inf"), x)
-        x_top, x_sum = _log_sum(row_x, x_top, x_sum, 1)
-        count += tl.sum(tl.where(row_out, 0.0, 1.0), 1)
-        row_r = tl.where(out, float("-inf"), r)
+        r = tl.where(out, float("-inf"), r)
         if KIND > 0 and not KEPT:
-            r_top, r_sum = _log_sum(row_r, r_top, r_sum, 1)
+            r_top, r_sum = _log_sum(r, r_top, r_sum, 1)
+        if KEPT:
+            x = tl.where(r >= row_bound[:, None], z, float("-inf"))
+        else:
+            x = z + r
+        x_top, x_sum = _log_sum(x, x_top, x_sum, 1)
+        count += tl.sum(tl.where(x > float("-inf"), 1.0, 0.0), 1)
         if BOTH:
-            column_out = out
             if KEPT:
                 column_bound = tl.load(column_least + columns, columns < n_columns, 0.0)
-                column_out = out | (r < column_bound[None, :])
+                x = tl.where(r >= column_bound[None, :], z, float("-inf"))
             low = tl.full((BLOCK_COLUMNS,), float("-inf"), dtype=tl.float32)
             none = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
             into = of_columns + tl.program_id(0).to(tl.int64) * 3 * n_columns + columns
-            top, total = _log_sum(tl.where(column_out, float("-inf"), x), low, none, 0)
+            top, total = _log_sum(x, low, none, 0)
             tl.store(into, top + tl.log(total), columns < n_columns)
             if KIND > 0 and not KEPT:
-                top, total = _log_sum(row_r, low, none, 0)
+                top, total = _log_sum(r, low, none, 0)
                 tl.store(into + n_columns, top + tl.log(total), columns < n_columns)
-            tl.store(into + 2 * n_columns, tl.sum(tl.where(column_out, 0.0, 1.0), 0), columns < n_columns)
+            tl.store(into + 2 * n_columns, tl.sum(tl.where(x > float("-inf"), 1.0, 0.0), 0), columns < n_columns)
     into = of_rows + tl.program_id(1).to(tl.int64) * 3 * n_rows + rows
     tl.store(into, x_top + tl.log(x_sum), inside)
     if KIND > 0 and not KEPT:
@@ -183,29 +195,28 @@ def _gradient_kernel(
     """out: (n_rows, n_columns), G in the features' type; row_lost: (column blocks, n_rows) and column_lost: (row
     blocks, n_columns), sums of what rounding to that type took away."""
     scale = tl.load(logit_scale)
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row, column = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLUMNS
+    rows, columns = row + tl.arange(0, BLOCK_ROWS), column + tl.arange(0, BLOCK_COLUMNS)
     z, r = _similarity(
-        v, t, teacher_v, teacher_t, rows, columns, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
-        teacher_sharpness, KIND, BLOCK_WIDTH, PRECISION,
+        v, t, teacher_v, teacher_t, row, column, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
+        teacher_sharpness, KIND, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,
     )  # fmt: skip
-    excluded = _excluded(row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH, ID_COLUMNS)
-    x = z + r
-    if KEPT:
-        x = z
-    dropped = excluded
-    if KEPT:
-        dropped = excluded | (r < tl.load(row_least + rows, rows < n_rows, 0.0)[:, None])
     # excluded exponents may lie above every sum: they must not reach exp
-    shifted = x + tl.load(row_shift + rows, rows < n_rows, float("-inf"))[:, None]
-    g = tl.exp(tl.where(dropped, float("-inf"), shifted))
+    out_of_sums = _excluded(row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH, ID_COLUMNS)
+    r = tl.where(out_of_sums, float("-inf"), r)
+    of_rows = tl.load(row_shift + rows, rows < n_rows, float("-inf"))[:, None]
+    if KEPT:
+        least = tl.load(row_least + rows, rows < n_rows, 0.0)[:, None]
+        g = tl.exp(tl.where(r >= least, z + of_rows, float("-inf")))
+    else:
+        g = tl.exp(z + r + of_rows)
     if BOTH:
+        of_columns = tl.load(column_shift + columns, columns < n_columns, float("-inf"))[None, :]
         if KEPT:
-            dropped = excluded | (r < tl.load(column_least + columns, columns < n_columns, 0.0)[None, :])
+            least = tl.load(column_least + columns, columns < n_columns, 0.0)[None, :]
+            g += tl.exp(tl.where(r >= least, z + of_columns, float("-inf")))
         else:
-            dropped = excluded
-        shifted = x + tl.load(column_shift + columns, columns < n_columns, float("-inf"))[None, :]
-        g += tl.exp(tl.where(dropped, float("-inf"), shifted))
+            g += tl.exp(z + r + of_columns)
     if SAME_BATCH:
         mine = tl.load(own + rows, rows < n_rows, 0.0)
         g = tl.where(rows[:, None] + offset == columns[None, :], mine[:, None], g)
@@ -221,9 +232,8 @@ def _gradient_kernel(
 class TritonTiles:
     """The arithmetic of tiles on a GPU, for bfloat16, float16 and float32 features of any width."""
 
-    def __init__(self, regulation: Regulation, blocks: Blocks | None = None) -> None:
+    def __init__(self, regulation: Regulation) -> None:
         self.regulation = regulation
-        self.blocks = blocks
 
     @staticmethod
     def dtype(features: Tensor) -> torch.dtype:
@@ -236,7 +246,7 @@ class TritonTiles:
         """As `TorchTiles.sums`."""
         of_rows, of_columns = (Sums.empty(len(side), side.features.device) for side in (rows, columns))
         for i, j, row, column, some in _pieces(rows, columns, kept, _SUM_PIECE):
-            blocks = self._blocks(row.features)
+            blocks = Blocks.of(_sums_kernel, row.features.dtype)
             grid = triton.cdiv(len(row), blocks.rows), triton.cdiv(len(column), _SPAN)
             row_parts = row.features.new_empty(grid[1], 3, len(row), dtype=torch.float32)
             column_parts = row.features.new_empty(grid[0] if both else 0, 3, len(column), dtype=torch.float32)
@@ -267,7 +277,7 @@ class TritonTiles:
         # rounding G errs most along what the features have in common, where the terms of a gradient cancel
         row_mean, column_mean = (side.features.mean(0, dtype=torch.float32) for side in (rows, columns))
         for i, j, row, column, some in _pieces(rows, columns, kept, _GRADIENT_PIECE):
-            blocks = self._blocks(row.features)
+            blocks = Blocks.of(_gradient_kernel, row.features.dtype)
             grid = triton.cdiv(len(row), blocks.rows), triton.cdiv(len(column), blocks.columns)
             g = row.features.new_empty(len(row), len(column))
             row_lost = own.new_zeros(grid[1], len(row))
@@ -278,11 +288,6 @@ class TritonTiles:
             _accumulate(into_rows[i : i + len(row)], g, column.features, row_lost, column_mean)
             if into_columns is not None:
                 _accumulate(into_columns[j : j + len(column)], g.T, row.features, column_lost, row_mean)
-
-    def _blocks(self, features: Tensor) -> Blocks:
-        if self.blocks is not None:
-            return self.blocks
-        return Blocks(width=32, columns=64, stages=2) if features.dtype == torch.float32 else Blocks()
 
     def _launch(
         self,
@@ -304,7 +309,7 @@ class TritonTiles:
         with_ids = row.ids is not None and column.ids is not None
         ids = [side.ids.T.contiguous().int() if with_ids and side.ids is not None else none for side in (row, column)]
         same_batch = row.first is not None and column.first is not None
-        blocks = self._blocks(features)
+        blocks = Blocks.of(kernel, features.dtype)
         kernel[grid](
             features.contiguous(), column.features.contiguous(), teacher[0].contiguous(), teacher[1].contiguous(), *ids,
             none if kept is None else kept.rows.float(), none if kept is None else kept.columns.float(),
