@@ -83,7 +83,8 @@ def similarity_regulated_loss(
     statistics: also return figures of the whole global batch; takes another pass; not with keys.
     keys: compare with these instead of with the other modality's features: momentum encoders, a queue.
 
-    Differentiable once, in image, text and logit_scale. Raises ValueError for shapes or settings that do not fit.
+    Differentiable once, in image, text and logit_scale; the gradient that comes into the loss must be the same on all
+    ranks, as under every engine that averages gradients. Raises ValueError for shapes or settings that do not fit.
     """
     regulation = Regulation(
         alpha, sharpness, sharpness if teacher_sharpness is None else teacher_sharpness, negative_mass, drop_below
@@ -109,8 +110,8 @@ def similarity_regulated_loss(
         loss, joint = joint_loss(*arguments, make_tiles(regulation), group)
         return ContrastiveOutput(
             loss,
-            joint.image_anchors.loss.to(joint.wide),
-            joint.text_anchors.loss.to(joint.wide),
+            joint.image_anchors.loss.to(loss.dtype),
+            joint.text_anchors.loss.to(loss.dtype),
             contrastive_statistics(joint) if statistics else None,
         )
 

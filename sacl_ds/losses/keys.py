@@ -17,8 +17,8 @@ from torch.nn.functional import logsigmoid, softplus
 
 from sacl_ds.distributed import Group, gather_rows, rank, row_counts, world_size
 from sacl_ds.losses.regulation import Regulation
-from sacl_ds.losses.streaming import Tiles, least_kept, row_products, shared_ids
-from sacl_ds.losses.tiles import Kept, Side, Sums
+from sacl_ds.losses.streaming import Tiles, least_kept, row_products, shared_ids, without_autocast
+from sacl_ds.losses.tiles import Kept, Side, Sums, wide
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class _Rows:
     def gradient(self, upstream: Tensor) -> Tensor:
         """(b, d): of sum(upstream * losses) by the logits, times the keys; not yet times logit_scale."""
         features = self.anchors.features
-        into = torch.zeros_like(features, dtype=torch.promote_types(features.dtype, torch.float32))
+        into = torch.zeros_like(features, dtype=wide(features))
         for (sides, tiles, _), kept, shift in zip(self.parts, self.kept, self.shifts, strict=True):
             for side in sides:
                 tiles.gradients(self.anchors, side, self.logit_scale, shift, None, -self.pull, into, None, kept)
@@ -180,10 +180,11 @@ class _RowLoss(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, logit_scale: Tensor, rows: _Rows) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(anchor, logit_scale)
-        return rows.loss.to(torch.promote_types(anchor.dtype, torch.float32))
+        return rows.loss.to(wide(anchor))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         anchor, logit_scale = ctx.saved_tensors
         into = ctx.rows.gradient(upstream)

@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.losses.streaming import Anchors, Joint, sums_over_ranks
-from sacl_ds.losses.tiles import Excluded, Similarities, Sums, tiles_of
+from sacl_ds.losses.tiles import Excluded, Similarities, Sums, tiles_of, wide
 
 _TILE = 1024, 1024
 # sums that each rank contributes
@@ -48,7 +48,7 @@ def contrastive_statistics(joint: Joint) -> dict[str, Tensor]:
 def _second_pass(joint: Joint) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Log-sums of z of this rank's images and texts over their negatives; and (2, 2) float64: for images and for texts
     as anchors, the sums of z and of r over the pairs of anchor and negative that this rank has seen."""
-    images, texts = joint.images.to(joint.wide), joint.texts.to(joint.wide)
+    images, texts = (side.to(wide(side.features)) for side in (joint.images, joint.texts))
     similarities = Similarities(joint.job.regulation, _TILE, images, texts, float(joint.logit_scale))
     plain = [Sums.empty(len(side), images.features.device) for side in (images, texts)]
     of_pairs = torch.zeros(2, 2, dtype=torch.float64, device=images.features.device)
@@ -64,7 +64,7 @@ def _second_pass(joint: Joint) -> tuple[tuple[Tensor, Tensor], Tensor]:
             nothing = torch.zeros_like(lse)
             plain[direction].add(Sums(lse, nothing - torch.inf, nothing), start)
             of_pairs[direction] += torch.stack([x.masked_fill(~stays, 0.0).sum(dtype=torch.float64) for x in (z, r)])
-    of_texts = sums_over_ranks(plain[1], joint.wide, joint.job.group).part(joint.job.start, len(images))
+    of_texts = sums_over_ranks(plain[1], wide(images.features), joint.job.group).part(joint.job.start, len(images))
     return (plain[0].weighted, of_texts.weighted), of_pairs
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +34,7 @@ from sacl_ds.distributed import (
     world_size,
 )
 from sacl_ds.losses.regulation import Regulation
-from sacl_ds.losses.tiles import Kept, Side, Sums
+from sacl_ds.losses.tiles import Kept, Side, Sums, wide
 
 _GRADIENT_PARTS = 4  # in which the texts' gradient is sent: one travels while the next is computed
 _ROWS_AT_ONCE = 4096
@@ -61,33 +61,6 @@ class Tiles(Protocol):
         into_columns: Tensor | None,
         kept: Kept | None = None,
     ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Joint:
-    """What the forward pass of the joint form knows.
-
-    images: this rank's pairs; texts: those of all ranks, in rank order. own: (b,) float64 z of this rank's pairs.
-    of_images, of_texts: sums of this rank's images and texts over their negatives (those kept, with drop_below).
-    kept: which those are. image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
-    """
-
-    job: Job
-    images: Side
-    texts: Side
-    logit_scale: Tensor
-    own: Tensor
-    of_images: Sums
-    of_texts: Sums
-    kept: Kept | None
-    image_anchors: Anchors
-    text_anchors: Anchors
-    text_shift: Tensor
-
-    @property
-    def wide(self) -> torch.dtype:
-        """What gradients are summed in: float32, or float64 for float64 features."""
-        return torch.promote_types(self.images.features.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -119,6 +92,28 @@ class Job:
         return Side(features.to(dtype), None if teacher is None else teacher.to(dtype), ids, shared, start)
 
 
+@dataclass(frozen=True)
+class Joint:
+    """What the forward pass of the joint form knows.
+
+    images: this rank's pairs; texts: those of all ranks, in rank order. own: (b,) float64 z of this rank's pairs.
+    of_images, of_texts: sums of this rank's images and texts over their negatives (those kept, with drop_below).
+    kept: which those are. image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
+    """
+
+    job: Job
+    images: Side
+    texts: Side
+    logit_scale: Tensor
+    own: Tensor
+    of_images: Sums
+    of_texts: Sums
+    kept: Kept | None
+    image_anchors: Anchors
+    text_anchors: Anchors
+    text_shift: Tensor
+
+
 def joint_loss(
     image: Tensor,
     text: Tensor,
@@ -139,7 +134,7 @@ def joint_loss(
         ids, shared = shared_ids(gather_rows(pair_ids.view(len(image), -1), counts, group))
     job = Job(counts, regulation, tiles, group, ids, shared)
     with torch.no_grad():
-        joint = measure(image.detach(), text.detach(), logit_scale.detach(), teacher, job)
+        joint = _measure(image.detach(), text.detach(), logit_scale.detach(), teacher, job)
     return _JointLoss.apply(image, text, logit_scale, joint), joint
 
 
@@ -183,12 +178,15 @@ def least_kept(sums: Sums, regulation: Regulation) -> Tensor:
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """(n,) float64: <a_i, b_i> of (n, d) features, in float32 at least."""
-    wide = torch.promote_types(a.dtype, torch.float32)
+    dtype = wide(a)
     parts = zip(a.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE), strict=True)
-    return torch.cat([(x.to(wide) * y.to(wide)).sum(1).double() for x, y in parts])
+    return torch.cat([(x.to(dtype) * y.to(dtype)).sum(1).double() for x, y in parts])
 
 
-def measure(image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job) -> Joint:
+def _measure(
+    image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
+) -> Joint:
+    """The forward pass: gather, sums over tiles, anchors."""
     teacher_image, teacher_text = teacher or (None, None)
     arriving = [None if t is None else start_gather_rows(t, job.counts, job.group) for t in (text, teacher_text)]
     images, own_texts = job.side(image, teacher_image, job.start), job.side(text, teacher_text, job.start)
@@ -210,11 +208,23 @@ def measure(image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Ten
         of_images, of_texts = sums(kept)
     of_texts = of_texts.part(job.start, len(text))
     image_anchors, text_anchors = (Anchors.of(sums, own, job.regulation) for sums in (of_images, of_texts))
-    wide = torch.promote_types(image.dtype, torch.float32)
-    text_shift = gather_rows(text_anchors.shift.to(wide), job.counts, job.group)
+    text_shift = gather_rows(text_anchors.shift.to(wide(image)), job.counts, job.group)
     return Joint(
         job, images, texts(), logit_scale, own, of_images, of_texts, kept, image_anchors, text_anchors, text_shift
     )
+
+
+def without_autocast(
+    backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
+    """Of an autograd.Function: its products keep their type also where a user runs backward under autocast."""
+
+    @wraps(backward)
+    def exact(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(upstream.device.type, enabled=False):
+            return backward(ctx, upstream)
+
+    return exact
 
 
 class _JointLoss(torch.autograd.Function):
@@ -223,15 +233,16 @@ class _JointLoss(torch.autograd.Function):
         ctx.joint = joint
         ctx.save_for_backward(image, text, logit_scale)  # for their shapes, and to notice changes in place
         total = (joint.image_anchors.loss + joint.text_anchors.loss).sum() * joint.job.share
-        return total.to(joint.wide)
+        return total.to(wide(image))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         joint: Joint = ctx.joint
         image, text, logit_scale = ctx.saved_tensors
         own = -(joint.image_anchors.pull + joint.text_anchors.pull)
-        into_images = torch.zeros_like(image, dtype=joint.wide)
+        into_images = torch.zeros_like(image, dtype=wide(image))
 
         def gradients(start: int, stop: int, into_texts: Tensor) -> None:
             kept = None if joint.kept is None else joint.kept.part(slice(None), slice(start, stop))
@@ -269,7 +280,7 @@ def _all_sums(
         row_sums, column_sums = job.tiles.sums(images, columns, logit_scale, True, some)
         of_images.add(row_sums)
         of_texts.add(column_sums, columns.first)
-    return of_images, sums_over_ranks(of_texts, torch.promote_types(images.features.dtype, torch.float32), job.group)
+    return of_images, sums_over_ranks(of_texts, wide(images.features), job.group)
 
 
 def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:

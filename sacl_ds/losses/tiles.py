@@ -23,6 +23,11 @@ HALF_SPAN = 50.0
 STEEPEST = 25.0  # of HALF_SPAN, what may go to r
 
 
+def wide(features: Tensor) -> torch.dtype:
+    """What sums over features are kept in: float32, or float64 for float64 features."""
+    return torch.promote_types(features.dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class Side:
     """Consecutive pairs, seen from their images or from their texts.
@@ -95,7 +100,7 @@ class TorchTiles:
     @staticmethod
     def dtype(features: Tensor) -> torch.dtype:
         """The dtype that features are brought to before they come here."""
-        return torch.float64 if features.dtype == torch.float64 else torch.float32
+        return wide(features)
 
     def sums(
         self, rows: Side, columns: Side, logit_scale: Tensor, both: bool = True, kept: Kept | None = None

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,3 @@ def _enter(rank: int, world: int, port: int, work: Callable[..., Any], arguments
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def save(value: Any, path: Path) -> None:
-    torch.save(value, path)
