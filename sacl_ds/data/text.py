@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sacl_ds.data.draws import words
@@ -28,23 +29,51 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+_LETTERS = 1000  # at most so many different ones are kept, the most frequent
 IGNORED = -100  # label of a token that MLM does not predict, as in torch's cross_entropy
 
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A lower-casing BERT WordPiece tokenizer; the vocabulary comes from `captions`, always the same from the same."""
-    backend = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend = _bert(models.WordPiece(unk_token="[UNK]"))
+    found: Counter[str] = Counter()
+    for caption in captions:
+        pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
+        found.update(word for word, _ in pieces)
+    # the trainer goes through words in an order that differs from one run to the next, and numbers letters, which
+    # decide between merges that are equally frequent, as it meets them; so they are numbered beforehand
+    letters: Counter[str] = Counter()
+    for word, count in found.items():
+        letters.update({letter: times * count for letter, times in Counter(word).items()})
+    kept = {letter for letter, _ in sorted(letters.items(), key=lambda pair: (-pair[1], pair[0]))[:_LETTERS]}
+    inside = sorted({f"##{letter}" for word in found for letter in word[1:] if letter in kept})
+    special = list(SPECIAL.values())
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), min_frequency=2, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special + inside,
+        initial_alphabet=sorted(kept),
+        limit_alphabet=len(kept),
+        min_frequency=2,
+        show_progress=False,
     )
-    backend.train_from_iterator(captions, trainer)
-    ids = {token: backend.token_to_id(token) for token in ("[CLS]", "[SEP]")}
+    backend.train_from_iterator((f"{word} " * count for word, count in sorted(found.items())), trainer)
+    vocabulary = [*special, *sorted(backend.get_vocab().keys() - set(special))]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    backend = _bert(models.WordPiece(ids, unk_token="[UNK]"))
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(ids.items())
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+def _bert(model: models.WordPiece) -> RustTokenizer:
+    backend = RustTokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
 
 
 @dataclass(frozen=True)
