@@ -21,7 +21,7 @@ pretrain: venv
 	deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
 
 test: venv
-	python -m pytest -m 'not soak'
+	python -m pytest -m 'not soak' -n 2 --dist loadfile
 
 lint: venv
 	ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,10 +70,36 @@ class ScenesConfig(_Room):
     eval_count: Positive = Field(500, description="held-out scenes")
 
 
+class CaptionFilter(_Room):
+    """Which captions may be drawn; a sample without one is replaced and counted."""
+
+    min_words: Natural = Field(0, description="shortest caption")
+    max_words: Positive | None = Field(None, description="longest caption; null: any")
+    exclude: str | None = Field(None, description="captions in which this regular expression is found are left out")
+
+    @field_validator("exclude")
+    @classmethod
+    def _is_a_pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"data.captions.exclude={value!r} is no regular expression: {error}") from None
+        return value
+
+    @property
+    def accepts_all(self) -> bool:
+        return self.min_words <= 1 and self.max_words is None and self.exclude is None
+
+
 class DataConfig(_Room):
     source: Literal["scenes", "shards"] = Field("scenes", description="where image-text pairs come from")
-    shards: str | None = Field(
-        None, description="webdataset tars for training, braces allowed: '/data/{00000..00331}.tar'"
+    shards: str | list[str] | None = Field(
+        None,
+        description="webdataset tars for training: '/data/{00000..00331}.tar', '@list.txt', http(s), s3, 'pipe:...'; "
+        "or several of these",
+    )
+    weights: list[PositiveFloat] | None = Field(
+        None, description="share of each of several data.shards in every batch; null: one set, by its sizes"
     )
     eval_shards: str | None = Field(None, description="webdataset tars for held-out retrieval; null: no retrieval")
     eval_count: Positive | None = Field(None, description="at most so many held-out images; null: all of eval_shards")
@@ -80,8 +107,21 @@ class DataConfig(_Room):
     workers: Natural | None = Field(
         None, description="loader processes a rank; null: the cores it has to spare, at most 8"
     )
-    streams: Positive = Field(16, description="shards read side by side over all ranks; part of the data order")
-    shuffle_buffer: Positive = Field(2048, description="samples shuffled together in a stream; part of the data order")
+    streams: Positive = Field(64, description="shards read side by side over all ranks; part of the data order")
+    shuffle_buffer: Positive = Field(
+        32768, description="samples held encoded for shuffling, over all streams and ranks; part of the data order"
+    )
+    duplicates: Literal["image+caption", "image", "none"] = Field(
+        "image+caption", description="what makes two pairs of a batch no negatives of each other, where it is the same"
+    )
+    captions: CaptionFilter = CaptionFilter()
+    max_bad_share: Fraction = Field(
+        0.05, description="stop where more samples than this cannot be used; until then others stand in for them"
+    )
+    attempts: Positive = Field(3, description="times that a shard on a server is opened before it is given up")
+    stall_seconds: PositiveFloat = Field(60, description="break off a shard that gives nothing for so long")
+    cache_dir: str | None = Field(None, description="keep shards from servers in this folder; null: read them anew")
+    cache_gb: PositiveFloat = Field(100, description="size of that folder; what was not used for longest goes first")
     augment: Literal["auto", "none", "crop"] = Field(
         "auto",
         description="crop: random resized crop; auto: crop for shards, none for scenes, whose captions it falsifies",
@@ -95,6 +135,12 @@ class DataConfig(_Room):
             raise ValueError("data.source=shards needs data.shards='/path/{00000..00099}.tar'")
         if self.source == "scenes" and (self.augment == "crop" or self.flip):
             raise ValueError("crops and flips falsify the captions of scenes; set data.augment=none data.flip=false")
+        if self.weights is not None:
+            sets = [self.shards] if isinstance(self.shards, str) else self.shards or []
+            if len(sets) != len(self.weights):
+                raise ValueError(f"data.weights has {len(self.weights)} numbers for {len(sets)} entries of data.shards")
+            if min(self.weights) < sum(self.weights) / 1000:
+                raise ValueError("data.weights: each is at least a thousandth of their sum")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ValueError(f"data.crop_scale={list(self.crop_scale)}: two shares, the smaller one first and above 0")
         return self
@@ -183,6 +229,10 @@ class TeacherConfig(_Room):
     steps: Natural = Field(300, description="without checkpoint: train one first, for so many steps; 0: no teacher")
     detail: Literal["partial", "simple"] = Field("simple", description="captions of the scenes it learns from")
     shards: str | None = Field(None, description="clean captioned shards it learns from; null: data.shards")
+    features: str | None = Field(
+        None,
+        description="folder of features by tools/precompute_teacher.py, or 'beside' the shards; null: run the teacher",
+    )
 
 
 class OptimConfig(_Room):
@@ -231,6 +281,14 @@ class RunConfig(_Room):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     kernels: KernelsConfig = KernelsConfig()
+
+    @model_validator(mode="after")
+    def _features_are_somebodys(self) -> RunConfig:
+        if self.teacher.features and (not self.teacher.checkpoint or self.data.source != "shards"):
+            raise ValueError(
+                "teacher.features are of a teacher and of shards; give teacher.checkpoint and data.source=shards"
+            )
+        return self
 
     @property
     def alpha_end_step(self) -> int:

@@ -17,3 +17,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first, so that of two processes none is left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_runs.py")

@@ -15,9 +15,9 @@ from PIL import Image
 
 from sacl_ds.data.contact_sheet import COLUMNS, ROWS, caption_lines, draw_sheet
 from sacl_ds.data.inspection import Example, inspect_shards, quantiles
-from sacl_ds.data.record import Record
-from sacl_ds.data.record_lists import scene_records
-from sacl_ds.data.shard_writer import write_shards
+from sacl_ds.data.making.record import Record
+from sacl_ds.data.making.record_lists import scene_records
+from sacl_ds.data.making.writer import write_shards
 
 
 def picture(width: int, height: int, value: int) -> bytes:

@@ -62,11 +62,34 @@ def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> P
 
 @pytest.mark.parametrize("broken", [{20: (b"not a picture", None)}, {20: (None, "  ")}], ids=["image", "caption"])
 def test_a_broken_sample(broken: dict, tmp_path: Path) -> None:
-    """One of two ranks meets it: that one says it."""
+    """One of two ranks meets it: another sample stands in for it, which is said, logged and counted."""
     path = shard(tmp_path, broken)
     arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0"]
+    done = start(tmp_path / "run", *arguments, ranks=2)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("another sample stands in")]
+    assert f"`{line.replace(str(tmp_path), '/data')}`" in DOCUMENTED
+    lines = read(tmp_path / "run/metrics.jsonl")
+    named = [fault for line in lines for fault in line.get("faults", ())]
+    assert {(fault["kind"], fault["shard"], fault["key"]) for fault in named} == {("bad", str(path), "0020")}
+    # 20 steps of 16 are ten epochs of 32
+    assert sum(fault["count"] for fault in named) == 10
+    assert [line["bad_samples"] for line in lines if "loss" in line][-1] == 10
+
+
+def test_too_many_broken_samples(tmp_path: Path) -> None:
+    """Every rank knows; it is said once."""
+    path = shard(tmp_path, {20: (b"not a picture", None)})
+    arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0", "data.max_bad_share=0"]
     line = said(start(tmp_path / "run", *arguments, ranks=2, check=False), tmp_path)
-    documented(line)
+    documented(re.sub(r"1 of \d+", "1 of 16", line))
+
+
+def test_nothing_that_can_be_used(tmp_path: Path) -> None:
+    """One of two ranks meets it first: that one says it."""
+    path = shard(tmp_path, dict.fromkeys(range(32), (None, " ")))
+    arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0", "model.vocab_size=300"]
+    line = said(start(tmp_path / "run", *arguments, check=False), tmp_path)
+    documented(re.sub(r"sample \d{4}", "sample 0007", line))
 
 
 def test_fewer_shards_than_ranks_and_workers_is_no_mistake(tmp_path: Path) -> None:
@@ -104,7 +127,7 @@ def test_an_output_directory_in_use(tmp_path: Path) -> None:
     with (tmp_path / "run/.lock").open("w") as held:
         held.write("process 4711 on gpu-node-3")
         held.flush()
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.lockf(held, fcntl.LOCK_EX)
         documented(said(start(tmp_path / "run", check=False), tmp_path))
     assert not (tmp_path / "run/config.yaml").exists()
 
@@ -178,10 +201,7 @@ def test_which_hostfile_the_launcher_was_given(words: str, named: str | None) ->
     "arguments",
     [
         ["train.stepz=5"],
-        ["--resumme"],
         ["data.source=shards", "data.shards=/nowhere/{0..2}.tar"],
-        ["train.global_batch_size=15"],
-        ["--resume"],
     ],
 )
 def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> None:
@@ -192,6 +212,9 @@ def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["--resumme"],
+        ["--resume"],
+        ["train.global_batch_size=15"],
         ["data.source=shards", "data.shards=' '"],
         ["train.micro_batch_size=4"],
         ["teacher.checkpoint=/nowhere"],

@@ -6,8 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ranks import free_port
+from tars import loader, sample, write_tar
 
 from sacl_ds.telemetry.metrics import read
 
@@ -63,3 +65,19 @@ def test_photographs(tmp_path: Path) -> None:
     assert seconds < 20 * 60
     assert values["text_to_image_R@10"] >= 0.05
     assert values["image_to_text_R@10"] >= 0.05
+
+
+def test_loader_memory_is_flat(tmp_path: Path) -> None:
+    """Over 100,000 samples, 25 epochs, with samples that others stand in for."""
+    samples = [sample(number) for number in range(4000)]
+    samples[100] = ("000100", {"jpg": b"no picture", "txt": b"words"})
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", samples[1000 * number : 1000 * number + 1000])
+    steps = iter(loader(str(tmp_path / "{0..3}.tar"), batch=100, streams=10))
+    held = []
+    for number in range(1000):
+        next(steps)
+        if number % 100 == 99:
+            held.append(psutil.Process().memory_info().rss)
+    print([f"{size / 1e6:.0f} MB" for size in held])
+    assert max(held[1:]) < 1.05 * min(held[1:])

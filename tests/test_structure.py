@@ -56,8 +56,8 @@ def test_directions(root: Path) -> None:
         ("sacl_ds", HEAVY),
         ("sacl_ds.config", HEAVY),
         ("sacl_ds.command_line", HEAVY),
-        ("sacl_ds.data.shard_writer", HEAVY),
-        ("sacl_ds.data.record_lists", (*HEAVY, "pyarrow")),
+        ("sacl_ds.data.making.writer", HEAVY),
+        ("sacl_ds.data.making.record_lists", (*HEAVY, "pyarrow")),
         ("sacl_ds.losses", ("deepspeed", "timm", "transformers", "webdataset", "pydantic", "yaml")),
     ],
 )

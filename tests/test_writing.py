@@ -14,10 +14,11 @@ import pytest
 import sources
 from pyarrow import parquet
 
-from sacl_ds.data.record import BrokenSample, Record
-from sacl_ds.data.record_lists import table_records
-from sacl_ds.data.shard_writer import list_skipped, write_shards
-from sacl_ds.data.shards import ShardSource
+from sacl_ds.data.making.record import BrokenSample, Record
+from sacl_ds.data.making.record_lists import table_records
+from sacl_ds.data.making.writer import list_skipped, write_shards
+from sacl_ds.data.shards.index import index_shards
+from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.errors import UserError
 
 
@@ -112,9 +113,9 @@ def test_broken_samples_are_left_out(tmp_path: Path) -> None:
     assert "truncated" in skipped[2]["detail"]
     assert "not an image" in skipped[3]["detail"]
     assert "GIF" in skipped[4]["detail"]
-    source = ShardSource(str(tmp_path / "out/{00000..00003}.tar"))
-    assert source.counts == [9, 6, 9, 0]
-    assert len(list(source.iterate(None, 0, 1))) == 24
+    index = index_shards(str(tmp_path / "out/{00000..00003}.tar"))
+    assert index.counts == [9, 6, 9, 0]
+    assert len(list(ShardSource(index).iterate(None, 0, 1))) == 24
     # resumed in the middle, the same; without the option, refused
     whole = contents(tmp_path / "out")
     for name in ("00001.tar", "00002_stats.json", "skipped.jsonl"):
@@ -130,7 +131,7 @@ def test_an_empty_caption_among_others(tmp_path: Path) -> None:
     assert "t.tsv line 3: empty caption: number 2 of 3" in sources.error_of(sources.run("make_shards", *arguments))
     done = sources.run("make_shards", *arguments, "--skip-broken")
     assert done.stdout.splitlines()[1].startswith("left out 1 empty captions of samples that have others; see")
-    (sample,) = ShardSource(str(tmp_path / "out/00000.tar")).iterate(None, 0, 1)
+    (sample,) = ShardSource(index_shards(str(tmp_path / "out/00000.tar"))).iterate(None, 0, 1)
     assert sample.captions == ["one", "three"]
 
 
@@ -224,8 +225,8 @@ def peak_memory(folder: Path, count: int, caption: str) -> int:
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
-    """20,000 captions of 1 kB would be 20 MB in a list, without their records."""
-    small, large = (peak_memory(tmp_path / str(n), n, "word " * 200) for n in (4_000, 20_000))
+    """10,000 captions of 2 kB would be 20 MB in a list, without their records."""
+    small, large = (peak_memory(tmp_path / str(n), n, "word " * 400) for n in (2_000, 10_000))
     assert large - small < 8e6
     assert large < 250e6
 

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from sacl_ds.data.contact_sheet import COLUMNS, ROWS, draw_sheet
 from sacl_ds.data.inspection import LISTED, Inspection, Repeats, expected_samples, inspect_shards, quantiles
-from sacl_ds.data.shards import expand
-from sacl_ds.data.survey import size
+from sacl_ds.data.making.survey import size
+from sacl_ds.data.shards.patterns import expand
 from sacl_ds.errors import UserError
 
 EXAMPLE = """example:

@@ -1,22 +1,17 @@
-"""A batch of image-text pairs as the model takes it, and how it is made from samples."""
+"""A batch of image-text pairs as the model takes it."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sacl_ds.data.draws import words
-from sacl_ds.data.sample import Sample
-from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, pad
-
-_IMAGE, _CAPTION, _MASK = range(3)
+from sacl_ds.data.faults import Fault
+from sacl_ds.data.pictures import Picture
+from sacl_ds.data.text import IGNORED, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,23 +25,29 @@ class Batch:
     images: Tensor  # (b, 3, H, W) uint8
     input_ids: Tensor  # (b, L) int64
     attention_mask: Tensor  # (b, L) int64
-    pair_ids: Tensor  # (b, 1) int64; a match means that two pairs are not negatives of each other
+    pair_ids: Tensor  # (b, k) int64; a match in any column means that two pairs are not negatives of each other
     masked_ids: Tensor | None = None  # (b, L) int64
     mlm_labels: Tensor | None = None  # (b, L) int64, IGNORED where nothing is predicted
     teacher_images: Tensor | None = None  # (b, 3, H_t, W_t) uint8
     teacher_input_ids: Tensor | None = None  # (b, L_t) int64
     teacher_attention_mask: Tensor | None = None  # (b, L_t) int64
+    teacher_features: Tensor | None = None  # (b, 2, d_t) float16: of image and text, computed beforehand
+    faults: list[Fault] = field(default_factory=list)  # samples that others of this batch stand in for
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which copies to a GPU do not wait."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) -> Batch:
@@ -55,19 +56,34 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
         return batches[0]
     padding = {"input_ids": pad_id, "masked_ids": pad_id, "mlm_labels": IGNORED, "teacher_input_ids": teacher_pad_id}
     joined: dict[str, Tensor | None] = {}
-    for field in fields(Batch):
-        parts = [getattr(batch, field.name) for batch in batches]
-        if field.name == "keys":
+    for each in fields(Batch):
+        parts = [getattr(batch, each.name) for batch in batches]
+        if each.name in ("keys", "faults"):
             continue
         if parts[0] is None:
-            joined[field.name] = None
+            joined[each.name] = None
             continue
-        if parts[0].ndim == 2 and field.name != "pair_ids":
+        if parts[0].ndim == 2 and each.name != "pair_ids":
             longest = max(part.shape[1] for part in parts)
-            fill = padding.get(field.name, 0)
+            fill = padding.get(each.name, 0)
             parts = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
-        joined[field.name] = torch.cat(parts)
-    return Batch(keys=[key for batch in batches for key in batch.keys], **joined)  # type: ignore[arg-type]
+        joined[each.name] = torch.cat(parts)
+    return Batch(
+        keys=[key for batch in batches for key in batch.keys],
+        faults=[fault for batch in batches for fault in batch.faults],
+        **joined,  # type: ignore[arg-type]
+    )
+
+
+def duplicates(pair_ids: Tensor) -> int:
+    """Of the (n, k) ids of a global batch, k at most 2: pairs of rows that share an id and so are no negatives."""
+
+    def same(rows: Tensor) -> int:
+        counts = torch.unique(rows, dim=0, return_counts=True)[1]
+        return int((counts * (counts - 1) // 2).sum())
+
+    each = sum(same(pair_ids[:, column, None]) for column in range(pair_ids.shape[1]))
+    return each - (same(pair_ids) if pair_ids.shape[1] == 2 else 0)
 
 
 class ImageView(Protocol):
@@ -75,7 +91,7 @@ class ImageView(Protocol):
     def size(self) -> int:
         """Pixels a side."""
 
-    def __call__(self, image: Image.Image, entropy: tuple[int, ...]) -> Tensor:
+    def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
         """(3, size, size) uint8, drawn from `entropy` alone."""
 
 
@@ -110,63 +126,3 @@ class TrainingView(View):
     """How the model that is trained sees it: its tokenizer can also mask."""
 
     tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Samples to a `Batch`. What is random about a sample is drawn from (seed, epoch, its key), on any rank alike."""
-
-    view: TrainingView
-    seed: int
-    mlm_probability: float | None  # None: no masked copy
-    teacher: View | None = None
-
-    def __call__(self, samples: Sequence[Sample], epochs: Sequence[int]) -> Batch:
-        keys = [_hash64(sample.key.encode()) for sample in samples]
-        draws = [(self.seed, epoch, key) for epoch, key in zip(epochs, keys, strict=True)]
-        captions = [_pick(sample.captions, (*draw, _CAPTION)) for sample, draw in zip(samples, draws, strict=True)]
-        rows = self.view.tokenizer.ids(captions)
-        pad_id = self.view.tokenizer.pad_id
-        masked = labels = None
-        if self.mlm_probability is not None:
-            pairs = [
-                mask_tokens(row, self.view.tokenizer, self.mlm_probability, (*draw, _MASK))
-                for row, draw in zip(rows, draws, strict=True)
-            ]
-            masked = torch.from_numpy(pad([ids for ids, _ in pairs], pad_id))
-            labels = torch.from_numpy(pad([label for _, label in pairs], IGNORED))
-        image_ids = [_hash64(sample.image_bytes) for sample in samples]
-        batch = Batch(
-            keys=[sample.key for sample in samples],
-            images=self._images(self.view, samples, draws),
-            input_ids=torch.from_numpy(pad(rows, pad_id)),
-            attention_mask=torch.from_numpy(attention_mask(rows)),
-            pair_ids=torch.from_numpy(np.array(image_ids, np.uint64).view(np.int64))[:, None],
-            masked_ids=masked,
-            mlm_labels=labels,
-        )
-        if self.teacher is None:
-            return batch
-        if not self.teacher.same_images(self.view):
-            batch = replace(batch, teacher_images=self._images(self.teacher, samples, draws))
-        if not self.teacher.same_text(self.view):
-            rows = self.teacher.tokenizer.ids(captions)
-            ids = torch.from_numpy(pad(rows, self.teacher.tokenizer.pad_id))
-            mask = torch.from_numpy(attention_mask(rows))
-            batch = replace(batch, teacher_input_ids=ids, teacher_attention_mask=mask)
-        return batch
-
-    def _images(self, view: View, samples: Sequence[Sample], draws: Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.stack(
-            [view.image(sample.image, (*draw, _IMAGE)) for sample, draw in zip(samples, draws, strict=True)]
-        )
-
-
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _pick(captions: Sequence[str], entropy: tuple[int, ...]) -> str:
-    if len(captions) == 1:
-        return captions[0]
-    return captions[words(1, *entropy)[0] % len(captions)]

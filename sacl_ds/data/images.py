@@ -33,19 +33,12 @@ def examine(data: bytes) -> ImageFacts:
         image.draft(None, (1, 1))
         image.load()
     except Exception as error:  # Pillow's readers raise a dozen types for damaged files
-        raise _bad(error) from None
+        raise bad_image(error) from None
     if image.format not in _EXTENSIONS:
         raise BadImage(f"{image.format}, where shards hold JPEG, PNG or WebP")
     return ImageFacts(_EXTENSIONS[image.format], width, height)
 
 
-def decode(data: bytes) -> Image.Image:
-    """The picture, RGB. Raises BadImage where it cannot be decoded."""
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as error:  # as above
-        raise _bad(error) from None
-
-
-def _bad(error: Exception) -> BadImage:
+def bad_image(error: Exception) -> BadImage:
+    """For what a reader of images raised."""
     return BadImage("not an image" if "BytesIO" in str(error) else str(error).replace("\n", " "))

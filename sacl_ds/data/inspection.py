@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from sacl_ds.data.captions import captions_of
 from sacl_ds.data.images import BadImage, ImageFacts, examine
-from sacl_ds.data.shard_layout import IMAGE_EXTENSIONS, stats_path
-from sacl_ds.data.shards import captions_of, read_samples
+from sacl_ds.data.shards.layout import stats_path
+from sacl_ds.data.shards.patterns import is_remote
+from sacl_ds.data.shards.tars import image_of, read_samples
 from sacl_ds.errors import UserError
 
 LISTED = 20  # broken samples, and shards with wrong stats
@@ -194,7 +196,7 @@ def _look(
 
 def _check_stats(found: Inspection, file: str, with_image: int | None) -> None:
     """with_image: samples in the tar, None where it was not read to its end."""
-    if "://" in file or file.startswith("pipe:"):
+    if is_remote(file):
         return
     path = stats_path(file)
     if not path.exists():
@@ -238,7 +240,8 @@ def _in_order(
 
 
 def _image_of(fields: dict[str, Any]) -> list[bytes]:
-    return next(([fields[extension]] for extension in IMAGE_EXTENSIONS if extension in fields), [])
+    data = image_of(fields)
+    return [] if data is None else [data]
 
 
 def _part(whole: int, number: int, parts: int) -> int:

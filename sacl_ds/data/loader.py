@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sacl_ds.data.batch import Batch, Collator, concatenate
+from sacl_ds.data.batch import Batch, concatenate
+from sacl_ds.data.collate import Collator
+from sacl_ds.data.feed import Feed
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.sample import Source
 from sacl_ds.errors import UserError
+
+_PREFETCHED = 4  # pieces a worker makes ahead
 
 
 class PairLoader:
@@ -36,14 +40,13 @@ class PairLoader:
         per_rank = order.batch // world
         if per_rank * world != order.batch:
             raise ValueError(f"{order.batch} slots do not divide over {world} ranks")
-        self.collator = collator
+        self.collator, self.pin_memory = collator, pin_memory
         self.pieces = max(1, min(workers, per_rank))
         self._loader: DataLoader[Any] = DataLoader(
             _Pieces(source, order, collator, rank * per_rank, per_rank, start_step),
             batch_size=None,
             num_workers=self.pieces if workers else 0,
-            prefetch_factor=4 if workers else None,
-            pin_memory=pin_memory,
+            prefetch_factor=_PREFETCHED if workers else None,
             persistent_workers=bool(workers),
         )
 
@@ -59,7 +62,8 @@ class PairLoader:
                 if isinstance(part, str):
                     raise UserError(part)
                 parts.append(part)
-            yield concatenate(parts, pad_id, teacher.tokenizer.pad_id)
+            batch = concatenate(parts, pad_id, teacher.tokenizer.pad_id)
+            yield batch.pin_memory() if self.pin_memory else batch
 
 
 class _Pieces(IterableDataset[Any]):
@@ -77,41 +81,11 @@ class _Pieces(IterableDataset[Any]):
         if info:
             torch.set_num_threads(1)
         begin, end = (self.first_slot + self.slots * part // count for part in (number, number + 1))
+        feed = Feed(self.source, self.order, self.collator.item, begin, end, self.start_step)
         try:
-            yield from self._make(begin, end)
+            for items, faults in feed:
+                yield self.collator(items, faults)
         except UserError as error:  # carried as text: a DataLoader would wrap the exception in its own traceback
             yield str(error)
-
-    def _make(self, begin: int, end: int) -> Iterator[Batch]:
-        order = self.order
-        streams = [
-            _stream(self.source, order, stream, begin, end, self.start_step)
-            for stream in range(order.stream_of(begin), order.stream_of(end - 1) + 1)
-        ]
-        while True:
-            chosen = [pair for stream in streams for pair in next(stream)]
-            samples = [self.source.decode(raw) for raw, _ in chosen]
-            yield self.collator(samples, [epoch for _, epoch in chosen])
-
-
-def _stream(
-    source: Source, order: GlobalOrder, stream: int, begin: int, end: int, start_step: int
-) -> Iterator[list[tuple[Any, int]]]:
-    """For each step from start_step on: (undecoded sample, epoch) of the stream's slots in [begin, end)."""
-    width = order.slots_per_stream
-    low, high = max(begin - stream * width, 0), min(end - stream * width, width)
-    reader = source.reader()
-    position = start_step * width
-    step: list[tuple[Any, int]] = []
-    for places, serve, skip in order.blocks(stream, position):
-        wanted = [False] * len(places)
-        for number, index in enumerate(serve[skip:]):
-            wanted[index] = low <= (position + number) % width < high
-        raw = reader.fetch(places, wanted)
-        for index in serve[skip:]:
-            if wanted[index]:
-                step.append((raw[index], places[index].epoch))
-            position += 1
-            if position % width == 0:
-                yield step
-                step = []
+        finally:
+            feed.close()

@@ -1,41 +1,69 @@
-"""What a data source is: counted shards of samples that can be fetched by place and decoded one by one."""
+"""What a data source is: counted shards of samples that can be read by place and decoded one by one."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from PIL import Image
-
-from sacl_ds.data.order import Place
+from sacl_ds.data.faults import Fault
+from sacl_ds.data.order import Block
+from sacl_ds.data.pictures import Picture
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its captions. image: PIL, RGB. image_bytes: what identifies the image, for duplicate ids."""
+    """One image with its captions. image_bytes: what identifies the image, for duplicate ids.
+
+    wanted: which of the captions may be drawn; all but those that a filter leaves out.
+    """
 
     key: str
-    image: Image.Image
+    picture: Picture
     captions: list[str]
+    wanted: list[int]
     image_bytes: bytes
+    shard: str = ""
+
+    @property
+    def fingerprint(self) -> int:
+        """64 bits of key, image and captions."""
+        digest = hashlib.blake2b(self.image_bytes, digest_size=8)
+        digest.update("\0".join([self.key, *self.captions]).encode())
+        return int.from_bytes(digest.digest(), "little")
+
+    def fault(self, reason: str) -> Fault:
+        return Fault("bad", self.shard, self.key, reason)
 
 
-class Reader(Protocol):
-    """One stream's access to a source; keeps its place between calls, so reading on costs nothing."""
+class Samples(Protocol):
+    """Undecoded samples, one after the other, until closed."""
 
-    def fetch(self, places: Sequence[Place], wanted: Sequence[bool]) -> list[Any]:
-        """Undecoded samples at `places`, which lie front to back; None where not wanted."""
+    def __next__(self) -> Any | Fault: ...
+
+    def close(self) -> None: ...
 
 
 class Source(Protocol):
-    """Counted shards of samples."""
+    """Counted shards of samples, in one or several sets; shards are numbered through all sets."""
 
-    counts: list[int]
+    @property
+    def sets(self) -> Sequence[Sequence[int]]:
+        """For each set, the samples of each shard."""
 
-    def reader(self) -> Reader: ...
+    @property
+    def weights(self) -> Sequence[float] | None:
+        """Of the sets in a batch; None for one set."""
 
-    def decode(self, raw: Any) -> Sample: ...
+    def read(self, blocks: Iterator[Block]) -> Samples:
+        """The samples at the blocks' places, undecoded; a Fault in place of each that cannot be read."""
+
+    def head(self, shard: int, count: int) -> Samples:
+        """The first samples of a shard, `count` at most."""
+
+    def decode(self, raw: Any) -> Sample:
+        """Raises BadSample."""
 
     def captions(self, limit: int) -> Iterator[str]:
         """Captions of the first samples, at most `limit`: what a vocabulary is trained on."""

@@ -7,15 +7,10 @@ any item, and any number of fresh ones. `relevance` says which captions are true
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from sacl_ds.data.order import Place
-from sacl_ds.data.sample import Sample
 from sacl_ds.data.scene_language import (
     Caption,
     Draws,
@@ -107,35 +102,3 @@ class Scenes:
             said = (item.captions, self.questions(index), self.pair_statement(index, (index + 1) % self.count))
             digest.update(repr(said).encode())
         return digest.hexdigest()
-
-
-class SceneSource:
-    """Scenes as a `Source` of one shard; an undecoded sample is its index, drawn only where it is used."""
-
-    def __init__(self, scenes: Scenes) -> None:
-        self.scenes = scenes
-        self.counts = [len(scenes)]
-
-    def reader(self) -> SceneSource:
-        return self
-
-    def fetch(self, places: Sequence[Place], wanted: Sequence[bool]) -> list[Any]:
-        return [place.offset if want else None for place, want in zip(places, wanted, strict=True)]
-
-    def decode(self, raw: int) -> Sample:
-        item = self.scenes[raw]
-        # a scene's pictures never repeat, so its key identifies the image
-        return Sample(item.key, Image.fromarray(item.image), item.captions, item.key.encode())
-
-    def captions(self, limit: int) -> Iterator[str]:
-        given = 0
-        for index in range(len(self.scenes)):
-            for caption in self.scenes.captions(index):
-                if given >= limit:
-                    return
-                yield caption.text
-                given += 1
-
-    def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
-        for index in range(rank, min(len(self.scenes), limit or len(self.scenes)), world):
-            yield self.decode(index)

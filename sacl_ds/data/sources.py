@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from sacl_ds.config import RunConfig
+from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.sample import Source
-from sacl_ds.data.scenes import Scenes, SceneSource
-from sacl_ds.data.shards import ShardSource
+from sacl_ds.data.scene_source import SceneSource
+from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.shards.index import Done, ShardIndex, index_shards
+from sacl_ds.data.shards.source import ShardSource
 
 HELD_OUT = 1000  # added to the seed of the training scenes
 
 
-def training_source(run: RunConfig) -> Source:
-    """What the run trains on. Raises UserError for missing or empty shards."""
-    if run.data.source == "shards":
-        assert run.data.shards is not None
-        return ShardSource(run.data.shards)
+def training_index(run: RunConfig, done: Done = lambda count, total: None) -> ShardIndex | None:
+    """The shards that the run trains on, counted; None for scenes. Raises UserError for missing or empty ones.
+
+    One process does this for all: what it finds is part of the data order.
+    """
+    if run.data.source != "shards":
+        return None
+    assert run.data.shards is not None
+    return index_shards(run.data.shards, several=run.data.weights is not None, done=done)
+
+
+def training_source(run: RunConfig, index: ShardIndex | None) -> Source:
+    """What the run trains on; index: from `training_index`."""
+    if index is not None:
+        return ShardSource(index, run.data)
     scenes = run.data.scenes
     return SceneSource(Scenes(scenes.count, scenes.seed, scene_size(run), scenes.detail))
+
+
+def global_order(run: RunConfig, source: Source) -> GlobalOrder:
+    data = run.data
+    batch = run.train.global_batch_size
+    return GlobalOrder(source.sets, batch, run.seed, data.streams, data.shuffle_buffer, source.weights)
+
+
+def data_fingerprint(order: GlobalOrder, index: ShardIndex | None) -> str:
+    """Equal for two runs to which the same steps bring the same samples. Shards may have moved to another folder."""
+    names = [shard.rpartition("/")[2] for shard in index.shards] if index else []
+    return hashlib.sha256(json.dumps([order.fingerprint, *names]).encode()).hexdigest()
 
 
 def held_out_scenes(run: RunConfig) -> Scenes:

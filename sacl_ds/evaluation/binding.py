@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
 
 from sacl_ds.data.batch import View
+from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scene_language import COLOUR, SHAPE, UNSAID, Scene, phrase
 from sacl_ds.data.scene_rendering import render
 from sacl_ds.data.scenes import Scenes
@@ -61,8 +61,12 @@ def binding_accuracy(model: SaclModel, scenes: Scenes, view: View, device: torch
     ids = torch.from_numpy(pad(rows, view.tokenizer.pad_id)).to(device)
     text = model.encode_text(ids, torch.from_numpy(attention_mask(rows)).to(device))[1]
     right, wrong = (
-        model.encode_image(torch.stack([view.image(Image.fromarray(p), ()) for p in group]).to(device))[1]
+        model.encode_image(torch.stack([_seen(pixels, view) for pixels in group]).to(device))[1]
         for group in (pictures, foils)
     )
     model.train(was_training)
     return float(((text * right).sum(1) > (text * wrong).sum(1)).float().mean())
+
+
+def _seen(pixels: np.ndarray, view: View) -> torch.Tensor:
+    return view.image(Picture(torch.from_numpy(pixels).permute(2, 0, 1)), ())

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from sacl_ds.config import RunConfig
+from sacl_ds.config import CaptionFilter, RunConfig
 from sacl_ds.data.batch import View
-from sacl_ds.data.scenes import SceneSource
-from sacl_ds.data.shards import ShardSource
+from sacl_ds.data.scene_source import SceneSource
+from sacl_ds.data.shards.index import index_shards
+from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.data.sources import held_out_scenes
 from sacl_ds.evaluation.binding import binding_accuracy
 from sacl_ds.evaluation.retrieval import RetrievalSet, evaluate_retrieval
@@ -24,8 +25,9 @@ def held_out_evaluator(run: RunConfig) -> Evaluator | None:
     if run.data.source == "shards":
         if not run.data.eval_shards:
             return None
-        source = ShardSource(run.data.eval_shards, "data.eval_shards")
-        count = min(sum(source.counts), run.data.eval_count or sum(source.counts))
+        index = index_shards(run.data.eval_shards, "data.eval_shards")
+        source = ShardSource(index, run.data.model_copy(update={"captions": CaptionFilter(), "weights": None}))
+        count = min(index.total, run.data.eval_count or index.total)
         photographs = RetrievalSet(source, count)
         return lambda model, view, device: evaluate_retrieval(model, photographs, view, device, batch_size)
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sacl_ds.data.batch import View
+from sacl_ds.data.images import BadImage
 from sacl_ds.data.sample import Source
 from sacl_ds.data.text import attention_mask, pad
-from sacl_ds.distributed import gather_objects, rank, world_size
+from sacl_ds.distributed import gather_objects, rank, same_error, world_size
+from sacl_ds.errors import UserError
 from sacl_ds.evaluation.metrics import (
     chance_mean_average_precision,
     chance_recall_at_k,
@@ -47,9 +49,16 @@ def features(
     Ranks take every world-th image. Each runs the same number of forward passes, whatever its share: under ZeRO 3
     every pass is collective. Padding passes are thrown away.
     """
-    mine = list(data.source.iterate(data.count, rank(), world_size()))
-    images = [view.image(sample.image, ()) for sample in mine]
-    rows = view.tokenizer.ids([caption for sample in mine for caption in sample.captions])
+    images: list[Tensor] = []
+    captions: list[list[str]] = []
+    with same_error():
+        for sample in data.source.iterate(data.count, rank(), world_size()):
+            try:
+                images.append(view.image(sample.picture, ()))
+            except BadImage as error:
+                raise UserError(str(sample.fault(f"the image cannot be decoded: {error}"))) from None
+            captions.append(sample.captions)
+    rows = view.tokenizer.ids([caption for said in captions for caption in said])
     pad_id = view.tokenizer.pad_id
     example = (
         torch.zeros_like(images[0]) if images else torch.zeros(3, view.image.size, view.image.size).byte(),
@@ -65,7 +74,7 @@ def features(
 
     image_features = _encode(images, encode_images, batch_size, example[0])
     text_features = _encode(rows, encode_texts, batch_size, example[1])
-    parts = gather_objects((image_features, text_features, [len(sample.captions) for sample in mine]))
+    parts = gather_objects((image_features, text_features, list(map(len, captions))))
     return _interleave(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from sacl_ds.data.batch import Batch, View
+from sacl_ds.data.batch import View
+from sacl_ds.data.pictures import Picture
 from sacl_ds.errors import UserError, cannot_load
+from sacl_ds.model.saved import identity_of
+
+_OF_THE_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class ClipPixels:
     def size(self) -> int:
         return int(self.processor.crop_size["height"])
 
-    def __call__(self, image: Image.Image, entropy: tuple[int, ...]) -> Tensor:
-        """(3, size, size) uint8; `entropy` is not used."""
-        made = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
+        """(3, size, size) uint8; `entropy` is not used. Raises BadImage."""
+        made = self.processor(picture.pixels(), do_rescale=False, do_normalize=False, return_tensors="pt")
         return made["pixel_values"][0].to(torch.uint8)
 
 
@@ -57,18 +61,19 @@ class ClipTokens:
 class ClipTeacher:
     """A frozen CLIPModel as a `Teacher`."""
 
-    def __init__(self, name_or_folder: str, device: torch.device) -> None:
+    def __init__(self, name_or_folder: str, device: torch.device, setting: str) -> None:
         """A folder written by save_pretrained of model and processor, or a hub name. Raises UserError."""
         try:
             model = CLIPModel.from_pretrained(name_or_folder)
             processor = CLIPImageProcessor.from_pretrained(name_or_folder)
             tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
         except (OSError, ValueError) as error:
-            raise cannot_load("teacher.checkpoint", name_or_folder, error) from None
+            raise cannot_load(setting, name_or_folder, error) from None
         crop = processor.crop_size if processor.do_center_crop else processor.size
         if not crop or crop.get("height") != crop.get("width"):
-            raise UserError(f"teacher.checkpoint={name_or_folder}: its preprocessing does not end in square images")
+            raise UserError(f"{setting}={name_or_folder}: its preprocessing does not end in square images")
         self.model = model.requires_grad_(False).eval().to(device)
+        self._processor = processor
         self.view = View(ClipPixels(processor), ClipTokens(tokenizer, model.config.text_config.max_position_embeddings))
         self.rescale = float(processor.rescale_factor) if processor.do_rescale else 1.0
         shape = (1, 3, 1, 1)
@@ -76,16 +81,22 @@ class ClipTeacher:
         self.mean = torch.tensor(processor.image_mean if processor.do_normalize else zero, device=device).view(shape)
         self.std = torch.tensor(processor.image_std if processor.do_normalize else one, device=device).view(shape)
 
+    @property
+    def identity(self) -> str:
+        config = {name: value for name, value in self.model.config.to_dict().items() if name not in _OF_THE_FILE}
+        settings = json.dumps([config, self._processor.to_dict()], sort_keys=True, default=str)
+        return identity_of(self.model, settings, self.view.tokenizer.fingerprint)
+
     @torch.no_grad()
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(b, d_t) image features and (b, d_t) text features, unit length, float32."""
-        images, ids, mask = batch.teacher_images, batch.teacher_input_ids, batch.teacher_attention_mask
-        assert images is not None
-        assert ids is not None
+    def image_features(self, images: Tensor) -> Tensor:
+        """(b, 3, H_t, W_t) uint8 -> (b, d_t) unit float32."""
         pixels = (images.float() * self.rescale - self.mean) / self.std
-        image = self.model.get_image_features(pixel_values=pixels).pooler_output
-        text = self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-        return _unit(image), _unit(text)
+        return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+
+    @torch.no_grad()
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(b, L_t) int64, twice -> (b, d_t) unit float32."""
+        return _unit(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
 
 
 def is_clip(folder: Path) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
@@ -47,3 +49,12 @@ def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, 
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{setting}={folder}: {WEIGHTS} does not fit its {CONFIG}: {reason}") from None
     return model, run, tokenizer
+
+
+def identity_of(model: nn.Module, *more: str) -> str:
+    """sha256 over the weights and whatever else decides what the model makes of a sample."""
+    digest = hashlib.sha256("\n".join(more).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -14,39 +14,70 @@ from torch import Tensor
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.model.clip_teacher import ClipTeacher, is_clip
-from sacl_ds.model.saved import load_model
+from sacl_ds.model.saved import identity_of, load_model
 
 
 class Teacher(Protocol):
+    """A model that is not trained; features are unit vectors, float32."""
+
     view: View  # how it sees a sample
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(b, d_t) image features and (b, d_t) text features, unit length, float32."""
+    @property
+    def identity(self) -> str:
+        """Equal for two teachers that give every sample the same features."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(b, 3, H_t, W_t) uint8 -> (b, d_t)."""
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(b, L_t) int64, twice -> (b, d_t)."""
 
 
-def load_teacher(checkpoint: str, device: torch.device) -> Teacher:
-    """A finished run's directory, or a CLIPModel of transformers: its folder or its hub name. Raises UserError."""
+def teacher_features(teacher: Teacher, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(b, d_t) of images and (b, d_t) of captions: as the batch holds them, or computed."""
+    stored = batch.teacher_features
+    if stored is not None:
+        image, text = torch.nn.functional.normalize(stored.float(), dim=2).unbind(1)
+        return image, text
+    images = batch.images if batch.teacher_images is None else batch.teacher_images
+    ids, mask = batch.teacher_input_ids, batch.teacher_attention_mask
+    if ids is None or mask is None:
+        ids, mask = batch.input_ids, batch.attention_mask
+    return teacher.image_features(images), teacher.text_features(ids, mask)
+
+
+def load_teacher(checkpoint: str, device: torch.device, setting: str = "teacher.checkpoint") -> Teacher:
+    """A finished run's directory, or a CLIPModel of transformers: its folder or its hub name.
+
+    setting: what error lines call it. Raises UserError.
+    """
     folder = Path(checkpoint)
     local = folder.exists() or checkpoint.startswith(("/", ".", "~"))
     if is_clip(folder) or not local:
-        return ClipTeacher(checkpoint, device)
-    return RunTeacher(checkpoint, device)
+        return ClipTeacher(checkpoint, device, setting)
+    return RunTeacher(checkpoint, device, setting)
 
 
 class RunTeacher:
     """The dual encoder of a finished run."""
 
-    def __init__(self, folder: str, device: torch.device) -> None:
+    def __init__(self, folder: str, device: torch.device, setting: str) -> None:
         """Raises UserError where the folder holds no finished run."""
-        model, run, tokenizer = load_model(folder, "teacher.checkpoint")
+        model, run, tokenizer = load_model(folder, setting)
         self.model = model.requires_grad_(False).eval().to(device)
         self.view = View(CanonicalView(run.model.image_size), tokenizer)
+        self._settings = run.model.model_dump_json()
+
+    @property
+    def identity(self) -> str:
+        return identity_of(self.model, self._settings, self.view.tokenizer.fingerprint)
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(b, d_t) image features and (b, d_t) text features, unit length, float32."""
-        images = batch.images if batch.teacher_images is None else batch.teacher_images
-        ids, mask = batch.teacher_input_ids, batch.teacher_attention_mask
-        if ids is None or mask is None:
-            ids, mask = batch.input_ids, batch.attention_mask
-        return self.model.encode_image(images)[1], self.model.encode_text(ids, mask)[1]
+    def image_features(self, images: Tensor) -> Tensor:
+        """(b, 3, H_t, W_t) uint8 -> (b, d_t) unit float32."""
+        return self.model.encode_image(images)[1]
+
+    @torch.no_grad()
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(b, L_t) int64, twice -> (b, d_t) unit float32."""
+        return self.model.encode_text(input_ids, attention_mask)[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -57,6 +58,21 @@ class RunProgress:
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears with the first call of done(count, total)."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, transient=True) as bar:
+        tasks: list[TaskID] = []
+
+        def done(count: int, total: int) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(title, total=total))
+            bar.update(tasks[0], completed=count)
+
+        yield done
 
 
 def describe(figures: Mapping[str, Any]) -> str:

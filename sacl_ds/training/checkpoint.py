@@ -5,18 +5,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from sacl_ds.distributed import barrier, rank, world_size
+from sacl_ds.distributed import barrier, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import UserError
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
+_UNIVERSAL = {"universal_checkpoint_version": 0.2}
+_CONVERTED = "_universal"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to. vocabulary: the tokenizer's fingerprint; data: the global order's."""
+
+    vocabulary: str
+    data: str
 
 
 @dataclass(frozen=True)
@@ -26,17 +41,19 @@ class RunState:
     step: int
     world: int
     zero_stage: int
-    vocabulary: str  # the tokenizer's fingerprint
+    vocabulary: str
+    data: str = ""
 
 
-def save(engine: DeepSpeedEngine, run_folder: Path, step: int, vocabulary: str) -> None:
+def save(engine: DeepSpeedEngine, run_folder: Path, step: int, identity: Identity) -> None:
     """Save after `step` steps; every rank calls it."""
     folder = run_folder / FOLDER
     tag = f"step_{step:08d}"
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    # what DeepSpeed's conversion to another number of ranks asks for
+    engine.save_checkpoint(str(folder), tag, {"universal_checkpoint_info": _UNIVERSAL}, save_latest=False)
     barrier()
     if rank() == 0:
-        state = RunState(step, world_size(), zero_stage(engine.config), vocabulary)
+        state = RunState(step, world_size(), zero_stage(engine.config), identity.vocabulary, identity.data)
         _write(folder / tag / STATE, json.dumps(asdict(state), indent=2))
         _write(folder / LATEST, tag)
     barrier()
@@ -51,27 +68,65 @@ def latest(run_folder: Path) -> RunState | None:
         return None
 
 
-def resume(engine: DeepSpeedEngine, run_folder: Path, vocabulary: str) -> int:
-    """Load the newest checkpoint; returns the number of steps done. Every rank calls it."""
+def resume(engine: DeepSpeedEngine, run_folder: Path, identity: Identity) -> tuple[int, str | None]:
+    """Load the newest checkpoint, also one of another number of ranks; every rank calls it.
+
+    Returns the number of steps done, and a note where the data that follow are not those that would have followed.
+    """
     state = latest(run_folder)
     if state is None:
         raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
-    if state.vocabulary != vocabulary:
+    if state.vocabulary != identity.vocabulary:
         raise UserError(
             f"--resume: the tokenizer in {run_folder} is not the one that its checkpoint was trained with; "
             "put it back, or start anew in another output_dir"
         )
-    for name, was, now in (
-        ("ranks", state.world, world_size()),
-        ("ZeRO stage", state.zero_stage, zero_stage(engine.config)),
-    ):
-        if was != now:
-            raise UserError(f"--resume: {run_folder} was saved with {name} {was}, not {now}; resume with {was}")
-    tag = f"step_{state.step:08d}"
-    loaded, _ = engine.load_checkpoint(str(run_folder / FOLDER), tag=tag)
+    stage = zero_stage(engine.config)
+    if state.zero_stage != stage:
+        was = state.zero_stage
+        raise UserError(f"--resume: {run_folder} was saved with ZeRO stage {was}, not {stage}; resume with {was}")
+    folder, tag = run_folder / FOLDER, f"step_{state.step:08d}"
+    if state.world == world_size():
+        loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+    else:
+        loaded = _load_from_other_ranks(engine, folder, tag)
     if loaded is None:
-        raise UserError(f"--resume: the checkpoint {run_folder / FOLDER / tag} cannot be loaded")
-    return state.step
+        raise UserError(f"--resume: the checkpoint {folder / tag} cannot be loaded")
+    changed = state.data not in ("", identity.data)
+    note = "the data or their order are not those of the checkpoint, so this epoch repeats or misses samples"
+    return state.step, note if changed else None
+
+
+def _load_from_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str) -> str | None:
+    """By way of DeepSpeed's universal format, written beside the checkpoint and removed again."""
+    universal = f"{tag}{_CONVERTED}"
+    with same_error():
+        if rank() == 0:
+            _convert(folder / tag, folder / universal)
+    engine._config.load_universal_checkpoint = True
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=universal)
+    finally:
+        engine._config.load_universal_checkpoint = False
+        barrier()
+        if rank() == 0:
+            shutil.rmtree(folder / universal, ignore_errors=True)
+    return loaded
+
+
+def _convert(saved: Path, to: Path) -> None:
+    shutil.rmtree(to, ignore_errors=True)  # of a start that died here
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
+    options = Namespace(
+        input_folder=str(saved), output_folder=str(to), strict=True, inject_missing_state=True, **settings
+    )
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            ds_to_universal.main(options)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"--resume: {saved} cannot be converted to {world_size()} ranks: {error}") from error
+    (saved.parent / "latest_universal").unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:

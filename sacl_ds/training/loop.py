@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.batch import Batch
-from sacl_ds.distributed import rank, sum_over_ranks, world_size
+from sacl_ds.data.batch import Batch, duplicates
+from sacl_ds.distributed import gather_rows, rank, row_counts, sum_over_ranks, world_size
 from sacl_ds.errors import UserError
-from sacl_ds.model.teacher import Teacher
+from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import set_learning_rates
+from sacl_ds.training.ledger import Ledger
 from sacl_ds.training.objectives import Targets
 from sacl_ds.training.schedules import alpha, learning_rate_factor
 
@@ -33,7 +35,7 @@ class Loop:
 
     run: RunConfig
     folder: Path
-    vocabulary: str  # the tokenizer's fingerprint, kept with checkpoints
+    identity: checkpoint.Identity  # kept with checkpoints
     engine: DeepSpeedEngine
     batches: Iterator[Batch]
     device: torch.device
@@ -47,24 +49,27 @@ class Loop:
         train = self.run.train
         result: dict[str, tuple[float, float]] = {}
         clock, since, waited = time.perf_counter(), start, 0.0
+        ledger = Ledger(train.global_batch_size, self.run.data.max_bad_share, self.device)
         self.engine.train()
         for step in range(start, train.steps):
             before = time.perf_counter()
             batch = next(self.batches).to(self.device)
             waited += time.perf_counter() - before
+            ledger.add(batch.faults)
             done = step + 1
             logged = done % train.log_every == 0 or done == train.steps or step == start
             losses = self._step(step, batch, statistics=logged)
             self.progress.advance(done)
             if logged:
                 now = time.perf_counter()
-                self._record(done, losses, (now - clock) / (done - since), waited / max(now - clock, 1e-9))
+                data = self._account(done, batch, ledger)
+                self._record(done, losses, data, (now - clock) / (done - since), waited / max(now - clock, 1e-9))
                 clock, since, waited = time.perf_counter(), done, 0.0
             if _due(done, train.eval_every) or done == train.steps:
                 result = self._evaluate(done)
                 clock = time.perf_counter()
             if _due(done, train.save_every) or done == train.steps:
-                checkpoint.save(self.engine, self.folder, done, self.vocabulary)
+                checkpoint.save(self.engine, self.folder, done, self.identity)
                 clock = time.perf_counter()
         return result
 
@@ -75,7 +80,7 @@ class Loop:
         torch.manual_seed(seed)
         generator = torch.Generator(device=self.device).manual_seed(seed)
         set_learning_rates(self.engine, run.optim, learning_rate_factor(step, run.train.steps, run.optim))
-        teacher = self.teacher.features(batch) if self.teacher else None
+        teacher = teacher_features(self.teacher, batch) if self.teacher else None
         targets = Targets(teacher, alpha(step, run) if teacher else 0.0, generator, statistics)
         try:
             losses: dict[str, Tensor] = self.engine(batch, targets)
@@ -85,7 +90,23 @@ class Loop:
             raise UserError(out_of_memory(run, step, len(batch), world_size(), error)) from None
         return losses
 
-    def _record(self, done: int, losses: dict[str, Tensor], step_seconds: float, waited: float) -> None:
+    def _account(self, done: int, batch: Batch, ledger: Ledger) -> dict[str, int | str]:
+        """What the data of this step and of those since the last one were like; the same on all ranks.
+
+        `batch_digest` is equal for equal global batches: of runs that were resumed, or had other ranks or workers.
+        """
+        settled = ledger.settle()
+        for note in settled.notes:
+            self.progress.print(note)
+        if self.log and settled.faults:
+            self.log.write({"step": done, "faults": settled.faults})
+        ids = gather_rows(batch.pair_ids, row_counts(batch.pair_ids))
+        digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+        return {**settled.figures, "duplicate_pairs": duplicates(ids), "batch_digest": digest}
+
+    def _record(
+        self, done: int, losses: dict[str, Tensor], data: dict[str, int | str], step_seconds: float, waited: float
+    ) -> None:
         """Means over ranks of the step's losses, and where the run stands."""
         names = list(losses)
         means = sum_over_ranks(torch.stack([losses[name].detach().double() for name in names])) / world_size()
@@ -101,6 +122,7 @@ class Loop:
             "step_seconds": step_seconds,
             "pairs_per_second": run.train.global_batch_size / step_seconds,
             "data_wait_share": waited,
+            **data,
         }
         if self.teacher:
             figures["alpha"] = alpha(done - 1, run)

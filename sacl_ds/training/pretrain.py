@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import torch
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.batch import Collator, TrainingView, View
+from sacl_ds.data.batch import TrainingView, View
+from sacl_ds.data.collate import Collator
 from sacl_ds.data.loader import PairLoader
-from sacl_ds.data.order import GlobalOrder
-from sacl_ds.data.sources import training_source
+from sacl_ds.data.shards.index import ShardIndex
+from sacl_ds.data.sources import data_fingerprint, global_order, training_index, training_source
+from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
@@ -26,10 +28,10 @@ from sacl_ds.model.fused_norm import use_fused_layer_norm
 from sacl_ds.model.pretrained import load_bert
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
-from sacl_ds.model.teacher import load_teacher
+from sacl_ds.model.teacher import Teacher, load_teacher
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
-from sacl_ds.telemetry.progress import RunProgress, duration, retrieval_table
+from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
 from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import build_engine, cores, local_ranks, whole_state
 from sacl_ds.training.loop import Loop
@@ -67,8 +69,8 @@ def teacher_phase(run: RunConfig) -> RunConfig:
     values["optim"]["warmup_steps"] = min(run.optim.warmup_steps, run.teacher.steps // 4)
     values["data"]["scenes"] |= {"detail": run.teacher.detail, "seed": run.data.scenes.seed + 1}
     if run.teacher.shards:
-        values["data"]["shards"] = run.teacher.shards
-    values["teacher"] |= {"checkpoint": None, "steps": 0}
+        values["data"] |= {"shards": run.teacher.shards, "weights": None}
+    values["teacher"] |= {"checkpoint": None, "steps": 0, "features": None}
     return RunConfig.model_validate(values)
 
 
@@ -83,11 +85,12 @@ def pretrain(run: RunConfig, job: Job) -> Path:
     folder: Path = broadcast_object(opened[0] if opened else None)
     if opened:
         print(describe_start(job, plan), flush=True)
+    index = _index(run)
     with same_error():
         if rank() == 0:
             if not job.resume:
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)  # of a start that died early
-            _keep_tokenizer(run, folder)
+            _keep_tokenizer(run, folder, index)
             if _trains_teacher(run):
                 shutil.copytree(folder / TOKENIZER, folder / TEACHER / TOKENIZER, dirs_exist_ok=True)
     teacher_folder = run.teacher.checkpoint
@@ -95,10 +98,12 @@ def pretrain(run: RunConfig, job: Job) -> Path:
         inner = folder / TEACHER
         if not (inner / WEIGHTS).exists():
             going_on = job.resume and checkpoint.latest(inner) is not None
-            _phase(Phase(teacher_phase(run), inner, "teacher", resume=going_on), job)
+            first = teacher_phase(run)
+            own = _index(first) if run.teacher.shards else index
+            _phase(Phase(first, inner, "teacher", own, resume=going_on), job)
         teacher_folder = str(inner)
     resume = job.resume and checkpoint.latest(folder) is not None
-    phase = Phase(run, folder, "training", teacher_folder if run.uses_teacher else None, resume)
+    phase = Phase(run, folder, "training", index, teacher_folder if run.uses_teacher else None, resume)
     result, progress = _phase(phase, job)
     if rank() == 0:
         plots = plot_run(folder)
@@ -134,6 +139,7 @@ class Phase:
     run: RunConfig
     folder: Path
     title: str
+    index: ShardIndex | None  # the counted shards; None for scenes
     teacher: str | None = None  # run directory of the frozen teacher
     resume: bool = False
 
@@ -145,9 +151,10 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     progress = RunProgress(phase.title, run.train.steps, 0, enabled=first)
     with same_error():
         engine_config = job.engine_config(run, folder)
-        source = training_source(run)
+        source = training_source(run, phase.index)
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
         teacher = load_teacher(phase.teacher, job.device) if phase.teacher else None
+        features = _stored(run, phase, teacher) if teacher and run.teacher.features else None
         model = _model(phase, tokenizer)
         evaluator = job.evaluator(run)
         if first:
@@ -161,15 +168,24 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     canonical = View(CanonicalView(run.model.image_size), tokenizer)
     view = TrainingView(_training_view(run), tokenizer)
     engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
+    order = global_order(run, source)
+    identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index))
     with same_error():
-        start = checkpoint.resume(engine, folder, tokenizer.fingerprint) if resume else 0
-    data = run.data
-    order = GlobalOrder(source.counts, run.train.global_batch_size, run.seed, data.streams, data.shuffle_buffer)
+        start, note = checkpoint.resume(engine, folder, identity) if resume else (0, None)
+    if note:
+        progress.print(f"warning: --resume: {note}")
     masks = run.loss.mlm_probability if run.loss.mlm_weight else None
     loader = PairLoader(
         source,
         order,
-        Collator(view, run.seed, masks, teacher.view if teacher else None),
+        Collator(
+            view,
+            run.seed,
+            masks,
+            teacher.view if teacher and not features else None,
+            features,
+            run.data.duplicates,
+        ),
         rank=rank(),
         world=world,
         workers=_workers(run, job.machine.on_cpu),
@@ -179,7 +195,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     loop = Loop(
         run=run,
         folder=folder,
-        vocabulary=tokenizer.fingerprint,
+        identity=identity,
         engine=engine,
         batches=iter(loader),
         device=job.device,
@@ -198,6 +214,16 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     engine.destroy()
     barrier()
     return result, progress
+
+
+def _stored(run: RunConfig, phase: Phase, teacher: Teacher) -> FeatureReader:
+    """The teacher's features, computed beforehand. Raises UserError where some are missing or of another teacher."""
+    assert run.teacher.features is not None
+    assert phase.index is not None
+    folder = FeatureFolder(run.teacher.features, teacher.identity)
+    if rank() == 0:
+        folder.require_all(phase.index.shards)
+    return FeatureReader(folder, phase.index.shards)
 
 
 def _checkpoints(run: RunConfig) -> int:
@@ -229,7 +255,17 @@ def _model(phase: Phase, tokenizer: Tokenizer) -> SaclModel:
     return model
 
 
-def _keep_tokenizer(run: RunConfig, folder: Path) -> None:
+def _index(run: RunConfig) -> ShardIndex | None:
+    """The shards that the run trains on, as the first rank counts them, on every rank."""
+    with same_error():
+        index = None
+        if rank() == 0:
+            with counting("counting the samples of shards") as done:
+                index = training_index(run, done)
+    return broadcast_object(index)
+
+
+def _keep_tokenizer(run: RunConfig, folder: Path, index: ShardIndex | None) -> None:
     """Put the run's tokenizer into its directory: that of model.text_encoder, else one trained on the captions."""
     kept = folder / TOKENIZER
     if kept.exists():
@@ -237,5 +273,5 @@ def _keep_tokenizer(run: RunConfig, folder: Path) -> None:
     if run.model.text_encoder:
         Tokenizer.load(run.model.text_encoder, run.model.max_tokens, "model.text_encoder").save(kept)
         return
-    trained = train_wordpiece(training_source(run).captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
+    trained = train_wordpiece(training_source(run, index).captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
     Tokenizer(trained, run.model.max_tokens).save(kept)

@@ -76,11 +76,12 @@ def _numbered(run: RunConfig, resume: bool) -> Path:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Held by the open file, so it goes with the process, however that ends."""
+    """Held by this process alone, and gone with it however it ends: a lock by `flock` would live on in loader workers,
+    which outlast it for seconds."""
     file = (folder / _LOCK).open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()

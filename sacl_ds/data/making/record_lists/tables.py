@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sacl_ds.data.record import ImageBytes, ImageFile, Record, no_image
+from sacl_ds.data.making.record import ImageBytes, ImageFile, Record, no_image
 from sacl_ds.errors import UserError, nearest
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -8,7 +8,7 @@ from functools import partial
 
 from PIL import Image
 
-from sacl_ds.data.record import Record
+from sacl_ds.data.making.record import Record
 from sacl_ds.data.scenes import Scenes
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from sacl_ds.data.images import BadImage, examine
-from sacl_ds.data.record import BrokenSample, Record
-from sacl_ds.data.shard_layout import stats_path
+from sacl_ds.data.making.record import BrokenSample, Record
+from sacl_ds.data.shards.layout import stats_path
 from sacl_ds.errors import UserError
 
 SKIPPED = "skipped.jsonl"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from sacl_ds.data.record import BrokenSample, Record
+from sacl_ds.data.making.record import BrokenSample, Record
 from sacl_ds.errors import UserError
 
 _TAR_BLOCK = 512

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from sacl_ds.data.record import ImageFile, Record, no_image
-from sacl_ds.data.shard_layout import IMAGE_EXTENSIONS
+from sacl_ds.data.making.record import ImageFile, Record, no_image
+from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.errors import UserError
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.data.record import ImageFile, Record, no_image
+from sacl_ds.data.making.record import ImageFile, Record, no_image
 from sacl_ds.errors import UserError
 
 

@@ -1,0 +1,27 @@
+"""What was wrong with a sample, so that another stood in for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far."""
+
+    kind: Literal["bad", "filtered"]
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}{', sample ' + self.key if self.key else ''}: {self.reason}"
+
+
+class BadSample(ValueError):
+    """Raised where a sample cannot be used."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault

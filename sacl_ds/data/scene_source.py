@@ -1,0 +1,60 @@
+"""The built-in scenes as a `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from sacl_ds.data.order import Block
+from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import Sample
+from sacl_ds.data.scenes import Scenes
+
+
+class SceneSource:
+    """Scenes as a `Source` of one shard; an undecoded sample is its index, drawn only where it is used."""
+
+    weights = None
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+        self.sets = [[len(scenes)]]
+
+    def read(self, blocks: Iterator[Block]) -> Indices:
+        return Indices(place.offset for block in blocks for place in block.places)
+
+    def head(self, shard: int, count: int) -> Indices:
+        return Indices(range(min(count, len(self.scenes))))
+
+    def decode(self, raw: int) -> Sample:
+        item = self.scenes[raw]
+        picture = Picture(torch.from_numpy(item.image).permute(2, 0, 1))
+        # a scene's pictures never repeat, so its key identifies the image
+        return Sample(item.key, picture, item.captions, list(range(len(item.captions))), item.key.encode())
+
+    def captions(self, limit: int) -> Iterator[str]:
+        given = 0
+        for index in range(len(self.scenes)):
+            for caption in self.scenes.captions(index):
+                if given >= limit:
+                    return
+                yield caption.text
+                given += 1
+
+    def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
+        for index in range(rank, min(len(self.scenes), limit or len(self.scenes)), world):
+            yield self.decode(index)
+
+
+class Indices:
+    """Numbers of scenes as `Samples`."""
+
+    def __init__(self, indices: Iterable[int]) -> None:
+        self._indices = iter(indices)
+
+    def __next__(self) -> int:
+        return next(self._indices)
+
+    def close(self) -> None:
+        """There is nothing to close."""

@@ -1,0 +1,149 @@
+"""How many samples each shard holds: from a cache, from the stats beside it, or by looking through it once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sacl_ds.data.shards.layout import stats_path
+from sacl_ds.data.shards.opening import open_shard, reason
+from sacl_ds.data.shards.patterns import expand, is_remote
+from sacl_ds.data.shards.tars import count_in
+from sacl_ds.errors import UserError
+
+_THREADS = 16
+_AT_ONCE = 64
+_PARTS_BETWEEN_WRITES = 16
+_ATTEMPTS = 3
+
+Done = Callable[[int, int], None]  # shards counted, of how many
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Shards and their samples, set by set."""
+
+    shards: list[str]
+    sets: list[list[int]]
+
+    @property
+    def counts(self) -> list[int]:
+        return [count for counts in self.sets for count in counts]
+
+    @property
+    def total(self) -> int:
+        return sum(map(sum, self.sets))
+
+
+def index_shards(
+    pattern: str | Sequence[str],
+    setting: str = "data.shards",
+    *,
+    several: bool = False,
+    done: Done = lambda count, total: None,
+) -> ShardIndex:
+    """Expand and count. several: each of the patterns is a set of its own.
+
+    Counts that were found before are kept under $XDG_CACHE_HOME/sacl_ds, with a local shard's size and time of change,
+    and hold as long as these do. Raises UserError for shards that are missing, empty or cannot be counted.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    sets = [expand(one, setting) for one in patterns] if several else [expand(pattern, setting)]
+    shards = [shard for one in sets for shard in one]
+    counts = _counts(shards, done)
+    index, start = ShardIndex(shards, []), 0
+    for number, one in enumerate(sets):
+        index.sets.append(counts[start : start + len(one)])
+        start += len(one)
+        if not sum(index.sets[-1]):
+            said = patterns[number] if several else pattern
+            raise UserError(f"{setting}: no samples in {len(one)} shards of {said!r}")
+    return index
+
+
+def _counts(shards: list[str], done: Done) -> list[int]:
+    path = _cache_path(shards)
+    known = _read(path)
+    states = [_state(shard) for shard in shards]
+    found = {
+        shard: int(entry[-1])
+        for shard, state in zip(shards, states, strict=True)
+        if (entry := known.get(shard)) and entry[:-1] == state
+    }
+    missing = [shard for shard in shards if shard not in found]
+    state_of = dict(zip(shards, states, strict=True))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(missing), _AT_ONCE):
+            part = missing[start : start + _AT_ONCE]
+            found.update(zip(part, pool.map(count_samples, part), strict=True))
+            done(start + len(part), len(missing))
+            if start + len(part) == len(missing) or start // _AT_ONCE % _PARTS_BETWEEN_WRITES == 0:
+                _write(path, {shard: [*state_of[shard], count] for shard, count in found.items()})
+    return [found[shard] for shard in shards]
+
+
+def count_samples(shard: str) -> int:
+    """From the stats beside the shard, else by its headers; a remote shard without stats is read through.
+
+    A server is asked up to three times, and broken off when it falls silent. Raises UserError.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            says = _stats(shard)
+            return count_in(shard) if says is None else says
+        except OSError as error:
+            if not is_remote(shard) or attempt + 1 == _ATTEMPTS:
+                why = reason(error)
+                raise UserError(f"shard {shard} has no stats beside it and cannot be scanned: {why}") from None
+            time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
+
+
+def _stats(shard: str) -> int | None:
+    """What the file beside it says; None where there is none or it says nothing."""
+    with suppress(OSError, KeyError, ValueError, TypeError):
+        if not is_remote(shard):
+            return int(json.loads(stats_path(shard).read_bytes())["successes"])
+        if shard.endswith(".tar") and not shard.startswith("pipe:"):
+            with open_shard(f"{shard.removesuffix('.tar')}_stats.json") as stream:
+                return int(json.loads(stream.read())["successes"])
+    return None
+
+
+def _state(shard: str) -> list[int]:
+    """What changes where a shard does; nothing is known of remote ones."""
+    if is_remote(shard):
+        return []
+    status = os.stat(shard)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _cache_path(shards: list[str]) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    places = [shard if is_remote(shard) else os.path.abspath(shard) for shard in (shards[0], shards[-1])]
+    digest = hashlib.sha256(json.dumps([*places, len(shards)]).encode()).hexdigest()[:16]
+    return base / "sacl_ds" / f"shards-{digest}.json"
+
+
+def _read(path: Path) -> dict[str, list[int]]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(path: Path, entries: dict[str, list[int]]) -> None:
+    """Atomically; a home that cannot be written to costs the next start a count."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(entries))
+        temporary.replace(path)

@@ -1,0 +1,226 @@
+"""Opens a shard wherever it lies: a file, http(s) through curl, what webdataset opens, what fsspec opens.
+
+All come as a `Stream`. One that is a process's output is broken off, by a thread that watches all, where a read waits
+for longer than its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import weakref
+from typing import IO, Any
+
+import fsspec
+from webdataset.gopen import Pipe, gopen, gopen_schemes
+
+from sacl_ds.errors import UserError
+
+STALL_SECONDS = 60.0
+_CONNECT_SECONDS = 30
+_CHUNK = 1 << 16
+_BUFFER = 1 << 19  # bytes of a local shard read together: fewer waits for the interpreter's lock than many small reads
+
+
+class Heart:
+    """Of what reads: when it last moved, in seconds of a clock that only goes forward, and how to end it."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+        self.stopped = False
+        self._stream: Stream | None = None
+
+    def beat(self) -> None:
+        self.last = time.monotonic()
+
+    @property
+    def still_for(self) -> float:
+        return time.monotonic() - self.last
+
+    def reads_from(self, stream: Stream) -> None:
+        self._stream = stream
+        if self.stopped:
+            stream.break_off()
+
+    def stop(self) -> None:
+        """From another thread: what it reads from, now or later, is broken off where that is possible."""
+        self.stopped = True
+        if self._stream is not None:
+            self._stream.break_off()
+
+
+class Stream:
+    """Bytes from front to back."""
+
+    def __init__(self, source: IO[bytes] | Pipe, heart: Heart, stall_seconds: float, owner: object = None) -> None:
+        """heart: beats when bytes have come. owner: what must live as long as the source."""
+        self._source, self._heart, self._owner = source, heart, owner
+        self._limit, self._since, self._ended = stall_seconds, 0.0, False
+        self.stalled = False
+        self.file = source if isinstance(source, io.BufferedReader) else None  # a local one, which can be sought in
+        if isinstance(source, Pipe):
+            _watch(self)
+        heart.reads_from(self)
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises OSError where the source fails or is broken off, with the reason; b'' at its end."""
+        try:
+            if isinstance(self._source, Pipe):
+                return self._read_pipe(self._source, size)
+            data: bytes = self._source.read(size)
+        except Exception as error:  # protocols of fsspec have exceptions of their own
+            raise OSError(reason(error)) from None
+        self._heart.beat()
+        return data
+
+    def _read_pipe(self, pipe: Pipe, size: int) -> bytes:
+        """Like a file's read. The pipe's own raises when its command has failed, and drops what that gave before."""
+        parts: list[bytes] = []
+        left = size
+        while left:
+            self._since = time.monotonic()
+            part = pipe.stream.read1(_CHUNK if left < 0 else min(left, _CHUNK))
+            self._since = 0.0
+            if not part:
+                break
+            self._heart.beat()
+            parts.append(part)
+            left -= len(part) if left > 0 else 0
+        if left and not parts:
+            self._ended = True
+            if self.stalled:
+                raise OSError(f"it gave nothing for {self._limit:g} s")
+            status = pipe.proc.wait()
+            if status not in pipe.ignore_status:  # a transfer that broke off ends like one that is whole, but for this
+                raise OSError(_said(pipe) or f"its command ended with status {status}")
+        return b"".join(parts)
+
+    def break_off(self) -> bool:
+        """From another thread: make a read that waits end. Returns whether that is possible."""
+        if not isinstance(self._source, Pipe):
+            return False
+        self.stalled = True
+        _end(self._source)
+        return True
+
+    @property
+    def waits_too_long(self) -> bool:
+        since = self._since
+        return bool(since) and time.monotonic() - since > self._limit
+
+    def close(self) -> None:
+        """Never waits for the rest, and raises nothing."""
+        if isinstance(self._source, Pipe):
+            if not self._ended:
+                _end(self._source)
+            self._source.ignore_errors = True
+            if self._source.proc.stderr:
+                self._source.proc.stderr.close()
+        with contextlib.suppress(Exception):
+            self._source.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_shard(shard: str, heart: Heart | None = None, stall_seconds: float = STALL_SECONDS) -> Stream:
+    """Raises OSError where it cannot be opened, UserError where no opener for it is installed."""
+    heart = heart or Heart()
+    scheme = "pipe" if shard.startswith("pipe:") else shard.partition("://")[0] if "://" in shard else "file"
+    if scheme == "file":
+        return Stream(open(shard.removeprefix("file://"), "rb", _BUFFER), heart, stall_seconds)
+    if scheme in ("http", "https"):
+        # webdataset's own line for curl tries a failing server thirty times and waits for a silent one for ever
+        if shutil.which("curl") is None:
+            raise UserError(f"shard {shard}: curl is not installed, which fetches it; install it or use a local path")
+        line = ["curl", "-f", "-s", "-S", "-N", "-L", "--connect-timeout", str(_CONNECT_SECONDS), shard]
+        return Stream(_pipe(line, stderr=subprocess.PIPE), heart, stall_seconds)
+    if scheme == "pipe":
+        return Stream(_pipe(shard.removeprefix("pipe:"), shell=True), heart, stall_seconds)
+    if scheme in gopen_schemes:
+        try:
+            return Stream(gopen(shard), heart, stall_seconds)
+        except FileNotFoundError as error:
+            raise UserError(f"shard {shard}: {error.filename} is not installed, which fetches it") from None
+        except Exception as error:  # of the hub's library
+            raise OSError(reason(error)) from None
+    try:
+        opened: Any = fsspec.open(shard, "rb")
+    except (ImportError, ValueError) as error:  # no package for that protocol; no such protocol
+        raise UserError(f"shard {shard} cannot be opened: {reason(error)}") from None
+    try:
+        return Stream(opened.open(), heart, stall_seconds, opened)
+    except Exception as error:  # as in `read`
+        raise error if isinstance(error, OSError) else OSError(reason(error)) from None
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be read, without line breaks."""
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(said.split())
+
+
+def _pipe(command: str | list[str], **more: Any) -> Pipe:
+    """In a process group of its own, so that all of a shell's line can be ended."""
+    return Pipe(command, mode="rb", ignore_status=[23, 141], start_new_session=True, **more)
+
+
+def _end(pipe: Pipe) -> None:
+    try:
+        if os.getpgid(pipe.proc.pid) == pipe.proc.pid:
+            os.killpg(pipe.proc.pid, signal.SIGKILL)
+        else:
+            pipe.proc.kill()
+    except OSError:  # it has ended
+        return
+
+
+def _said(pipe: Pipe) -> str:
+    """What the command that failed has written."""
+    said = pipe.proc.stderr.read().decode("utf-8", "replace") if pipe.proc.stderr else ""
+    return " ".join(said.split())
+
+
+class _Watchdog:
+    """Breaks off streams that wait too long. One thread a process: a forked one has none, so it starts its own."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self.lock = threading.Lock()
+        self.shortest = STALL_SECONDS
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def add(self, stream: Stream, limit: float) -> None:
+        with self.lock:
+            self.streams.add(stream)
+            self.shortest = min(self.shortest, limit)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(min(1.0, self.shortest / 4))
+            with self.lock:
+                waiting = [stream for stream in self.streams if stream.waits_too_long and not stream.stalled]
+            for stream in waiting:
+                stream.break_off()
+
+
+_watchdog: _Watchdog | None = None
+_starting = threading.Lock()
+
+
+def _watch(stream: Stream) -> None:
+    global _watchdog  # noqa: PLW0603
+    with _starting:
+        if _watchdog is None or _watchdog.process != os.getpid():
+            _watchdog = _Watchdog()
+    _watchdog.add(stream, stream._limit)

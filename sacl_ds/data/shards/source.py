@@ -1,0 +1,91 @@
+"""Webdataset shards (tars of key.jpg, key.txt, key.json, as img2dataset writes them) as a `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from sacl_ds.config import DataConfig
+from sacl_ds.data.captions import captions_of, wanted
+from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.images import BadImage
+from sacl_ds.data.order import Block, Place
+from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import Sample
+from sacl_ds.data.shards.cache import ShardCache
+from sacl_ds.data.shards.index import ShardIndex
+from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
+from sacl_ds.data.shards.read_ahead import ReadAhead
+from sacl_ds.data.shards.reading import RawSample, ShardReading
+from sacl_ds.data.shards.tars import image_of
+from sacl_ds.errors import UserError
+
+
+class ShardSource:
+    """The shards of an index, read as the data configuration says."""
+
+    def __init__(self, index: ShardIndex, data: DataConfig | None = None) -> None:
+        data = DataConfig() if data is None else data
+        self.shards, self.sets, self.weights = index.shards, index.sets, data.weights
+        self._counts = index.counts
+        self._attempts, self._stall_seconds, self._only = data.attempts, data.stall_seconds, data.captions
+        self._cache = ShardCache.of(data.cache_dir, data.cache_gb)
+
+    def read(self, blocks: Iterator[Block]) -> ReadAhead[RawSample | Fault]:
+        return ReadAhead(
+            ShardReading(self.shards, blocks, self._attempts, self._stall_seconds, self._cache), self._stall_seconds
+        )
+
+    def head(self, shard: int, count: int) -> ReadAhead[RawSample | Fault]:
+        places = [Place(0, shard, offset) for offset in range(min(count, self._counts[shard]))]
+        return self.read(iter([Block(places, [])]))
+
+    def whole(self, shard: int, to_its_end: bool = True) -> Iterator[RawSample]:
+        """All samples of a shard. Where it cannot be read to its end, raises UserError, or ends if it need not be."""
+        samples = self.head(shard, self._counts[shard])
+        try:
+            for _ in range(self._counts[shard]):
+                raw = next(samples)
+                if isinstance(raw, Fault):
+                    if to_its_end:
+                        raise UserError(str(raw))
+                    return
+                yield raw
+        finally:
+            samples.close()
+
+    def decode(self, raw: RawSample) -> Sample:
+        """Raises BadSample for a missing image or caption, or what is no image; pixels are decoded by the views."""
+        shard, fields = raw.shard, raw.fields
+        key = str(fields["__key__"]).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        data, captions = image_of(fields), captions_of(fields)
+        if data is None:
+            raise BadSample(Fault("bad", shard, key, f"no image ({', '.join(IMAGE_EXTENSIONS)})"))
+        if not captions:
+            raise BadSample(Fault("bad", shard, key, "no caption in its .txt or .json"))
+        which = wanted(captions, self._only)
+        if not which:
+            raise BadSample(Fault("filtered", shard, key, "no caption passes data.captions"))
+        try:
+            picture = Picture(data)
+        except BadImage as error:
+            raise BadSample(Fault("bad", shard, key, f"the image cannot be decoded: {error}")) from None
+        return Sample(key, picture, captions, which, data, shard)
+
+    def captions(self, limit: int) -> Iterator[str]:
+        every = (
+            caption
+            for shard in range(len(self.shards))
+            for raw in self.whole(shard, to_its_end=False)
+            for caption in captions_of(raw.fields)
+        )
+        return islice(every, limit)
+
+    def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
+        """Raises UserError for a sample that cannot be used: what is compared must be the same everywhere."""
+        every = (raw for shard in range(len(self.shards)) for raw in self.whole(shard))
+        for raw in islice(every, rank, limit, world):
+            try:
+                yield self.decode(raw)
+            except BadSample as error:
+                raise UserError(str(error)) from None
