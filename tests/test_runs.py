@@ -129,12 +129,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "{00000..00002}.tar")
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.soak)])
-def test_resume_with_other_ranks_and_workers(shards: str, ranks: int, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [
+        (2, 2),
+        (2, 3),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in [(4, 1), (2, "2_offload"), (2, "3_offload")]),
+    ],
+)
+def test_resume_with_other_ranks_and_workers(shards: str, ranks: int, stage: int | str, tmp_path: Path) -> None:
     """Killed in the first epoch, resumed by more ranks: the same batches, to the last key, and the same losses."""
     arguments = [
         "data.source=shards", f"data.shards={shards}", "teacher.steps=0", "model.dropout=0", *CONTRASTIVE_ONLY,
-        "--ds_config", f"ds_configs/zero{stage}.json",
+        "--ds_config", f"ds_configs/zero{stage}.json", "optim.lr_image=0.003", "optim.weight_decay=1",
     ]  # fmt: skip
     start(tmp_path / "whole", *arguments)
     kill(tmp_path / "stopped", 11, *arguments, "train.save_every=5", "data.workers=2")

@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -98,7 +99,14 @@ def resume(engine: DeepSpeedEngine, run_folder: Path, identity: Identity) -> tup
 
 
 def _load_from_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str) -> str | None:
-    """By way of DeepSpeed's universal format, written beside the checkpoint and removed again."""
+    """By way of DeepSpeed's universal format, written beside the checkpoint and removed again.
+
+    Under ZeRO 3, DeepSpeed then gives every parameter group the settings of the first (learning rate, weight decay) and
+    one step counter to all, which each group's update advances: both are put right here.
+    """
+    settings = [
+        {name: value for name, value in group.items() if name != "params"} for group in engine.optimizer.param_groups
+    ]
     universal = f"{tag}{_CONVERTED}"
     with same_error():
         if rank() == 0:
@@ -111,6 +119,11 @@ def _load_from_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str) -> s
         barrier()
         if rank() == 0:
             shutil.rmtree(folder / universal, ignore_errors=True)
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(step := state.get("step"), torch.Tensor):
+            state["step"] = step.clone()
     return loaded
 
 
