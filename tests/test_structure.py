@@ -22,6 +22,10 @@ ALLOWED = {
     "model": {"config", "config_file", "data", "distributed", "errors", "model"},
     "telemetry": {"telemetry", "errors", "config"},
     "evaluation": {"config", "data", "distributed", "errors", "evaluation", "model"},
+    "analysis": {
+        "analysis", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors", "evaluation",
+        "losses", "machine", "model", "telemetry", "training",
+    },
     "training": {
         "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry", "training"
     },
