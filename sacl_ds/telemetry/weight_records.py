@@ -1,0 +1,154 @@
+"""What the negatives of a run weighed: RUN/weights/, two parquet files a recorded step, written atomically.
+
+figures_NNNNNNNN.parquet holds a row a direction, lowest_NNNNNNNN.parquet the pairs of least weight; NNNNNNNN is the
+number of steps done, as `step` in metrics.jsonl. docs/weights.md says what every column means.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+from pyarrow import parquet
+
+from sacl_ds.errors import UserError
+
+FOLDER = "weights"
+DIRECTIONS = ("image_to_text", "text_to_image")
+QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
+
+Row = Mapping[str, Any]
+
+_INT, _FLOAT, _TEXT = arrow.int64(), arrow.float64(), arrow.string()
+FIGURES = arrow.schema(
+    {
+        "step": _INT,
+        "direction": _TEXT,
+        "alpha": _FLOAT,
+        "sharpness": _FLOAT,
+        "teacher_sharpness": _FLOAT,
+        "logit_scale": _FLOAT,
+        "anchors": _INT,
+        "pairs": _INT,
+        "duplicates": _INT,
+        "histogram": arrow.list_(_INT),
+        "quantiles": arrow.list_(_FLOAT),
+        "under": arrow.list_(_FLOAT),
+        "effective": _FLOAT,
+        "effective_share": _FLOAT,
+        "mass": _FLOAT,
+        "shape": _FLOAT,
+        "pmi_positive": _FLOAT,
+        "pmi_negative": _FLOAT,
+        "pmi_negative_target": _FLOAT,
+        "infonce_bound": _FLOAT,
+    }.items()
+)
+LOWEST = arrow.schema(
+    {
+        "step": _INT,
+        "direction": _TEXT,
+        "place": _INT,
+        "anchor_key": _TEXT,
+        "anchor_shard": _TEXT,
+        "anchor_caption": _TEXT,
+        "negative_key": _TEXT,
+        "negative_shard": _TEXT,
+        "negative_caption": _TEXT,
+        "weight": _FLOAT,
+        "student_similarity": _FLOAT,
+        "teacher_similarity": _FLOAT,
+    }.items()
+)
+_SCHEMAS = {"figures": FIGURES, "lowest": LOWEST}
+
+
+class WeightRecords:
+    """Writes the records of one run."""
+
+    def __init__(self, run_folder: Path, resume_step: int | None = None) -> None:
+        """resume_step: keep the records up to this step; None: start anew. Raises UserError where that fails."""
+        self.folder = run_folder / FOLDER
+        try:
+            for step, path in _files(run_folder, "*"):
+                if resume_step is None or step > resume_step:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from None
+
+    def write(self, step: int, figures: Sequence[Row], lowest: Sequence[Row]) -> None:
+        """Rows with the columns of FIGURES and LOWEST but `step`. Raises UserError where they cannot be written."""
+        for name, rows in (("lowest", lowest), ("figures", figures)):
+            _write(self.folder / f"{name}_{step:08d}.parquet", [{"step": step, **row} for row in rows], _SCHEMAS[name])
+
+
+def read_figures(run_folder: Path) -> list[dict[str, Any]]:
+    """All rows of FIGURES, by step and direction. Raises UserError where there are none."""
+    files = _files(run_folder, "figures")
+    if not files:
+        raise _nothing(run_folder)
+    rows = [row for _, path in files for row in _read(path)]
+    return sorted(rows, key=lambda row: (row["step"], row["direction"]))
+
+
+def read_lowest(run_folder: Path, step: int | None = None) -> list[dict[str, Any]]:
+    """The rows of LOWEST of one recorded step, the last for None, by direction and place; none where all negatives
+    weighed the same. Raises UserError where that step was not recorded."""
+    files = dict(_files(run_folder, "lowest"))
+    if not files:
+        raise _nothing(run_folder)
+    if step is None:
+        step = max(files)
+    if step not in files:
+        near = min(files, key=lambda other: abs(other - step))
+        raise UserError(f"{run_folder / FOLDER}: step {step} was not recorded; the nearest that was is {near}")
+    return sorted(_read(files[step]), key=lambda row: (row["direction"], row["place"]))
+
+
+def _files(run_folder: Path, name: str) -> list[tuple[int, Path]]:
+    """By step."""
+    found = []
+    for path in (run_folder / FOLDER).glob(f"{name}_*.parquet"):
+        if match := re.fullmatch(r"(?:figures|lowest)_(\d+)\.parquet", path.name):
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def _write(path: Path, rows: Sequence[Row], schema: arrow.Schema) -> None:
+    if any(set(row) != set(schema.names) for row in rows):
+        raise ValueError(f"{path.name}: the columns are {', '.join(schema.names)}")
+    table = arrow.Table.from_pylist([_encodable(row) for row in rows], schema)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(table, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _encodable(row: Row) -> dict[str, Any]:
+    """JSON can spell half a surrogate pair into a caption, which UTF-8 has no bytes for."""
+    return {name: x.encode("utf-8", "replace").decode() if isinstance(x, str) else x for name, x in row.items()}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return parquet.ParquetFile(path).read().to_pylist()
+    except (OSError, arrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}; remove it") from None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+    return UserError(f"{path} cannot be written: {reason}; put that right, or train with records.every=0")
+
+
+def _nothing(run_folder: Path) -> UserError:
+    if not run_folder.is_dir():
+        return UserError(f"{run_folder} does not exist; give the directory of a run")
+    return UserError(f"{run_folder / FOLDER} holds no weight records; train with records.every=100, say")
