@@ -1,6 +1,5 @@
 """Every kind of source gives exactly the captions and bytes that it holds, and names what is wrong with it."""
 
-import csv
 import io
 import itertools
 import json
@@ -224,16 +223,3 @@ def test_errors_before_anything_is_written(make, message: str, tmp_path: Path) -
     with pytest.raises(UserError, match=message) as error:
         survey(make(tmp_path), skip_broken=False).require(skip_broken=False)
     assert "\n" not in str(error.value)
-
-
-def test_without_pyarrow(tmp_path: Path) -> None:
-    (tmp_path / "pyarrow").mkdir()
-    (tmp_path / "pyarrow/__init__.py").write_text("raise ImportError")
-    parquet.write_table(arrow.table({"path": ["x"], "caption": ["a"]}), tmp_path / "t.parquet")
-    arguments = ["table", "--table", tmp_path / "t.parquet", "--out", tmp_path / "out"]
-    done = sources.run("make_shards", *arguments, PYTHONPATH=str(tmp_path))
-    assert sources.error_of(done) == f"error: reading {tmp_path}/t.parquet needs pyarrow: pip install pyarrow"
-    with (tmp_path / "t.csv").open("w") as file:
-        csv.writer(file).writerows([["path", "caption"], ["x", "a"]])
-    arguments[2] = tmp_path / "t.csv"
-    assert "image missing" in sources.error_of(sources.run("make_shards", *arguments, PYTHONPATH=str(tmp_path)))

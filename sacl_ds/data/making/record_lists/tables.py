@@ -135,11 +135,9 @@ class ParquetTable:
     """A parquet file, read a few rows at a time; images may be paths, bytes, or structs with a field 'bytes'."""
 
     def __init__(self, path: Path, image_column: str, caption_column: str) -> None:
-        try:
-            import pyarrow as arrow
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+        import pyarrow as arrow
+        from pyarrow import parquet
+
         self.path, self.parquet = path, parquet
         self.image, self.caption = image_column, caption_column
         try:
