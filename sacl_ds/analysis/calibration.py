@@ -1,61 +1,104 @@
-"""How sharp the regulation has to be: found from similarities alone, before anything is trained."""
+"""The sharpness at which a chosen share of the negatives falls under a chosen weight, and weights that fall late.
+
+NumPy alone, on cosines of mini-batches.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-_STEEPEST = 200.0
+LEAST, LARGEST = 0.05, 200.0  # sharpnesses that are tried
+_GRID = 64
+_TOLERANCE = 1e-6  # of the sharpness, relative
 
 
-def share_under(cosines: np.ndarray, negatives: np.ndarray, sharpness: float, under: float) -> float:
-    """Share of negatives whose weight at that sharpness is less than `under`, over both directions.
+@dataclass(frozen=True)
+class Calibrated:
+    """The smallest sharpness found, None where none reaches the share; and the curve that was searched.
 
-    cosines: (n, m) of one mini-batch, images in rows; negatives: (n, m) bool.
+    share: under the weight at `sharpness`, else the largest on the grid. rises: whether the share rises with the
+    sharpness throughout, so that a larger sharpness would never do with less.
     """
-    below = count = 0
-    for c, allowed in ((cosines, negatives), (cosines.T, negatives.T)):
-        exponents = np.where(allowed, -sharpness * c.astype(np.float64), -np.inf)
-        best = exponents.max(1, keepdims=True)
-        inverse = np.exp(exponents - np.where(np.isfinite(best), best, 0.0))
-        total = inverse.sum(1, keepdims=True)
-        weights = inverse * allowed.sum(1, keepdims=True) / np.where(total > 0, total, 1.0)
-        below += int((weights[allowed] < under).sum())
-        count += int(allowed.sum())
-    return below / max(1, count)
+
+    sharpness: float | None
+    share: float
+    grid: np.ndarray  # (g,) sharpnesses
+    shares: np.ndarray  # (g,) the share under the weight at each of them
+
+    @property
+    def rises(self) -> bool:
+        return bool((np.diff(self.shares) >= 0).all())
 
 
-def sharpness_for(cosines: np.ndarray, negatives: np.ndarray, share: float, under: float) -> float:
-    """The smallest kappa at which `share` of the negatives weigh less than `under`; NaN where none up to 200 does.
+def share_under(
+    cosines: Sequence[np.ndarray], negatives: Sequence[np.ndarray], sharpness: float, under: float
+) -> float:
+    """Share of the negatives of all anchors in both directions whose weight is under `under`.
 
-    cosines: (n, m) of one mini-batch, images in rows; negatives: (n, m) bool. The share need not grow everywhere with
-    kappa: a grid finds where it is first reached, bisection the place between two of its points.
+    cosines: for each mini-batch (n, m), image i with text j; negatives: (n, m) bool alike. The weights are those of the
+    loss with one similarity: |Neg| e^(-sharpness c) / sum e^(-sharpness c), mean 1.
     """
-    low = 0.0
-    for high in np.geomspace(0.05, _STEEPEST, 64):
-        if share_under(cosines, negatives, float(high), under) >= share:
-            break
-        low = float(high)
-    else:
-        return math.nan
-    for _ in range(30):
+    count = total = 0
+    for cosine, mask in zip(cosines, negatives, strict=True):
+        for c, stays in ((cosine, mask), (cosine.T, mask.T)):
+            lowest = np.where(stays, c, np.inf).min(1, keepdims=True)
+            lowest = np.where(np.isfinite(lowest), lowest, 0.0)  # an anchor without negatives
+            inverse = np.where(stays, np.exp(-sharpness * (c - lowest)), 0.0)
+            bound = under * inverse.sum(1, keepdims=True) / np.maximum(1, stays.sum(1, keepdims=True))
+            count += int(((inverse < bound) & stays).sum())
+            total += int(stays.sum())
+    if total == 0:
+        raise ValueError("no pair is a negative of another")
+    return count / total
+
+
+def calibrated(
+    cosines: Sequence[np.ndarray], negatives: Sequence[np.ndarray], share: float, under: float
+) -> Calibrated:
+    """The smallest sharpness at which `share` of the negatives weighs less than `under`; arguments as in `share_under`.
+
+    The share need not rise with the sharpness, so a grid is searched for the first that reaches it, and then what lies
+    between that one and the one before. Raises ValueError for a share outside (0, 1) or a weight outside (0, 1].
+    """
+    if not 0 < share < 1 or not 0 < under <= 1:
+        raise ValueError(f"share={share} must lie in (0, 1) and under={under} in (0, 1]")
+    cosines = [np.asarray(cosine, np.float64) for cosine in cosines]
+    grid = np.geomspace(LEAST, LARGEST, _GRID)
+    shares = np.array([share_under(cosines, negatives, float(kappa), under) for kappa in grid])
+    reached = np.flatnonzero(shares >= share)
+    if not len(reached):
+        return Calibrated(None, float(shares.max()), grid, shares)
+    high = float(grid[reached[0]])
+    low = float(grid[reached[0] - 1]) if reached[0] else 0.0
+    while high - low > _TOLERANCE * high:
         middle = (low + high) / 2
         if share_under(cosines, negatives, middle, under) >= share:
             high = middle
         else:
             low = middle
-    return float(high)
+    return Calibrated(high, share_under(cosines, negatives, high, under), grid, shares)
+
+
+def sharpness_for(cosines: np.ndarray, negatives: np.ndarray, share: float, under: float) -> float:
+    """`calibrated` for one mini-batch, (n, m) both: the sharpness, NaN where none reaches the share."""
+    found = calibrated([cosines], [negatives], share, under).sharpness
+    return math.nan if found is None else found
 
 
 def fall(cosines: np.ndarray, share: float, teacher_sharpness: float) -> tuple[float, float]:
-    """Similarity c0 that `share` of the cosines exceed, and the alpha that lets weights fall from there.
+    """(c0, alpha) of weights that are flat below a teacher's cosine c0 and fall above it.
 
-    With loss.sharpness = 0, s = alpha * e^(kappa_t * c) + (1 - alpha): flat below c0 and falling as e^(-kappa_t c) above
-    it, where both terms are equal: alpha = 1 / (1 + e^(kappa_t * c0)).
+    With the model's sharpness at 0 the similarity is s = alpha e^(kappa_t c) + (1 - alpha). c0 is the cosine that
+    `share` of the cosines exceeds, and alpha the constant share of the teacher with alpha e^(kappa_t c0) = 1 - alpha:
+    there the weight is half of what it is far below. cosines: any shape. Raises ValueError for a share outside (0, 1)
+    or a sharpness that is not positive.
     """
-    start = float(np.quantile(cosines, 1 - share))
-    exponent = teacher_sharpness * start
-    # e^-x / (1 + e^-x) for x > 0: nothing overflows
-    alpha = math.exp(-exponent) / (1 + math.exp(-exponent)) if exponent > 0 else 1 / (1 + math.exp(exponent))
-    return start, alpha
+    if not 0 < share < 1 or teacher_sharpness <= 0:
+        raise ValueError(f"share={share} must lie in (0, 1) and teacher_sharpness={teacher_sharpness} above 0")
+    c0 = float(np.quantile(np.asarray(cosines, np.float64), 1 - share))
+    x = teacher_sharpness * c0
+    return c0, math.exp(-x) / (1 + math.exp(-x)) if x >= 0 else 1 / (1 + math.exp(x))

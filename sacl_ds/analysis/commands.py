@@ -1,0 +1,173 @@
+"""The options of the analysis subcommands. Imports nothing heavy: --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_RAW = argparse.RawDescriptionHelpFormatter
+_SUBJECT = "finished run, RUN/checkpoints/step_N, or features saved by --save-features"
+
+
+def data_options(parser: argparse.ArgumentParser, shards: bool = True) -> None:
+    """Which pairs are looked at, by which teacher; what `sacl_ds.analysis.inputs.examine` reads."""
+    data = parser.add_argument_group("data")
+    if shards:
+        data.add_argument(
+            "--shards", nargs="+", metavar="PATTERN", help="as data.shards (default: the run's held-out data)"
+        )
+        data.add_argument(
+            "--count", type=int, default=100_000, metavar="N", help="read the first N pairs (default: %(default)s)"
+        )
+    else:
+        parser.set_defaults(shards=None, count=10**9)
+    data.add_argument("--teacher", help="as teacher.checkpoint, or 'none' (default: the run's own)")
+    data.add_argument("--save-features", metavar="DIR", help="keep the features, to be given in the place of the run")
+    data.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+
+
+def weight_options(parser: argparse.ArgumentParser) -> None:
+    """The regulation; what `sacl_ds.analysis.inputs.regulation_for` reads."""
+    weights = parser.add_argument_group("weights (default: as at the end of the run)")
+    weights.add_argument("--alpha", type=float, help="the teacher's share of the similarity")
+    weights.add_argument("--sharpness", type=float, metavar="KAPPA", help="of the model's similarity")
+    weights.add_argument("--teacher-sharpness", type=float, metavar="KAPPA", help="of the teacher's")
+
+
+def add_parsers(subparsers: Any) -> None:
+    """scan, calibrate, suspects and detect; each sets `act`."""
+    _scan(subparsers)
+    _calibrate(subparsers)
+    _suspects(subparsers)
+    _detect(subparsers)
+
+
+def _parser(subparsers: Any, name: str, purpose: str, example: str) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        name, help=purpose, description=f"{purpose}.", epilog=f"example:\n  {example}", formatter_class=_RAW
+    )
+
+
+def _scan(subparsers: Any) -> None:
+    parser = _parser(
+        subparsers,
+        "scan",
+        "the distribution of weights over many mini-batches",
+        "python tools/weight_analysis.py scan runs/scenes-001 runs/scenes-002 --out scan",
+    )
+    parser.add_argument("paths", nargs="+", metavar="RUN", help=f"{_SUBJECT}; several are shown side by side")
+    data_options(parser)
+    weight_options(parser)
+    drawing = parser.add_argument_group("mini-batches")
+    drawing.add_argument("--batches", type=int, default=10_000, metavar="M", help="default: %(default)s, the paper's")
+    drawing.add_argument("--batch-size", type=int, default=512, metavar="N", help="default: %(default)s, the paper's")
+    drawing.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    _out(parser, "scan")
+    parser.set_defaults(act=_act_scan)
+
+
+def _calibrate(subparsers: Any) -> None:
+    parser = _parser(
+        subparsers,
+        "calibrate",
+        "the sharpness at which a share of the negatives falls under a weight",
+        "python tools/weight_analysis.py calibrate runs/scenes-001 --share 0.2 --under 0.7\n"
+        "  python tools/weight_analysis.py calibrate runs/scenes-001 --false-share 0.04",
+    )
+    parser.add_argument("path", metavar="RUN", help=_SUBJECT)
+    data_options(parser)
+    wanted = parser.add_argument_group("what is wanted")
+    wanted.add_argument("--share", type=float, default=0.2, help="of the negatives (default: %(default)s, the paper's)")
+    wanted.add_argument("--under", type=float, default=0.7, help="weight (default: %(default)s, the paper's)")
+    wanted.add_argument(
+        "--false-share", type=float, metavar="S", help="instead: weights that fall only for this share of most similar"
+    )
+    wanted.add_argument(
+        "--teacher-sharpness", type=float, default=60.0, metavar="KAPPA", help="with it (default: %(default)s)"
+    )
+    drawing = parser.add_argument_group("mini-batches")
+    drawing.add_argument("--batches", type=int, default=8, metavar="M", help="default: %(default)s")
+    drawing.add_argument("--batch-size", type=int, default=512, metavar="N", help="default: %(default)s")
+    drawing.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    _out(parser, "calibration")
+    parser.set_defaults(act=_act_calibrate)
+
+
+def _suspects(subparsers: Any) -> None:
+    parser = _parser(
+        subparsers,
+        "suspects",
+        "likely false negatives and duplicates of a whole set, and a grouping of them",
+        "python tools/weight_analysis.py suspects runs/cc3m-001 --shards '/data/{00000..00331}.tar' \\\n"
+        "      --out suspects.parquet --grouping groups.parquet",
+    )
+    parser.add_argument("path", metavar="RUN", help=_SUBJECT)
+    data_options(parser)
+    weight_options(parser)
+    chosen = parser.add_argument_group("which pairs")
+    chosen.add_argument("--weight-under", type=float, default=0.2, help="default: %(default)s")
+    chosen.add_argument(
+        "--similarity-above",
+        type=float,
+        metavar="COSINE",
+        help="instead: by the teacher's cosine, without one the model's",
+    )
+    chosen.add_argument("--top", type=int, default=10_000, metavar="N", help="at most so many (default: %(default)s)")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", required=True, metavar="FILE", help="suspects.parquet or suspects.csv")
+    files.add_argument("--grouping", metavar="FILE", help="parquet for data.grouping: samples that are no negatives")
+    files.add_argument(
+        "--largest-group", type=int, default=100, metavar="N", help="no group grows past this (default: %(default)s)"
+    )
+    parser.set_defaults(act=_act_suspects)
+
+
+def _detect(subparsers: Any) -> None:
+    parser = _parser(
+        subparsers,
+        "detect",
+        "the weight as a detector of false negatives, where the truth is known",
+        "python tools/weight_analysis.py detect runs/scenes-001 --out detect\n"
+        "  python tools/weight_analysis.py detect runs/coco-001 --coco dataset_coco.json --images coco/ --out detect",
+    )
+    parser.add_argument("path", metavar="RUN", help=_SUBJECT)
+    data_options(parser, shards=False)
+    weight_options(parser)
+    truth = parser.add_argument_group("truth")
+    truth.add_argument("--scenes", type=int, metavar="N", help="held-out scenes (default: the run's eval_count)")
+    truth.add_argument(
+        "--coco", metavar="JSON", help="Karpathy's dataset_coco.json: ECCV Caption and CxC (eccv_caption)"
+    )
+    truth.add_argument("--images", metavar="DIR", help="COCO's images, in or under this folder")
+    _out(parser, "detection")
+    parser.set_defaults(act=_act_detect)
+
+
+def _out(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--out", default=default, metavar="DIR", help="folder for what is written (default: %(default)s)"
+    )
+
+
+def _act_scan(options: argparse.Namespace) -> None:
+    from sacl_ds.analysis.scan import act
+
+    act(options)
+
+
+def _act_calibrate(options: argparse.Namespace) -> None:
+    from sacl_ds.analysis.calibrate import act
+
+    act(options)
+
+
+def _act_suspects(options: argparse.Namespace) -> None:
+    from sacl_ds.analysis.suspects import act
+
+    act(options)
+
+
+def _act_detect(options: argparse.Namespace) -> None:
+    from sacl_ds.analysis.detect import act
+
+    act(options)
