@@ -1,0 +1,250 @@
+"""Weights of single pairs: the matrix of a mini-batch (paper Fig. 7), anchors with their lightest negatives (8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sacl_ds.analysis.mini_batch import MiniBatch, mini_batch
+from sacl_ds.analysis.pairs import Pairs
+from sacl_ds.analysis.report.page import Card, Cell, Matrix, Section, Strip, card, clean, percent, shown
+from sacl_ds.analysis.report.sheet import FIRST, MARKED, PLAIN, Tile, draw_matrix, draw_rows
+from sacl_ds.analysis.report.truth import SceneTruth, verdict
+from sacl_ds.losses.regulation import Regulation
+
+SHOWN = 8  # pairs of the matrix
+_ANCHORS, _NEGATIVES = 6, 5  # of a gallery, per direction
+_LIGHT, _HEAVY = (214, 104, 16), (36, 104, 180)  # weights under and over 1
+_STRONGEST = 0.55  # opacity of a shade; text stays legible on it in both colour schemes
+
+Place = tuple[str, str]  # shard, key
+Pictures = Mapping[Place, Image.Image]
+FindPictures = Callable[[Sequence[Place]], Pictures]
+
+
+def chosen(batch: MiniBatch, count: int) -> list[int]:
+    """Pairs of the mini-batch to be looked at: those of the lowest weights of images over texts, anchor and negative
+    side by side, until there are `count`."""
+    if len(batch.negatives) <= count:
+        return list(range(len(batch.negatives)))
+    rows, columns = np.nonzero(batch.negatives)
+    order = np.argsort(batch.image_to_text[rows, columns], kind="stable")
+    picked: dict[int, None] = {}
+    for place in order:
+        pair = [int(rows[place]), int(columns[place])]
+        if len(picked.keys() | set(pair)) <= count:
+            picked |= dict.fromkeys(pair)
+        if len(picked) == count:
+            break
+    for index in range(len(batch.negatives)):  # where few pairs have negatives
+        if len(picked) < count:
+            picked.setdefault(index)
+    return list(picked)
+
+
+def matrix(
+    pairs: Pairs, regulation: Regulation, find: FindPictures, truth: SceneTruth | None, folder: Path, origin: str
+) -> Section:
+    """Weights of a whole mini-batch, of which some pairs are shown. origin: what the pairs are, for the reader."""
+    batch = mini_batch(pairs, regulation)
+    picked = chosen(batch, SHOWN)
+    part = pairs.take(picked)
+    found = find(list(zip(part.shards, part.keys, strict=True)))
+    cards = [
+        card(found.get((shard, key)), caption)
+        for shard, key, caption in zip(part.shards, part.keys, part.captions, strict=True)
+    ]
+    relevant = None
+    if truth is not None:
+        relevant = truth.table(part.keys, part.captions).T
+    cells, drawn = [], []
+    for i, row in enumerate(picked):
+        cells.append(
+            [_cell(batch, row, column, None if relevant is None else relevant[i, j]) for j, column in enumerate(picked)]
+        )
+        drawn.append([_drawn(cell, batch, row, column) for cell, column in zip(cells[-1], picked, strict=True)])
+    path = folder / "weight_matrix.png"
+    tiles = [
+        Tile(found.get((shard, key)), clean(caption))
+        for shard, key, caption in zip(part.shards, part.keys, part.captions, strict=True)
+    ]
+    draw_matrix(tiles, drawn, path)
+    title = f"Weights of {len(picked)} of the {len(pairs)} pairs of a mini-batch"
+    section = Section("matrix", "A mini-batch")
+    section.text = [
+        f"Rows are images as anchors, columns texts as their negatives. The mini-batch is {origin}, weighed as at the "
+        f"end of the run (κ {shown(regulation.sharpness)}, α {shown(regulation.alpha)}); the pairs shown are those of "
+        "its lowest weights. Orange: under 1, blue: over 1."
+    ]
+    if relevant is not None:
+        section.text[0] += " ‘true’ marks texts that are true of the image: false negatives."
+    section.matrix = Matrix(title, cards, cells)
+    section.numbers = {
+        "pairs": len(pairs),
+        "keys": part.keys,
+        "shards": part.shards,
+        "captions": part.captions,
+        "image_to_text": batch.image_to_text[np.ix_(picked, picked)],
+        "text_to_image": batch.text_to_image[np.ix_(picked, picked)],
+        "negatives": batch.negatives[np.ix_(picked, picked)],
+        "relevance": relevant,
+        "picture": f"pictures/{path.name}",
+    }
+    return section
+
+
+def gallery(
+    lowest: Sequence[dict[str, Any]],
+    find: FindPictures,
+    truth: SceneTruth | None,
+    folder: Path,
+    origin: str,
+) -> Section:
+    """Anchors with their lightest negatives. lowest: records of one step, both directions; origin: for the reader."""
+    section = Section("gallery", "Lightest negatives", [origin])
+    if not lowest:
+        section.text = ["All negatives weigh the same in this run, so that none is the lightest."]
+        section.numbers = {"groups": []}
+        return section
+    groups = [
+        (direction, group)
+        for direction in ("image_to_text", "text_to_image")
+        for group in _groups([entry for entry in lowest if entry["direction"] == direction])
+    ]
+    wanted = {
+        (entry[f"{side}_shard"], entry[f"{side}_key"])
+        for _, group in groups
+        for entry in group
+        for side in ("anchor", "negative")
+    }
+    found = find(sorted(wanted))
+    section.numbers = {"groups": [], "pictures_found": len(found), "pictures_wanted": len(wanted)}
+    rows: list[tuple[str, list[Tile]]] = []
+    verdicts = [relevance for entry in lowest if (relevance := _relevance(truth, entry)) is not None]
+    if verdicts:
+        share = sum(relevance == 1.0 for relevance in verdicts) / len(verdicts)
+        section.text.append(
+            f"Of the {len(lowest)} lightest pairs of both directions {percent(share)} are false negatives: the caption "
+            "is in fact true of the picture."
+        )
+        section.numbers["false_negatives"] = share
+    for direction, group in groups:
+        section.strips.append(_strip(direction, group, found, truth))
+        rows.append((section.strips[-1].title, _tiles(group, found, truth)))
+        section.numbers["groups"].append(
+            {"direction": direction, "entries": [{**e, "relevance": _relevance(truth, e)} for e in group]}
+        )
+    draw_rows(rows, folder / "gallery.png")
+    section.numbers["picture"] = "pictures/gallery.png"
+    return section
+
+
+def lowest_of(pairs: Pairs, regulation: Regulation, count: int) -> list[dict[str, Any]]:
+    """The lightest pairs of one mini-batch of these pairs, as the records of a run have them."""
+    batch = mini_batch(pairs, regulation)
+    if regulation.even:
+        return []
+    entries: list[dict[str, Any]] = []
+    rows, columns = np.nonzero(batch.negatives)
+    for direction in ("image_to_text", "text_to_image"):
+        weights = batch.weights(direction)[rows, columns]
+        for place, at in enumerate(np.argsort(weights, kind="stable")[:count]):
+            anchor, negative = int(rows[at]), int(columns[at])
+            image, text = (anchor, negative) if direction == "image_to_text" else (negative, anchor)
+            entries.append(
+                {
+                    "direction": direction,
+                    "place": place,
+                    "weight": float(weights[at]),
+                    "student_similarity": float(batch.student[image, text]),
+                    "teacher_similarity": float("nan") if batch.teacher is None else float(batch.teacher[image, text]),
+                }
+            )
+            for side, index in (("anchor", anchor), ("negative", negative)):
+                entries[-1] |= {
+                    f"{side}_key": pairs.keys[index],
+                    f"{side}_shard": pairs.shards[index],
+                    f"{side}_caption": pairs.captions[index],
+                }
+    return entries
+
+
+def _groups(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """By anchor, in the order of their lowest weight."""
+    by_anchor: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for entry in sorted(entries, key=lambda each: each["weight"]):
+        anchor = entry["anchor_shard"], entry["anchor_key"], entry["anchor_caption"]
+        by_anchor.setdefault(anchor, []).append(entry)
+    return [group[:_NEGATIVES] for group in by_anchor.values()][:_ANCHORS]
+
+
+def _relevance(truth: SceneTruth | None, entry: dict[str, Any]) -> float | None:
+    """Of the text to the image of a pair of anchor and negative."""
+    if truth is None:
+        return None
+    text, image = ("negative", "anchor") if entry["direction"] == "image_to_text" else ("anchor", "negative")
+    return truth.relevance(entry[f"{text}_key"], entry[f"{text}_caption"], entry[f"{image}_key"])
+
+
+def _similarities(entry: dict[str, Any]) -> list[str]:
+    teacher = entry["teacher_similarity"]
+    lines = [f"weight {shown(entry['weight'], 2)}", f"student {entry['student_similarity']:.2f}"]
+    return lines + ([f"teacher {teacher:.2f}"] if np.isfinite(teacher) else [])
+
+
+def _strip(direction: str, group: Sequence[dict[str, Any]], found: Pictures, truth: SceneTruth | None) -> Strip:
+    image_anchor = direction == "image_to_text"
+    title = "Image anchor, texts as negatives" if image_anchor else "Text anchor, images as negatives"
+    first = group[0]
+    cards = []
+    for entry in group:
+        badge, good = verdict(_relevance(truth, entry), "of the anchor's image" if image_anchor else "of this image")
+        picture = found.get((entry["negative_shard"], entry["negative_key"]))
+        cards.append(card(picture, entry["negative_caption"], lines=_similarities(entry), badge=badge, good=good))
+    anchor: Card = card(
+        found.get((first["anchor_shard"], first["anchor_key"])), first["anchor_caption"], badge="anchor", lines=()
+    )
+    return Strip(f"{title} · {clean(first['anchor_key'], 60)}", cards, anchor)
+
+
+def _tiles(group: Sequence[dict[str, Any]], found: Pictures, truth: SceneTruth | None) -> list[Tile]:
+    first = group[0]
+    anchor = found.get((first["anchor_shard"], first["anchor_key"]))
+    tiles = [Tile(anchor, clean(first["anchor_caption"]), ("anchor",), FIRST)]
+    for entry in group:
+        badge, good = verdict(_relevance(truth, entry), "of the picture")
+        lines = [", ".join(_similarities(entry)[:1] + ([badge] if badge else [])), ", ".join(_similarities(entry)[1:])]
+        picture = found.get((entry["negative_shard"], entry["negative_key"]))
+        tiles.append(Tile(picture, clean(entry["negative_caption"]), lines, MARKED if good else PLAIN))
+    return tiles
+
+
+def _strength(weight: float) -> float:
+    """Of a shade: a weight of a tenth, or of three, has the strongest."""
+    if weight < 1:
+        return _STRONGEST * min(1.0, np.log10(1 / max(weight, 1e-4)))
+    return _STRONGEST * min(1.0, np.log(weight) / np.log(3.0))
+
+
+def _cell(batch: MiniBatch, row: int, column: int, relevance: float | None) -> Cell:
+    if row == column:
+        return Cell("own pair")
+    if not batch.negatives[row, column]:
+        return Cell("duplicate")
+    weight = batch.image_to_text[row, column]
+    colour = ", ".join(map(str, _LIGHT if weight < 1 else _HEAVY))
+    return Cell(shown(weight, 2), f"rgba({colour}, {_strength(weight):.2f})", "true" if relevance == 1.0 else "")
+
+
+def _drawn(cell: Cell, batch: MiniBatch, row: int, column: int) -> tuple[str, tuple[int, int, int] | None]:
+    """For the PNG: the same cell on white."""
+    if not cell.shade:
+        return cell.text, None
+    weight = batch.image_to_text[row, column]
+    opacity, colour = _strength(weight), _LIGHT if weight < 1 else _HEAVY
+    red, green, blue = (round(255 + (part - 255) * opacity) for part in colour)
+    return f"{cell.text}\n{cell.note}" if cell.note else cell.text, (red, green, blue)

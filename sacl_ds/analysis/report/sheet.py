@@ -1,0 +1,141 @@
+"""Rows of pictures with text below them as one PNG, for papers and slides: the page itself has them as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+_WIDTH, _PICTURE, _GAP, _LINE, _LINES = 190, 150, 10, 17, 4  # pixels; lines of a caption
+_INK, _FAINT, _PAPER, _FRAME = "#111111", "#666666", "#ffffff", "#eeeeee"
+MARKED, PLAIN, FIRST = "#1c7c3c", "#d8d8d8", "#1f5fa8"  # frames
+
+
+@dataclass(frozen=True)
+class Tile:
+    picture: Image.Image | None
+    caption: str
+    figures: Sequence[str] = ()
+    frame: str = PLAIN
+
+
+def draw_rows(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path) -> None:
+    """A PNG of rows, each with a heading above."""
+    text, small = _font(13), _font(12)
+    columns = max((len(tiles) for _, tiles in rows), default=1)
+    heights = [_row_height(tiles) for _, tiles in rows]
+    sheet = Image.new("RGB", (columns * (_WIDTH + _GAP) + _GAP, sum(heights) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = _GAP
+    for (heading, tiles), height in zip(rows, heights, strict=True):
+        draw.text(
+            (_GAP, top), fitted(heading, sheet.width - 2 * _GAP, partial(draw.textlength, font=text)), _FAINT, text
+        )
+        for number, tile in enumerate(tiles):
+            left, y = _GAP + number * (_WIDTH + _GAP), top + _LINE + 4
+            _picture(sheet, draw, tile, left, y)
+            y += _PICTURE + 6
+            for line in wrapped(tile.caption, _WIDTH, partial(draw.textlength, font=text), _LINES):
+                draw.text((left, y), line, _INK, text)
+                y += _LINE
+            for line in tile.figures:
+                draw.text((left, y), fitted(line, _WIDTH, partial(draw.textlength, font=small)), _FAINT, small)
+                y += _LINE
+        top += height
+    sheet.save(path, "png", optimize=True)
+
+
+def draw_matrix(
+    tiles: Sequence[Tile], cells: Sequence[Sequence[tuple[str, tuple[int, int, int] | None]]], path: Path
+) -> None:
+    """A PNG of a table: row i headed by the picture of tile i, column j by the caption of tile j; (text, colour)."""
+    text, small, side, head = _font(15), _font(12), 104, 92
+    size = side + len(tiles) * side + _GAP
+    sheet = Image.new("RGB", (size, head + len(tiles) * side + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, tile in enumerate(tiles):
+        lines = wrapped(tile.caption, side - 8, partial(draw.textlength, font=small), 5)
+        for line_number, line in enumerate(lines):
+            y = head - 6 - (len(lines) - line_number) * 16
+            draw.text((side + number * side + 4, y), line, _INK, small)
+        if tile.picture is not None:
+            picture = scaled(tile.picture, side - 8, side - 8)
+            offset = (side - picture.width) // 2, (side - picture.height) // 2
+            sheet.paste(picture, (offset[0], head + number * side + offset[1]))
+    for i, row in enumerate(cells):
+        for j, (said, colour) in enumerate(row):
+            box = side + j * side, head + i * side, side + (j + 1) * side - 3, head + (i + 1) * side - 3
+            draw.rectangle(box, fill=colour or _FRAME)
+            lines = said.split("\n")
+            for number, line in enumerate(lines):
+                font = text if number == 0 else small
+                width = draw.textlength(line, font=font)
+                middle = (box[1] + box[3]) // 2 - 9 * len(lines) + 18 * number
+                draw.text(((box[0] + box[2] - width) / 2, middle), line, _INK if colour else _FAINT, font)
+    sheet.save(path, "png", optimize=True)
+
+
+def wrapped(text: str, width: float, width_of: Callable[[str], float], lines: int) -> list[str]:
+    """At most so many lines, broken between words where that is possible; what does not fit ends in '…'."""
+    result: list[str] = []
+    rest = text
+    while rest and len(result) < lines:
+        if len(result) == lines - 1:
+            result.append(fitted(rest, width, width_of))
+            break
+        end = _fits(rest, width, width_of)
+        if end < len(rest):
+            space = rest.rfind(" ", 0, end + 1)
+            end = space if space > 0 else end
+        result.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    return result
+
+
+def fitted(text: str, width: float, width_of: Callable[[str], float]) -> str:
+    """The text, or its beginning with '…' behind it."""
+    if width_of(text) <= width:
+        return text
+    return f"{text[: _fits(text, width - width_of('…'), width_of)].rstrip()}…"
+
+
+def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """As large as fits; small pictures in whole multiples of their size, so that their pixels stay sharp."""
+    scale = min(width / picture.width, height / picture.height)
+    if scale >= 2:
+        return picture.resize((picture.width * int(scale), picture.height * int(scale)), Image.Resampling.NEAREST)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _fits(text: str, width: float, width_of: Callable[[str], float]) -> int:
+    """How many characters of the text fit, at least one."""
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if width_of(text[:middle]) <= width else (low, middle - 1)
+    return low
+
+
+def _row_height(tiles: Sequence[Tile]) -> int:
+    figures = max((len(tile.figures) for tile in tiles), default=0)
+    return 2 * _LINE + 10 + _PICTURE + (_LINES + figures) * _LINE + _GAP
+
+
+def _picture(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
+    box = left, top, left + _WIDTH - 1, top + _PICTURE - 1
+    draw.rectangle(box, fill=_FRAME)
+    if tile.picture is not None:
+        picture = scaled(tile.picture.convert("RGB"), _WIDTH - 6, _PICTURE - 6)
+        sheet.paste(picture, (left + (_WIDTH - picture.width) // 2, top + (_PICTURE - picture.height) // 2))
+    draw.rectangle(box, outline=tile.frame, width=1 if tile.frame == PLAIN else 3)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # matplotlib's own font: it has Greek, Cyrillic and the accents, and is there wherever plots are
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(fonts), size)
