@@ -114,6 +114,11 @@ class DataConfig(_Room):
     duplicates: Literal["image+caption", "image", "none"] = Field(
         "image+caption", description="what makes two pairs of a batch no negatives of each other, where it is the same"
     )
+    grouping: str | None = Field(
+        None,
+        description="parquet or CSV of key, group and perhaps shard, as tools/weight_analysis.py suspects writes it: "
+        "samples of one group are no negatives of each other either",
+    )
     captions: CaptionFilter = CaptionFilter()
     max_bad_share: Fraction = Field(
         0.05, description="stop where more samples than this cannot be used; until then others stand in for them"
@@ -257,6 +262,13 @@ class TrainConfig(_Room):
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: only at the end")
 
 
+class RecordsConfig(_Room):
+    """What the negatives weigh, in weights/ of the run directory (docs/weights.md)."""
+
+    every: Natural | None = Field(100, description="steps between records, besides the first and last; 0 or null: none")
+    lowest: Natural = Field(64, description="pairs of least weight kept in each record, for both directions")
+
+
 class KernelsConfig(_Room):
     apex: Literal["auto", "on", "off"] = Field(
         "auto", description="NVIDIA apex's FusedAdam and FusedLayerNorm; auto: where it is installed and there is a GPU"
@@ -280,6 +292,7 @@ class RunConfig(_Room):
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    records: RecordsConfig = RecordsConfig()
     kernels: KernelsConfig = KernelsConfig()
 
     @model_validator(mode="after")

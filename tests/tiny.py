@@ -46,6 +46,8 @@ def batch(pairs: int, seed: int = 1) -> tuple[Batch, tuple[torch.Tensor, torch.T
     pair_ids[-1] = pair_ids[0]
     made = Batch(
         keys=[str(i) for i in range(pairs)],
+        captions=[f"pair {i}" for i in range(pairs)],
+        shards=[""] * pairs,
         images=torch.randint(0, 256, (pairs, 3, 32, 32), generator=g, dtype=torch.uint8),
         input_ids=ids,
         attention_mask=mask,

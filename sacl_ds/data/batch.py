@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ class Batch:
     """
 
     keys: list[str]
+    captions: list[str]
+    shards: list[str]  # "" for scenes
     images: Tensor  # (b, 3, H, W) uint8
     input_ids: Tensor  # (b, L) int64
     attention_mask: Tensor  # (b, L) int64
@@ -58,7 +61,7 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
     joined: dict[str, Tensor | None] = {}
     for each in fields(Batch):
         parts = [getattr(batch, each.name) for batch in batches]
-        if each.name in ("keys", "faults"):
+        if isinstance(parts[0], list):
             continue
         if parts[0] is None:
             joined[each.name] = None
@@ -70,20 +73,26 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
         joined[each.name] = torch.cat(parts)
     return Batch(
         keys=[key for batch in batches for key in batch.keys],
+        captions=[caption for batch in batches for caption in batch.captions],
+        shards=[shard for batch in batches for shard in batch.shards],
         faults=[fault for batch in batches for fault in batch.faults],
         **joined,  # type: ignore[arg-type]
     )
 
 
 def duplicates(pair_ids: Tensor) -> int:
-    """Of the (n, k) ids of a global batch, k at most 2: pairs of rows that share an id and so are no negatives."""
+    """Of the (n, k) ids of a global batch: pairs of rows that share an id in any column and so are no negatives.
+
+    By inclusion and exclusion over the sets of columns: fit for few columns, and any number of rows.
+    """
 
     def same(rows: Tensor) -> int:
         counts = torch.unique(rows, dim=0, return_counts=True)[1]
         return int((counts * (counts - 1) // 2).sum())
 
-    each = sum(same(pair_ids[:, column, None]) for column in range(pair_ids.shape[1]))
-    return each - (same(pair_ids) if pair_ids.shape[1] == 2 else 0)
+    columns = range(pair_ids.shape[1])
+    sets = [list(some) for size in columns for some in combinations(columns, size + 1)]
+    return sum((1 if len(some) % 2 else -1) * same(pair_ids[:, some]) for some in sets)
 
 
 class ImageView(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -16,6 +15,7 @@ from sacl_ds.data.batch import Batch, TrainingView, View
 from sacl_ds.data.captions import normalised
 from sacl_ds.data.draws import words
 from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.grouping import Grouping, hash64
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
@@ -36,6 +36,7 @@ class Item:
     """A sample as its views see it."""
 
     key: str
+    shard: str
     draw: tuple[int, int, int]
     caption: str
     image: Tensor  # (3, H, W) uint8
@@ -52,6 +53,7 @@ class Collator:
     teacher: View | None = None
     features: StoredFeatures | None = None  # in the place of a teacher that looks
     duplicates: Literal["image+caption", "image", "none"] = "image+caption"
+    grouping: Grouping | None = None
 
     def item(self, sample: Sample, place: Place) -> Item:
         """Raises BadSample where the image is damaged."""
@@ -65,7 +67,7 @@ class Collator:
         except BadImage as error:
             raise BadSample(sample.fault(f"the image cannot be decoded: {error}")) from None
         features = self.features.of(place, sample, which) if self.features else None
-        return Item(sample.key, draw, caption, image, teacher_image, features, self._ids(sample, caption))
+        return Item(sample.key, sample.shard, draw, caption, image, teacher_image, features, self._ids(sample, caption))
 
     def __call__(self, items: Sequence[Item], faults: Sequence[Fault] = ()) -> Batch:
         """faults: samples that some of these stand in for."""
@@ -82,6 +84,8 @@ class Collator:
             labels = torch.from_numpy(pad([label for _, label in pairs], IGNORED))
         batch = Batch(
             keys=[item.key for item in items],
+            captions=captions,
+            shards=[item.shard for item in items],
             images=stacked([item.image for item in items]),
             input_ids=torch.from_numpy(pad(rows, tokenizer.pad_id)),
             attention_mask=torch.from_numpy(attention_mask(rows)),
@@ -107,14 +111,12 @@ class Collator:
 
     def _ids(self, sample: Sample, caption: str) -> list[int]:
         """What two pairs that are no negatives of each other share one of."""
-        if self.duplicates == "none":
-            return [hash64(sample.key.encode())]
-        image = hash64(sample.image_bytes)
-        return [image] if self.duplicates == "image" else [image, hash64(normalised(caption).encode())]
-
-
-def hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+        ids = [hash64(sample.key.encode() if self.duplicates == "none" else sample.image_bytes)]
+        if self.duplicates == "image+caption":
+            ids.append(hash64(normalised(caption).encode()))
+        if self.grouping is not None:
+            ids.append(self.grouping.id_of(sample.shard, sample.key))
+        return ids
 
 
 def stacked(images: Sequence[Tensor]) -> Tensor:

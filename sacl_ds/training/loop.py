@@ -15,15 +15,18 @@ from torch import Tensor
 
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch, duplicates
-from sacl_ds.distributed import gather_rows, rank, row_counts, sum_over_ranks, world_size
+from sacl_ds.distributed import gather_rows, rank, row_counts, same_error, sum_over_ranks, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
+from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
+from sacl_ds.training.cautions import Cautions
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.ledger import Ledger
-from sacl_ds.training.objectives import Targets
+from sacl_ds.training.objectives import Targets, step_regulation
+from sacl_ds.training.records import StepWeights, is_recorded
 from sacl_ds.training.schedules import alpha, learning_rate_factor
 
 Evaluate = Callable[[int], dict[str, tuple[float, float]]]  # steps done -> {name: (value, chance)}
@@ -31,7 +34,7 @@ Evaluate = Callable[[int], dict[str, tuple[float, float]]]  # steps done -> {nam
 
 @dataclass
 class Loop:
-    """One phase of training. `log` is None on every rank but the first."""
+    """One phase of training. `log` and `records` are None on every rank but the first."""
 
     run: RunConfig
     folder: Path
@@ -42,7 +45,11 @@ class Loop:
     teacher: Teacher | None
     evaluate: Evaluate | None
     log: MetricLog | None
+    records: WeightRecords | None
     progress: RunProgress
+
+    def __post_init__(self) -> None:
+        self.cautions = Cautions(self.run)
 
     def train(self, start: int) -> dict[str, tuple[float, float]]:
         """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none)."""
@@ -58,8 +65,11 @@ class Loop:
             ledger.add(batch.faults)
             done = step + 1
             logged = done % train.log_every == 0 or done == train.steps or step == start
-            losses = self._step(step, batch, statistics=logged)
+            recorded = is_recorded(done, train.steps, self.run.records)
+            losses, weights = self._step(step, batch, logged, recorded)
             self.progress.advance(done)
+            if weights is not None:
+                self._record_weights(done, weights, batch)
             if logged:
                 now = time.perf_counter()
                 data = self._account(done, batch, ledger)
@@ -73,7 +83,10 @@ class Loop:
                 clock = time.perf_counter()
         return result
 
-    def _step(self, step: int, batch: Batch, statistics: bool) -> dict[str, Tensor]:
+    def _step(
+        self, step: int, batch: Batch, logged: bool, recorded: bool
+    ) -> tuple[dict[str, Tensor], StepWeights | None]:
+        """Its losses, and what a record needs where one is due."""
         run = self.run
         # what is random in a step follows from (seed, step, rank): a resumed run needs no random state
         seed = _mix(run.seed, step, rank())
@@ -81,14 +94,33 @@ class Loop:
         generator = torch.Generator(device=self.device).manual_seed(seed)
         set_learning_rates(self.engine, run.optim, learning_rate_factor(step, run.train.steps, run.optim))
         teacher = teacher_features(self.teacher, batch) if self.teacher else None
-        targets = Targets(teacher, alpha(step, run) if teacher else 0.0, generator, statistics)
+        share = alpha(step, run) if teacher else 0.0
+        targets = Targets(teacher, share, generator, statistics=logged or recorded, features=recorded)
+        weights = None
         try:
-            losses: dict[str, Tensor] = self.engine(batch, targets)
+            losses = self.engine(batch, targets)
+            if recorded:
+                losses, features = losses
+                weights = StepWeights(features, teacher, step_regulation(run.loss, targets)[0], losses)
             self.engine.backward(losses["loss"])
             self.engine.step()
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(run, step, len(batch), world_size(), error)) from None
-        return losses
+        return losses, weights
+
+    def _record_weights(self, done: int, weights: StepWeights, batch: Batch) -> None:
+        """Every rank takes part, the first writes."""
+        figures, lowest = weights.record(batch, self.run.records.lowest)
+        with same_error():
+            if self.records:
+                self.records.write(done, figures, lowest)
+        self._caution(done, self.cautions.of_weights(done, weights.regulation.alpha, figures))
+
+    def _caution(self, done: int, line: str | None) -> None:
+        if line is not None:
+            self.progress.print(f"warning: {line}")
+            if self.log:
+                self.log.write({"step": done, "caution": line})
 
     def _account(self, done: int, batch: Batch, ledger: Ledger) -> dict[str, int | str]:
         """What the data of this step and of those since the last one were like; the same on all ranks.
@@ -130,6 +162,7 @@ class Loop:
             self.log.write(figures)
         self._monitor("train", figures, done)
         self.progress.update(done, figures, (run.train.steps - done) * step_seconds)
+        self._caution(done, self.cautions.of_scale(done, figures.get("alpha", 0.0), figures["logit_scale"]))
 
     def _evaluate(self, done: int) -> dict[str, tuple[float, float]]:
         if self.evaluate is None:

@@ -26,13 +26,24 @@ class Targets:
     """What the step takes from outside the model.
 
     teacher: (image, text) unit features (b, d_t) of the frozen teacher, or None; alpha: its share of the similarity.
-    generator: draws ITM's negatives.
+    generator: draws ITM's negatives. statistics: figures on mutual information among the losses as well.
+    features: return the step's features beside the losses.
     """
 
     teacher: tuple[Tensor, Tensor] | None
     alpha: float
     generator: torch.Generator | None
     statistics: bool = False
+    features: bool = False
+
+
+def step_regulation(loss: LossConfig, targets: Targets) -> tuple[Regulation, tuple[Tensor, Tensor] | None]:
+    """How negatives are weighted at this step, and by which teacher's features."""
+    if loss.contrastive == "infonce":
+        return Regulation(sharpness=0.0, negative_mass=loss.negative_mass), None
+    of_teacher = loss.sharpness if loss.teacher_sharpness is None else loss.teacher_sharpness
+    alpha = targets.alpha if targets.teacher else 0.0
+    return Regulation(alpha, loss.sharpness, of_teacher, loss.negative_mass, loss.drop_below), targets.teacher
 
 
 class PretrainObjective(nn.Module):
@@ -43,10 +54,13 @@ class PretrainObjective(nn.Module):
         self.model = model
         self.settings = loss
 
-    def forward(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, targets: Targets
+    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
         """0-dim tensors: `loss`, to be minimised, the terms it sums, and figures without gradient.
 
-        Each term's mean over ranks is its value for the whole global batch, and so are the gradients.
+        Each term's mean over ranks is its value for the whole global batch, and so are the gradients. With
+        targets.features also the (b, d) unit features of images and of texts that ITC compared, detached.
         """
         settings, model = self.settings, self.model
         image_tokens, image = model.encode_image(batch.images)
@@ -61,12 +75,13 @@ class PretrainObjective(nn.Module):
         if settings.mlm_weight:
             losses["mlm"] = self._masked_language(image_tokens, batch)
             total = total + settings.mlm_weight * losses["mlm"]
-        return {"loss": total, **losses, "logit_scale": logit_scale.detach()}
+        losses = {"loss": total, **losses, "logit_scale": logit_scale.detach()}
+        return (losses, (image.detach(), text.detach())) if targets.features else losses
 
     def _contrastive(
         self, image: Tensor, text: Tensor, logit_scale: Tensor, batch: Batch, targets: Targets
     ) -> dict[str, Tensor]:
-        regulation, teacher = self._regulation(targets)
+        regulation, teacher = step_regulation(self.settings, targets)
         teacher_image, teacher_text = teacher or (None, None)
         out = similarity_regulated_loss(
             image,
@@ -85,25 +100,12 @@ class PretrainObjective(nn.Module):
         )
         return {"itc": out.loss, **(out.statistics or {})}
 
-    def _regulation(self, targets: Targets) -> tuple[Regulation, tuple[Tensor, Tensor] | None]:
-        """How negatives are weighted at this step, and by which teacher's features."""
-        settings = self.settings
-        if settings.contrastive == "infonce":
-            return Regulation(sharpness=0.0, negative_mass=settings.negative_mass), None
-        sharpness, of_teacher = settings.sharpness, settings.teacher_sharpness
-        regulation = Regulation(
-            targets.alpha if targets.teacher else 0.0,
-            sharpness,
-            sharpness if of_teacher is None else of_teacher,
-            settings.negative_mass,
-            settings.drop_below,
-        )
-        return regulation, targets.teacher
-
     def _hard_negatives(
         self, image: Tensor, text: Tensor, logit_scale: Tensor, batch: Batch, targets: Targets
     ) -> HardNegatives:
-        regulation, teacher = self._regulation(targets) if self.settings.matching_regulated else (None, None)
+        regulation, teacher = (
+            step_regulation(self.settings, targets) if self.settings.matching_regulated else (None, None)
+        )
         hardness, generator = self.settings.matching_hardness, targets.generator
         return hard_negatives(image, text, logit_scale, batch.pair_ids, hardness, regulation, teacher, generator)
 

@@ -15,6 +15,7 @@ import torch
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import TrainingView, View
 from sacl_ds.data.collate import Collator
+from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.loader import PairLoader
 from sacl_ds.data.shards.index import ShardIndex
 from sacl_ds.data.sources import data_fingerprint, global_order, training_index, training_source
@@ -32,6 +33,7 @@ from sacl_ds.model.teacher import Teacher, load_teacher
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
+from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import build_engine, cores, local_ranks, whole_state
 from sacl_ds.training.loop import Loop
@@ -69,7 +71,7 @@ def teacher_phase(run: RunConfig) -> RunConfig:
     values["optim"]["warmup_steps"] = min(run.optim.warmup_steps, run.teacher.steps // 4)
     values["data"]["scenes"] |= {"detail": run.teacher.detail, "seed": run.data.scenes.seed + 1}
     if run.teacher.shards:
-        values["data"] |= {"shards": run.teacher.shards, "weights": None}
+        values["data"] |= {"shards": run.teacher.shards, "weights": None, "grouping": None}
     values["teacher"] |= {"checkpoint": None, "steps": 0, "features": None}
     return RunConfig.model_validate(values)
 
@@ -154,6 +156,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         source = training_source(run, phase.index)
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
         teacher = load_teacher(phase.teacher, job.device) if phase.teacher else None
+        grouping = Grouping.load(Path(run.data.grouping)) if run.data.grouping else None
         features = _stored(run, phase, teacher) if teacher and run.teacher.features else None
         model = _model(phase, tokenizer)
         evaluator = job.evaluator(run)
@@ -172,6 +175,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index))
     with same_error():
         start, note = checkpoint.resume(engine, folder, identity) if resume else (0, None)
+        records = WeightRecords(folder, start if resume else None) if first else None
     if note:
         progress.print(f"warning: --resume: {note}")
     masks = run.loss.mlm_probability if run.loss.mlm_weight else None
@@ -185,6 +189,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
             teacher.view if teacher and not features else None,
             features,
             run.data.duplicates,
+            grouping,
         ),
         rank=rank(),
         world=world,
@@ -202,6 +207,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         teacher=teacher,
         evaluate=(lambda step: evaluator(model, canonical, job.device)) if evaluator else None,
         log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
+        records=records,
         progress=progress,
     )
     try:
