@@ -6,8 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from sacl_ds.analysis.device import device_named
 from sacl_ds.analysis.pairs import Pairs, is_features
 from sacl_ds.analysis.subject import (
     WITHOUT,
@@ -42,7 +41,7 @@ def examine(path: str, options: argparse.Namespace) -> Examined:
         return _of_features(path, options)
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such directory; give a finished run, RUN/checkpoints/step_N, or saved features")
-    device = _device(options.device)
+    device = device_named(options.device)
     subject = load_subject(path, options.teacher, device)
     source = data_source(subject.run, options.shards)
     total = source_count(source)
@@ -112,12 +111,3 @@ def _of_features(path: str, options: argparse.Namespace) -> Examined:
     config = Path(path) / CONFIG
     run = load_config(config if config.exists() else None, [])
     return Examined(path, pairs, run, None)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device

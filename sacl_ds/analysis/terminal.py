@@ -40,7 +40,7 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
         nonlocal done, last
         done += count
         now = time.monotonic()
-        if now - last > _SECONDS_BETWEEN_LINES and done:
+        if now - last > _SECONDS_BETWEEN_LINES and 0 < done < total:
             last = now
             console.print(f"{title} {done}/{total} {unit}  ETA {duration((now - started) * (total - done) / done)}")
 

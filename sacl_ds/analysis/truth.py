@@ -1,0 +1,186 @@
+"""Where it is known which negatives are false: anchors, their candidates, and how relevant each of these is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sacl_ds.analysis.pairs import Pairs
+from sacl_ds.data.scene_language import Caption, Scene, relevance
+from sacl_ds.data.scenes import Scenes
+from sacl_ds.errors import UserError
+from sacl_ds.losses.regulation import Regulation
+
+COCO = "coco:test"  # the shard of pairs from `sacl_ds.analysis.coco`
+_INDEX = 9  # digits of a scene's index in its key
+_ROWS = 256  # anchors at a time
+
+
+@dataclass(frozen=True)
+class Question:
+    """One direction under one truth.
+
+    anchors (a, d), candidates (m, d): unit features, as are the teacher's. anchor_ids (a, k), candidate_ids (m, k): a
+    match in any column is no negative. relevance: (a, m) in [0, 1], 1 for a false negative, or for each anchor the
+    candidates that are (all others 0).
+    """
+
+    truth: str
+    direction: str
+    anchors: np.ndarray
+    candidates: np.ndarray
+    teacher: tuple[np.ndarray, np.ndarray] | None  # (a, d_t) and (m, d_t)
+    anchor_ids: np.ndarray
+    candidate_ids: np.ndarray
+    relevance: np.ndarray | Sequence[np.ndarray]
+
+    @property
+    def graded(self) -> bool:
+        return isinstance(self.relevance, np.ndarray)
+
+    def tiles(self, regulation: Regulation) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For some anchors at a time: (t, m) float64 log weights, mean weight 1; (t, m) bool, whether it is a negative;
+        and (t, m) float32 relevance."""
+        for start in range(0, len(self.anchors), _ROWS):
+            rows = slice(start, start + _ROWS)
+            cosine = (self.anchors[rows] @ self.candidates.T).astype(np.float64)
+            theirs = None if self.teacher is None else (self.teacher[0][rows] @ self.teacher[1].T).astype(np.float64)
+            negatives = np.ones(cosine.shape, bool)
+            for mine, other in zip(self.anchor_ids[rows].T, self.candidate_ids.T, strict=True):
+                negatives &= mine[:, None] != other[None, :]
+            yield _log_weights(_log_similarity(regulation, cosine, theirs), negatives), negatives, self._relevance(rows)
+
+    def _relevance(self, rows: slice) -> np.ndarray:
+        if isinstance(self.relevance, np.ndarray):
+            return self.relevance[rows]
+        listed = self.relevance[rows]
+        made = np.zeros((len(listed), len(self.candidates)), np.float32)
+        for row, positions in enumerate(listed):
+            made[row, positions] = 1.0
+        return made
+
+
+def questions(pairs: Pairs) -> list[Question]:
+    """What is known about these pairs: built-in scenes, or COCO's test split. Raises UserError for others."""
+    if pairs.shards and set(pairs.shards) == {COCO}:
+        return _of_coco(pairs)
+    if set(pairs.shards) <= {""} and all(key.isdigit() and len(key) > _INDEX for key in pairs.keys):
+        return _of_scenes(pairs)
+    raise UserError(
+        "the truth is known of the built-in scenes and, with --coco, of COCO's test split; not of these pairs"
+    )
+
+
+def _of_scenes(pairs: Pairs) -> list[Question]:
+    """One caption of each scene, graded by the share of its statements that hold in a picture."""
+    said: list[Caption] = []
+    drawn: list[Scene] = []
+    sets: dict[int, Scenes] = {}
+    for key, text in zip(pairs.keys, pairs.captions, strict=True):
+        seed, index = int(key[:-_INDEX]), int(key[-_INDEX:])
+        scenes = sets.setdefault(seed, Scenes(10**_INDEX, seed))
+        caption = next((caption for caption in scenes.captions(index) if caption.text == text), None)
+        if caption is None:
+            raise UserError(f"scene {key} has no caption {text!r}: the features are of another version of the scenes")
+        said.append(caption)
+        drawn.append(scenes.scene(index))
+    holds = relevance(said, drawn)
+    t_image, t_text = pairs.teacher or (None, None)
+    ids = pairs.pair_ids
+    return [
+        Question("scenes", "image_to_text", pairs.image, pairs.text, _both(t_image, t_text), ids, ids, holds.T),
+        Question("scenes", "text_to_image", pairs.text, pairs.image, _both(t_text, t_image), ids, ids, holds),
+    ]
+
+
+def _of_coco(pairs: Pairs) -> list[Question]:
+    """ECCV Caption (its queries alone) and CxC, of the package eccv_caption. A row is a caption with its image."""
+    names = [key.split("-") for key in pairs.keys]
+    image_ids, caption_ids = (np.array([int(name[part]) for name in names]) for part in (0, 1))
+    images, first = np.unique(image_ids, return_index=True)
+    place_of_image = {int(image): place for place, image in enumerate(images)}
+    place_of_caption = {int(caption): place for place, caption in enumerate(caption_ids)}
+    t_image, t_text = pairs.teacher or (None, None)
+    t_unique = None if t_image is None else t_image[first]
+    found = []
+    for truth, known in _verified().items():
+        positives, rows = _listed(known["i2t"], place_of_image, place_of_caption)
+        found.append(
+            Question(
+                truth,
+                "image_to_text",
+                pairs.image[first][rows],
+                pairs.text,
+                _both(None if t_unique is None else t_unique[rows], t_text),
+                images[rows][:, None],
+                image_ids[:, None],
+                positives,
+            )
+        )
+        positives, rows = _listed(known["t2i"], place_of_caption, place_of_image)
+        found.append(
+            Question(
+                truth,
+                "text_to_image",
+                pairs.text[rows],
+                pairs.image[first],
+                _both(None if t_text is None else t_text[rows], t_unique),
+                image_ids[rows][:, None],
+                images[:, None],
+                positives,
+            )
+        )
+    return found
+
+
+def _verified() -> Mapping[str, Mapping[str, Mapping[int, Sequence[int]]]]:
+    """{truth: {'i2t': {image: captions}, 't2i': {caption: images}}}."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about packages that only make it faster
+        try:
+            from eccv_caption import Metrics  # type: ignore[import-untyped,import-not-found]
+        except ImportError:
+            raise UserError(
+                "--coco needs the package eccv_caption, which holds the truth: pip install eccv_caption"
+            ) from None
+        metrics: Any = Metrics()
+    return {"ECCV Caption": metrics.eccv_gts, "CxC": metrics.cxc_gts}
+
+
+def _listed(
+    known: Mapping[int, Sequence[int]], anchors: Mapping[int, int], candidates: Mapping[int, int]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Positions of the candidates that are right for each anchor that is asked about, and the anchors' positions."""
+    asked = [anchor for anchor in known if anchor in anchors]
+    if not asked:
+        raise UserError("none of the verified images and captions is among these pairs; give COCO's whole test split")
+    positives = [np.array([candidates[each] for each in known[anchor] if each in candidates], int) for anchor in asked]
+    return positives, np.array([anchors[anchor] for anchor in asked])
+
+
+def _both(a: np.ndarray | None, b: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+    return None if a is None or b is None else (a, b)
+
+
+def _log_similarity(regulation: Regulation, cosine: np.ndarray, theirs: np.ndarray | None) -> np.ndarray:
+    """log s of the design, as `Regulation.log_similarity` has it for tensors."""
+    if theirs is None or regulation.alpha == 0:
+        return regulation.sharpness * cosine
+    if regulation.alpha == 1:
+        return regulation.teacher_sharpness * theirs
+    return np.logaddexp(
+        np.log(regulation.alpha) + regulation.teacher_sharpness * theirs,
+        np.log1p(-regulation.alpha) + regulation.sharpness * cosine,
+    )
+
+
+def _log_weights(log_similarity: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    inverse = np.where(negatives, -log_similarity, -np.inf)
+    top = inverse.max(1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)  # an anchor without negatives
+    mean = np.exp(inverse - top).sum(1, keepdims=True) / np.maximum(1, negatives.sum(1, keepdims=True))
+    return inverse - top - np.log(np.where(mean > 0, mean, 1.0))
