@@ -19,6 +19,10 @@ from sacl_ds.losses.regulation import Regulation
 SHOWN = 8  # pairs of the matrix
 _ANCHORS, _NEGATIVES = 6, 5  # of a gallery, per direction
 _LIGHT, _HEAVY = (214, 104, 16), (36, 104, 180)  # weights under and over 1
+_HEADINGS = {
+    "image_to_text": "Images as anchors, texts as their negatives",
+    "text_to_image": "Texts as anchors, images as their negatives",
+}
 _STRONGEST = 0.55  # opacity of a shade; text stays legible on it in both colour schemes
 
 Place = tuple[str, str]  # shard, key
@@ -77,7 +81,7 @@ def matrix(
     section = Section("matrix", "A mini-batch")
     section.text = [
         f"Rows are images as anchors, columns texts as their negatives. The mini-batch is {origin}, weighed as at the "
-        f"end of the run (κ {shown(regulation.sharpness)}, α {shown(regulation.alpha)}); the pairs shown are those of "
+        f"end of the run (κ {regulation.sharpness:g}, α {regulation.alpha:g}); the pairs shown are those of "
         "its lowest weights. Orange: under 1, blue: over 1."
     ]
     if relevant is not None:
@@ -133,8 +137,9 @@ def gallery(
         )
         section.numbers["false_negatives"] = share
     for direction, group in groups:
-        section.strips.append(_strip(direction, group, found, truth))
-        rows.append((section.strips[-1].title, _tiles(group, found, truth)))
+        new = not section.numbers["groups"] or section.numbers["groups"][-1]["direction"] != direction
+        section.strips.append(_strip(direction, group, found, truth, _HEADINGS[direction] if new else ""))
+        rows.append((f"{_HEADINGS[direction]} · {section.strips[-1].title}", _tiles(group, found, truth)))
         section.numbers["groups"].append(
             {"direction": direction, "entries": [{**e, "relevance": _relevance(truth, e)} for e in group]}
         )
@@ -196,9 +201,10 @@ def _similarities(entry: dict[str, Any]) -> list[str]:
     return lines + ([f"teacher {teacher:.2f}"] if np.isfinite(teacher) else [])
 
 
-def _strip(direction: str, group: Sequence[dict[str, Any]], found: Pictures, truth: SceneTruth | None) -> Strip:
+def _strip(
+    direction: str, group: Sequence[dict[str, Any]], found: Pictures, truth: SceneTruth | None, heading: str
+) -> Strip:
     image_anchor = direction == "image_to_text"
-    title = "Image anchor, texts as negatives" if image_anchor else "Text anchor, images as negatives"
     first = group[0]
     cards = []
     for entry in group:
@@ -208,7 +214,7 @@ def _strip(direction: str, group: Sequence[dict[str, Any]], found: Pictures, tru
     anchor: Card = card(
         found.get((first["anchor_shard"], first["anchor_key"])), first["anchor_caption"], badge="anchor", lines=()
     )
-    return Strip(f"{title} · {clean(first['anchor_key'], 60)}", cards, anchor)
+    return Strip(f"anchor {clean(first['anchor_key'], 60)}", cards, anchor, heading)
 
 
 def _tiles(group: Sequence[dict[str, Any]], found: Pictures, truth: SceneTruth | None) -> list[Tile]:

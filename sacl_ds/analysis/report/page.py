@@ -56,11 +56,12 @@ class Card:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of cards. first: stands apart, before the others."""
+    """A row of cards. first: stands apart, before the others. heading: above this strip and those after it."""
 
     title: str
     cards: Sequence[Card]
     first: Card | None = None
+    heading: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,10 @@ def shown(value: float | int | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value):,}".replace(",", "\u202f")
-    return f"{value:#.{digits}g}".rstrip(".") if 1e-4 <= abs(value) < 1e6 else f"{value:.{digits - 1}e}"
+        text = f"{int(value):,}".replace(",", "\u202f")
+    else:
+        text = f"{value:#.{digits}g}".rstrip(".") if 1e-4 <= abs(value) < 1e6 else f"{value:.{digits - 1}e}"
+    return text.replace("-", "−")
 
 
 def percent(value: float | None) -> str:
@@ -160,7 +163,7 @@ def percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     value *= 100
-    return f"{value:.1f} %" if value >= 1 or value == 0 else f"{value:.2g} %"
+    return f"{value:.1f}\u202f%" if value >= 1 or value == 0 else f"{value:.2g}\u202f%"
 
 
 def plain(value: Any) -> Any:

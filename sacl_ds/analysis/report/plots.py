@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 COLOURS = {"image_to_text": "#2468b4", "text_to_image": "#cf6a12"}
 LABELS = {"image_to_text": "image anchors over texts", "text_to_image": "text anchors over images"}
@@ -21,6 +21,9 @@ _SIZE, _DPI = (5.4, 3.4), 150  # inches; legible at the width of a phone
 _GREY = "#777777"
 _BANDS = ((0.01, 0.99, 0.16), (0.05, 0.95, 0.22), (0.25, 0.75, 0.35))  # lower, upper, opacity
 _FLOOR = 1e-4  # weights are drawn from here on
+
+_TICKS: tuple[Sequence[float], ...] = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7))
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
 
 Series = Sequence[float]
 
@@ -34,6 +37,11 @@ def _axes(path: Path) -> Iterator[Axes]:
         figure, axis = plt.subplots(figsize=_SIZE, layout="constrained")
         try:
             yield axis
+            handles, names = axis.get_legend_handles_labels()
+            if handles:  # outside, where it covers no curve
+                rows = -(-len(names) // max(1, 64 // (max(map(len, names)) + 6)))
+                columns = -(-len(names) // rows)
+                figure.legend(handles, names, loc="outside upper left", ncols=columns, columnspacing=1.4)
             figure.savefig(path, dpi=_DPI, metadata={"Software": None})
         finally:
             plt.close(figure)
@@ -53,9 +61,7 @@ def histogram(path: Path, edges: np.ndarray, counts: Mapping[str, np.ndarray]) -
         _even(axis.axvline)
         _weights(axis, "x")
         axis.set(xlabel="weight", ylabel="negatives in the bin")
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        axis.set_ylim(0, axis.get_ylim()[1] * 1.22)  # room for the legend
-        axis.legend(loc="upper left")
+        axis.yaxis.set_major_formatter(_PERCENT)
 
 
 def cumulative(path: Path, edges: np.ndarray, counts: Mapping[str, np.ndarray]) -> None:
@@ -69,8 +75,7 @@ def cumulative(path: Path, edges: np.ndarray, counts: Mapping[str, np.ndarray]) 
         _even(axis.axvline)
         _weights(axis, "x")
         axis.set(xlabel="weight", ylabel="negatives under it", ylim=(0, 1.02))
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.legend(loc="upper left")
+        axis.yaxis.set_major_formatter(_PERCENT)
 
 
 def bands(path: Path, steps: Series, quantiles: np.ndarray, at: Sequence[float], direction: str) -> None:
@@ -93,7 +98,6 @@ def bands(path: Path, steps: Series, quantiles: np.ndarray, at: Sequence[float],
         _weights(axis, "y")
         axis.set(xlabel="step", ylabel="weight")
         _steps(axis)
-        axis.legend(loc="lower left", ncols=2)
 
 
 def lines(
@@ -113,16 +117,10 @@ def lines(
         if zero:
             axis.axhline(0, color=_GREY, linewidth=0.8)
         axis.set(xlabel="step", ylabel=label)
-        low, high = axis.get_ylim()
-        spread = (high if top is None else top) - (low if bottom is None else bottom)
-        # room for the legend, which lies above the curves
-        axis.set_ylim(
-            low if bottom is None else bottom, (high if top is None else top) + 0.12 * spread * -(-len(curves) // 2)
-        )
+        axis.set_ylim(bottom, top)
         if share:
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            axis.yaxis.set_major_formatter(_PERCENT)
         _steps(axis)
-        axis.legend(loc="upper left", ncols=2, columnspacing=1.2)
 
 
 def joint(path: Path, edges: np.ndarray, counts: np.ndarray, names: tuple[str, str], title: str) -> None:
@@ -170,13 +168,14 @@ def _weights(axis: Axes, which: str) -> None:
     getattr(axis, f"set_{which}scale")("log")
     ours = axis.xaxis if which == "x" else axis.yaxis
     low, high = sorted(ours.get_view_interval())
-    wide = high / max(low, 1e-12) > 60
-    ticks = [t for decade in range(-5, 4) for t in ([10.0**decade] if wide else [m * 10.0**decade for m in (1, 2, 5)])]
-    inside = [tick for tick in ticks if low <= tick <= high]
-    if len(inside) >= 2:
-        ours.set_major_locator(matplotlib.ticker.FixedLocator(inside))
+    for multiples in _TICKS:  # as few as are enough
+        ticks = [m * 10.0**decade for decade in range(-5, 4) for m in multiples]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= 4:
+            break
+    ours.set_major_locator(FixedLocator(inside) if high > 3 * low else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    ours.set_minor_locator(NullLocator())
     ours.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ours.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def _steps(axis: Axes) -> None:

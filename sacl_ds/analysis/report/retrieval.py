@@ -58,7 +58,7 @@ def side_by_side(
         listed.append({"key": pairs.keys[query], "caption": pairs.captions[query], "runs": runs})
         for each in rankings:
             top = tops[each.name, query]
-            heading = f"“{text}” · {clean(each.name, 60)} · average precision {shown(each.precision[query], 2)}"
+            title = f"{clean(each.name, 60)}: average precision {shown(each.precision[query], 2)}"
             cards, tiles = [], []
             for place, image in enumerate(map(int, top), start=1):
                 good = bool(relevant[query, image])
@@ -68,8 +68,8 @@ def side_by_side(
                 cards.append(card(picture, pairs.captions[image], lines=[line], badge=badge, good=good or None))
                 lines = [f"{line}, {badge}" if badge else line]
                 tiles.append(Tile(picture, clean(pairs.captions[image]), lines, MARKED if good else PLAIN))
-            section.strips.append(Strip(heading, cards))
-            drawn.append((heading, tiles))
+            section.strips.append(Strip(title, cards, heading="" if runs else f"“{text}”"))
+            drawn.append((f"“{text}” · {title}", tiles))
             runs[each.name] = {
                 "average_precision": float(each.precision[query]),
                 "images": [pairs.keys[i] for i in top],

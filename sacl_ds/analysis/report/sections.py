@@ -71,9 +71,8 @@ def distribution(figures: Sequence[Record], folder: Path) -> Section:
     pairs = sum(record["pairs"] for record in last.values())
     section = Section("weights", "Weights of the negatives")
     section.text = [
-        f"The weights of all {shown(pairs)} pairs of an anchor and a negative in the global batch of step {step}. "
-        "Their mean is the mean weight of the settings (the dotted line marks 1, the weight of every negative in "
-        "InfoNCE); false negatives are to lie far left of it."
+        f"What all {shown(pairs)} pairs of an anchor and a negative weighed in the global batch of step {step}. The "
+        "dotted line marks 1, the weight of every negative in InfoNCE; false negatives are to lie far left of it."
     ]
     for name, title, alt, draw in (
         (
@@ -90,7 +89,7 @@ def distribution(figures: Sequence[Record], folder: Path) -> Section:
     rows = [(ARROWS[d], *(percent(share) for share in record["under"])) for d, record in last.items()]
     section.tables.append(Table("Share of negatives under a weight", header, rows))
     rows = [(ARROWS[d], *(shown(value) for value in record["quantiles"])) for d, record in last.items()]
-    section.tables.append(Table("Quantiles of the weights", ["", *(f"{q:.1%}" for q in QUANTILES)], rows))
+    section.tables.append(Table("Quantiles of the weights", ["", *(f"{100 * q:g} %" for q in QUANTILES)], rows))
     section.numbers = {"step": step, "edges": EDGES, "thresholds": THRESHOLDS, "quantiles_at": list(QUANTILES),
                        "directions": last}  # fmt: skip
     return section
@@ -118,7 +117,7 @@ def training(figures: Sequence[Record], folder: Path) -> Section:
     def both(figure: str) -> dict[str, tuple[Sequence[float], Sequence[float], str, str]]:
         return {ARROWS[d]: (steps[d], [r[figure] for r in per[d]], plots.COLOURS[d], "-") for d in DIRECTIONS}
 
-    plots.lines(folder / "effective.png", both("effective_share"), "of the negatives", share=True, bottom=0.0, top=1.0)
+    plots.lines(folder / "effective.png", both("effective_share"), "of the negatives", share=True, bottom=0.0, top=1.05)
     add("effective", "Effective number of negatives", "Effective share of the negatives over training steps.",
         "as share of all of them")  # fmt: skip
     curves = {}
@@ -131,7 +130,7 @@ def training(figures: Sequence[Record], folder: Path) -> Section:
     first = per[DIRECTIONS[0]]
     x = steps[DIRECTIONS[0]]
     alpha = {"α": (x, [r["alpha"] for r in first], "#2468b4", "-")}
-    plots.lines(folder / "alpha.png", alpha, "α", bottom=0.0, top=1.0)
+    plots.lines(folder / "alpha.png", alpha, "α", bottom=0.0, top=1.05)
     add("alpha", "α, the teacher's share of the similarity", "Alpha over training steps.")
     sharp = {
         "κ": (x, [r["sharpness"] for r in first], "#2468b4", "-"),
@@ -224,8 +223,8 @@ def _schedule(run: RunConfig) -> str:
     if not run.uses_teacher:
         return "0: no teacher"
     if loss.alpha_start == loss.alpha_end:
-        return f"{shown(loss.alpha_end)} throughout"
-    return f"{shown(loss.alpha_start)} to {shown(loss.alpha_end)}, linearly until step {run.alpha_end_step}"
+        return f"{loss.alpha_end:g} throughout"
+    return f"{loss.alpha_start:g} to {loss.alpha_end:g}, linearly until step {run.alpha_end_step}"
 
 
 def _name(figure: str) -> str:

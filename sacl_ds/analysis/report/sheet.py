@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -27,23 +26,21 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path) -> None:
     """A PNG of rows, each with a heading above."""
     text, small = _font(13), _font(12)
     columns = max((len(tiles) for _, tiles in rows), default=1)
-    heights = [_row_height(tiles) for _, tiles in rows]
+    heights = [_row_height(tiles, text.getlength) for _, tiles in rows]
     sheet = Image.new("RGB", (columns * (_WIDTH + _GAP) + _GAP, sum(heights) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     top = _GAP
     for (heading, tiles), height in zip(rows, heights, strict=True):
-        draw.text(
-            (_GAP, top), fitted(heading, sheet.width - 2 * _GAP, partial(draw.textlength, font=text)), _FAINT, text
-        )
+        draw.text((_GAP, top), fitted(heading, sheet.width - 2 * _GAP, text.getlength), _FAINT, text)
         for number, tile in enumerate(tiles):
             left, y = _GAP + number * (_WIDTH + _GAP), top + _LINE + 4
             _picture(sheet, draw, tile, left, y)
             y += _PICTURE + 6
-            for line in wrapped(tile.caption, _WIDTH, partial(draw.textlength, font=text), _LINES):
+            for line in wrapped(tile.caption, _WIDTH, text.getlength, _LINES):
                 draw.text((left, y), line, _INK, text)
                 y += _LINE
             for line in tile.figures:
-                draw.text((left, y), fitted(line, _WIDTH, partial(draw.textlength, font=small)), _FAINT, small)
+                draw.text((left, y), fitted(line, _WIDTH, small.getlength), _FAINT, small)
                 y += _LINE
         top += height
     sheet.save(path, "png", optimize=True)
@@ -58,7 +55,7 @@ def draw_matrix(
     sheet = Image.new("RGB", (size, head + len(tiles) * side + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, tile in enumerate(tiles):
-        lines = wrapped(tile.caption, side - 8, partial(draw.textlength, font=small), 5)
+        lines = wrapped(tile.caption, side - 8, small.getlength, 5)
         for line_number, line in enumerate(lines):
             y = head - 6 - (len(lines) - line_number) * 16
             draw.text((side + number * side + 4, y), line, _INK, small)
@@ -121,9 +118,9 @@ def _fits(text: str, width: float, width_of: Callable[[str], float]) -> int:
     return low
 
 
-def _row_height(tiles: Sequence[Tile]) -> int:
-    figures = max((len(tile.figures) for tile in tiles), default=0)
-    return 2 * _LINE + 10 + _PICTURE + (_LINES + figures) * _LINE + _GAP
+def _row_height(tiles: Sequence[Tile], width_of: Callable[[str], float]) -> int:
+    lines = [len(wrapped(tile.caption, _WIDTH, width_of, _LINES)) + len(tile.figures) for tile in tiles]
+    return _LINE + 10 + _PICTURE + max(lines, default=0) * _LINE + 2 * _GAP
 
 
 def _picture(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:

@@ -82,4 +82,4 @@ def verdict(relevance: float | None, what: str) -> tuple[str, bool | None]:
         return "", None
     if relevance == 1.0:
         return f"true {what}", True
-    return f"{relevance:.0%} true", False
+    return f"{relevance:.0%} of it holds", False
