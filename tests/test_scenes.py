@@ -65,7 +65,7 @@ def holds(text: str, scene: Scene) -> float:
     return (best + (BACKGROUNDS[scene.background] == background)) / count
 
 
-@pytest.mark.parametrize("detail", ["partial", "simple"])
+@pytest.mark.parametrize("detail", ["partial", "simple", "detailed"])
 def test_relevance_equals_reading_the_sentences(detail: str) -> None:
     scenes = Scenes(60, 5, detail=detail)
     matrix = scenes.relevance()

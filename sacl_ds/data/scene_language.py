@@ -148,7 +148,8 @@ def relation_holds(relation: int, first_place: int, second_place: int) -> bool:
 def draw_caption(draws: Draws, scene: Scene, detail: str = "partial") -> Caption:
     """A true caption of `scene`.
 
-    detail: "partial" says something of one or two objects, as web captions do; "simple" names one by colour and shape.
+    detail: "partial" says something of one or two objects, as web captions do; "simple" names one by colour and shape;
+    "detailed" says all of one, or much of two, so that it is true of few other scenes.
     """
     pair = draws.sample(len(scene.objects), 2)
     kind = draws.below(20)
@@ -156,6 +157,8 @@ def draw_caption(draws: Draws, scene: Scene, detail: str = "partial") -> Caption
     if detail == "simple":
         only = _keep(scene.objects[pair[0]], (SHAPE, COLOUR))
         return Caption(f"{opening}{phrase(only)}", (only,))
+    if detail == "detailed":
+        return _detailed(draws, scene, pair, opening)
     if kind < 4:
         first, second = (_keep(scene.objects[i], _choose(draws, _OF_TWO_OBJECTS)) for i in pair)
         places = [scene.objects[i][PLACE] for i in pair]
@@ -172,6 +175,19 @@ def draw_caption(draws: Draws, scene: Scene, detail: str = "partial") -> Caption
         return Caption(f"{opening}{phrase(only)}", (only,))
     text = f"{opening}{phrase(only)} on a {BACKGROUNDS[scene.background]} background"
     return Caption(text, (only,), background=scene.background)
+
+
+def _detailed(draws: Draws, scene: Scene, pair: list[int], opening: str) -> Caption:
+    if draws.below(2):
+        thing = scene.objects[pair[0]]
+        if draws.below(2):
+            return Caption(f"{opening}{phrase(thing)}", (thing,))
+        text = f"{opening}{phrase(thing)} on a {BACKGROUNDS[scene.background]} background"
+        return Caption(text, (thing,), background=scene.background)
+    more = ((SIZE, TEXTURE), (SIZE,), (TEXTURE,), (PLACE,))
+    first, second = (_keep(scene.objects[i], (SHAPE, COLOUR, *more[draws.below(len(more))])) for i in pair)
+    joint = (" and ", " with ", " , ")[draws.below(3)]
+    return Caption(f"{opening}{phrase(first)}{joint}{phrase(second)}", (first, second))
 
 
 def draw_captions(draws: Draws, scene: Scene, count: int, detail: str) -> list[Caption]:

@@ -25,6 +25,7 @@ from sacl_ds.data.scene_rendering import render
 
 VERSION = 1  # raise it when any picture or sentence changes: studies compare like with like
 CAPTIONS_PER_SCENE = 4
+DETAILS = ("partial", "simple", "detailed")
 _CAPTIONS, _PICTURE, _QUESTIONS, _PAIRS = range(1, 5)
 
 
@@ -39,7 +40,8 @@ class Scenes:
     """A data set of `count` scenes; item i is the same for every process, image size and count.
 
     detail: "partial" captions say something of one or two objects (the training set); "simple" ones name one object
-    by its colour and shape (a clean captioned set for the teacher).
+    by its colour and shape, "detailed" ones say so much that they are true of few other pictures (clean
+    captioned sets for a teacher).
     """
 
     def __init__(
@@ -47,8 +49,8 @@ class Scenes:
     ) -> None:
         if count < 1:
             raise ValueError(f"count={count}: a set of scenes needs at least one")
-        if detail not in ("partial", "simple"):
-            raise ValueError(f"detail={detail!r}: choose 'partial' or 'simple'")
+        if detail not in DETAILS:
+            raise ValueError(f"detail={detail!r}: choose one of {', '.join(DETAILS)}")
         self.count, self.seed, self.image_size, self.detail = count, seed, image_size, detail
         self.captions_per_scene = captions
 

@@ -41,6 +41,23 @@ def mean_average_precision(scores: np.ndarray, relevance: np.ndarray) -> float:
     return float(average.mean()) if len(average) else float("nan")
 
 
+def ndcg(scores: np.ndarray, gains: np.ndarray, k: int) -> float:
+    """Mean over queries of the discounted cumulative gain of the first k places, over that of the best ranking.
+
+    (n, m) scores, (n, m) gains >= 0; the gain at place r (from 1) is divided by log2(1 + r). Ties never help. Queries
+    without any gain are left out; NaN where none has one.
+    """
+    if scores.ndim != 2 or scores.shape != gains.shape or (gains < 0).any():
+        raise ValueError(f"need (n, m) scores and (n, m) gains of at least 0, got {scores.shape} and {gains.shape}")
+    order = np.lexsort((gains, -np.nan_to_num(scores, nan=-np.inf)), axis=1)
+    discount = 1 / np.log2(np.arange(2, min(k, scores.shape[1]) + 2))
+    reached, best = (
+        (ranked[:, : len(discount)] * discount).sum(1, dtype=np.float64)
+        for ranked in (np.take_along_axis(gains, order, 1), -np.sort(-gains, axis=1))
+    )
+    return float((reached[best > 0] / best[best > 0]).mean()) if (best > 0).any() else float("nan")
+
+
 def chance_recall_at_k(relevance: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
     """Expected `recall_at_k` of a random ranking without ties."""
     m = relevance.shape[1]

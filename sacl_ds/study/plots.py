@@ -1,0 +1,64 @@
+"""Pictures of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sacl_ds.study.plan import Plan
+from sacl_ds.study.summary import METRIC, Row
+
+_COLOURS = {
+    "infonce": "#777777", "control": "#b07020", "regulated": "#1f6fb4", "other": "#8a5fb0", "oracle": "#2a9050",
+    "teacher": "#c0c0c0",
+}  # fmt: skip
+
+
+def plot_arms(found: list[Row], path: Path) -> None:
+    """mAP of every arm, best at the top: a bar for the mean, a dot a seed."""
+    figure = Figure(figsize=(9, 1.2 + 0.24 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(reversed(found)):
+        axes.barh(place, 100 * row.mean, color=_COLOURS[row.family], alpha=0.75, height=0.75)
+        axes.plot([100 * value for value in row.values[METRIC]], [place] * len(row.values[METRIC]), "k.", ms=4)
+    axes.set_yticks(range(len(found)), [row.name for row in reversed(found)], fontsize=8)
+    values = [100 * value for row in found for value in row.values[METRIC]]
+    axes.set_xlim(max(0.0, min(values) - 4), min(100.0, max(values) + 2))
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set_xlabel("mAP over all satisfying images, per cent")
+    axes.grid(axis="x", alpha=0.3)
+    present = [family for family in _COLOURS if any(row.family == family for row in found)]
+    handles = [axes.barh(0, 0, color=_COLOURS[family], alpha=0.75) for family in present]
+    axes.legend(handles, present, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def plot_sweeps(plan: Plan, found: list[Row], path: Path) -> bool:
+    """mAP along the plan's sweeps, with the best arms of other families as lines; False where nothing is drawn."""
+    known = {row.name: row for row in found}
+    sweeps = {
+        title: sorted(((value, known[name]) for name, value in points.items() if name in known), key=lambda p: p[0])
+        for title, points in plan.sweeps.items()
+    }
+    sweeps = {title: points for title, points in sweeps.items() if len(points) > 1}
+    if not sweeps:
+        return False
+    figure = Figure(figsize=(4 * len(sweeps), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
+    for axes, (title, points) in zip(panels, sweeps.items(), strict=True):
+        values = [value for value, _ in points]
+        means = [100 * row.mean for _, row in points]
+        axes.errorbar(values, means, [100 * row.spread for _, row in points], marker="o", capsize=3, color="#1f6fb4")
+        for family, style in (("infonce", ":"), ("control", "--"), ("oracle", "-")):
+            best = next((row for row in found if row.family == family), None)
+            if best is not None:
+                axes.axhline(100 * best.mean, color=_COLOURS[family], ls=style, label=f"best {family}: {best.name}")
+        axes.set_xlabel(title)
+        if values[0] > 0 and values[-1] / values[0] > 20:
+            axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("mAP, per cent")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    return True

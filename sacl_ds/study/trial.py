@@ -1,0 +1,248 @@
+"""One trial: an arm trained with one seed, and what it reaches on held-out scenes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sacl_ds.analysis.calibration import fall, sharpness_for
+from sacl_ds.data.scene_language import PLACE, UNSAID, Caption, relevance
+from sacl_ds.evaluation.metrics import mean_average_precision, ndcg, recall_at_k
+from sacl_ds.losses import Regulation
+from sacl_ds.study.dual_encoder import DualEncoder
+from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
+from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
+from sacl_ds.study.recognition import trained_stem
+from sacl_ds.study.weights import Seen, contrastive, log_weights
+
+_HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds
+_CALIBRATED_ON = 1024  # pairs of the training pool
+_SEEDS = {"partial": 10, "simple": 200, "detailed": 400}  # plus the trial's: no two pools share a scene
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a study keeps its trials and what they share."""
+
+    root: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    def result(self, fingerprint: str) -> Path:
+        return self.root / "trials" / f"{fingerprint}.json"
+
+    def weights(self, fingerprint: str) -> Path:
+        return self.root / "models" / f"{fingerprint}.safetensors"
+
+
+def run_trial(plan: Plan, name: str, seed: int, folder: Folder, device: str = "cpu") -> dict[str, Any]:
+    """Train, evaluate and keep the result (also returned) and the weights. Its teacher's trial must have been run."""
+    start = time.perf_counter()
+    arm, common, to = plan.arms[name], plan.common, torch.device(device)
+    stem, tokenizer = trained_stem(common.stem, folder.cache), vocabulary(folder.cache)
+
+    def made(count: int, seed: int, detail: str, captions: int) -> Pool:
+        return pool(count, seed, detail, stem, common.stem.fingerprint, tokenizer, folder.cache, captions).to(to)
+
+    def encoder(fingerprint: str | None, scale: float | None) -> DualEncoder:
+        start = {} if scale is None else {"scale": scale}
+        model = DualEncoder(common.shape, common.stem.width, tokenizer.size, MAX_TOKENS, **start)
+        if fingerprint is not None:
+            model.load_state_dict(load_file(folder.weights(fingerprint)))
+            model.requires_grad_(False)
+        return model.to(to)
+
+    training = made(common.scenes, _SEEDS[arm.captions] + seed, arm.captions, 4)
+    torch.manual_seed(seed)
+    model = encoder(None, arm.scale)
+    teacher = None
+    if arm.teacher is not None:
+        taught = arm.teacher != AVERAGE
+        teacher = encoder(plan.fingerprint(arm.teacher, seed), None) if taught else copy.deepcopy(model)
+    training_figures = _train(plan, arm, seed, model, teacher, training)
+    held_out = made(common.eval_scenes, _HELD_OUT, "partial", common.eval_captions)
+    result = {
+        "seed": seed,
+        "settings": arm.model_dump(mode="json"),
+        **_evaluate(model, held_out),
+        **training_figures,
+        "seconds": time.perf_counter() - start,
+    }
+    fingerprint = plan.fingerprint(name, seed)
+    for path in (folder.weights(fingerprint), folder.result(fingerprint)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(kept, folder.weights(fingerprint))
+    temporary = folder.result(fingerprint).with_suffix(".writing")
+    temporary.write_text(json.dumps(result))
+    temporary.replace(folder.result(fingerprint))
+    return result
+
+
+def _train(
+    plan: Plan, arm: Arm, seed: int, model: DualEncoder, teacher: DualEncoder | None, data: Pool
+) -> dict[str, Any]:
+    """Returns figures of the regulation: as calibrated, and as it weighs at the end."""
+    common = plan.common
+    steps = arm.steps or common.steps
+    if arm.scale is not None:
+        model.logit_scale.requires_grad_(False)
+    found = _calibrated(arm, teacher, data)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=common.weight_decay)
+    draws, dealer = (torch.Generator().manual_seed(1000 * seed + each) for each in (1, 2))
+    figures: dict[str, list[float]] = {}
+    for step in range(steps):
+        scenes = torch.randperm(len(data.scenes), generator=draws)[: common.batch]
+        captions = scenes * data.per_scene + torch.randint(data.per_scene, scenes.shape, generator=draws)
+        tokens, ids = data.tokens[scenes], data.ids[captions]
+        cosine = model.image(tokens) @ model.text(ids).T
+        scale = model.logit_scale()
+        seen = Seen(
+            cosine.detach(),
+            None if teacher is None else _cosines(teacher, tokens, ids),
+            _negatives(data, captions),
+            _relevance(arm, data, scenes, captions, cosine.device),
+        )
+        regulation = _regulation(arm, found, step / steps)
+        losses = []
+        for direction, side in ((cosine, seen), (cosine.T, seen.turned())):
+            weights = log_weights(arm, regulation, side, float(scale.detach()), dealer)
+            losses.append(contrastive(arm, direction, scale, weights, side.negatives).mean())
+            if step >= steps - 20 and arm.weights != "hard":
+                _note(figures, weights, scale.detach() * side.cosine, side.negatives)
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate * _rate(step, steps, common.warmup)
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if arm.teacher == AVERAGE and teacher is not None:
+            with torch.no_grad():
+                for average, now in zip(teacher.parameters(), model.parameters(), strict=True):
+                    average.lerp_(now, 1 - min(arm.average_decay, (step + 1) / (step + 10)))
+    at_end = {key: float(np.mean(values)) for key, values in figures.items()}
+    return {"found": found, "weights_at_end": at_end, "logit_scale": float(model.logit_scale().detach())}
+
+
+def _calibrated(arm: Arm, teacher: DualEncoder | None, data: Pool) -> dict[str, float]:
+    """kappa_t, and a constant alpha where weights are to fall above a similarity."""
+    if teacher is None:
+        return {}
+    scenes = torch.arange(min(_CALIBRATED_ON, len(data.scenes)))
+    captions = scenes * data.per_scene
+    found = {}
+    if isinstance(arm.teacher_sharpness, Calibration) or arm.fall is not None:
+        cosines = _cosines(teacher, data.tokens[scenes], data.ids[captions]).cpu().numpy()
+        negatives = _negatives(data, captions).cpu().numpy()
+    if isinstance(arm.teacher_sharpness, Calibration):
+        wanted = arm.teacher_sharpness
+        found["teacher_sharpness"] = sharpness_for(cosines, negatives, wanted.share, wanted.under)
+    else:
+        found["teacher_sharpness"] = arm.teacher_sharpness
+    if arm.fall is not None:
+        found["cosine"], found["alpha"] = fall(cosines[negatives], arm.fall, found["teacher_sharpness"])
+    return found
+
+
+def _regulation(arm: Arm, found: dict[str, float], progress: float) -> Regulation:
+    """The arm's settings after that share of the steps."""
+    if arm.teacher is None:
+        return Regulation(0.0, arm.sharpness)
+    alpha = found.get("alpha")
+    if alpha is None:
+        alpha = arm.alpha_start + (arm.alpha_end - arm.alpha_start) * min(1.0, progress / arm.hand_over)
+    return Regulation(alpha, arm.sharpness, found["teacher_sharpness"])
+
+
+@torch.no_grad()
+def _cosines(model: DualEncoder, tokens: Tensor, ids: Tensor) -> Tensor:
+    return model.image(tokens) @ model.text(ids).T
+
+
+def _negatives(data: Pool, captions: Tensor) -> Tensor:
+    """(n, n) bool: other pairs, but for those with the very same caption, as the package's loader has it."""
+    same = data.said[captions]
+    return same[:, None] != same
+
+
+def _relevance(arm: Arm, data: Pool, scenes: Tensor, captions: Tensor, device: torch.device) -> Tensor:
+    """(images, texts), where an oracle asks for it."""
+    if arm.family != "oracle":
+        return torch.zeros(len(scenes), len(scenes), device=device)
+    said = [data.captions[i] for i in captions.tolist()]
+    return torch.from_numpy(relevance(said, [data.scenes[i] for i in scenes.tolist()]).T).to(device)
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then cosine to a hundredth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _note(figures: dict[str, list[float]], weights: Tensor, z: Tensor, negatives: Tensor) -> None:
+    """Share of the negatives under 0.7 and 0.2, effective share of them, push (mass) and shape (nats)."""
+    w = weights.exp()
+    count = negatives.sum(1)
+    even = torch.zeros_like(z).masked_fill(~negatives, -torch.inf)
+    mass = (z + weights).logsumexp(1) - (z + even).logsumexp(1)
+    drawn = (z + weights).softmax(1)
+    some = count > 0
+    shape = (drawn * weights.masked_fill(~(weights > -torch.inf), 0.0)).sum(1) - mass
+    effective = w.sum(1).square() / w.square().sum(1).clamp(min=1e-30) / count.clamp(min=1)
+    new = {
+        "under_0.7": (w[negatives] < 0.7).float().mean(),
+        "under_0.2": (w[negatives] < 0.2).float().mean(),
+        "effective_share": effective[some].mean(),
+        "mass": mass[some].mean(),
+        "shape": shape[some].mean(),
+    }
+    for key, value in new.items():
+        figures.setdefault(key, []).append(float(value))
+
+
+@torch.no_grad()
+def _evaluate(model: DualEncoder, data: Pool) -> dict[str, Any]:
+    """Fractions. text->image: mAP over all satisfying images, nDCG@10 of graded relevance, R@1 of any satisfying image;
+    both directions: recall of the very instance; mAP by what captions say; how well the cosine detects matches."""
+    model.eval()
+    image, text = model.image(data.tokens), torch.cat([model.text(part) for part in data.ids.split(500)])
+    scores = (text @ image.T).cpu().numpy()
+    graded = relevance(data.captions, data.scenes)
+    satisfying = graded >= 1
+    own = np.zeros_like(satisfying)
+    own[np.arange(len(data.captions)), np.arange(len(data.captions)) // data.per_scene] = True
+    kinds: dict[str, list[int]] = {}
+    for row, caption in enumerate(data.captions):
+        kinds.setdefault(_kind(caption), []).append(row)
+    by_kind = {kind: mean_average_precision(scores[rows], satisfying[rows]) for kind, rows in kinds.items()}
+    forward, back = recall_at_k(scores, own, (1, 5, 10)), recall_at_k(scores.T, own.T, (1, 5, 10))
+    return {
+        "mAP": mean_average_precision(scores, satisfying),
+        "nDCG@10": ndcg(scores, graded, 10),
+        "any_R@1": recall_at_k(scores, satisfying, (1,))[1],
+        **{f"text_to_image_R@{k}": value for k, value in forward.items()},
+        **{f"image_to_text_R@{k}": value for k, value in back.items()},
+        "mAP_by_caption": by_kind,
+    }
+
+
+def _kind(caption: Caption) -> str:
+    if len(caption.described) > 1:
+        return "two objects"
+    if caption.background != UNSAID:
+        return "background"
+    return "one object" if caption.described[0][PLACE] == UNSAID else "one object, its place"

@@ -1,0 +1,101 @@
+"""Weights of the negatives of every arm, and the loss they make: dense, for batches of some hundred pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sacl_ds.losses import Regulation, regulation_weights
+from sacl_ds.study.plan import Arm
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One direction: anchors in rows. All (n, n); constants for the gradient.
+
+    cosine: of the model; teacher: of its teacher, or None; negatives: bool; relevance: in [0, 1], how true the caption
+    is of the picture.
+    """
+
+    cosine: Tensor
+    teacher: Tensor | None
+    negatives: Tensor
+    relevance: Tensor
+
+    def turned(self) -> Seen:
+        """The other direction."""
+        teacher = None if self.teacher is None else self.teacher.T
+        return Seen(self.cosine.T, teacher, self.negatives.T, self.relevance.T)
+
+
+def log_weights(arm: Arm, regulation: Regulation, seen: Seen, scale: float, generator: torch.Generator) -> Tensor:
+    """(n, n) log w_ij, -inf where j is no negative of i or is removed.
+
+    regulation: the arm's at this step; generator: deals out shuffled weights.
+    """
+    nothing = ~seen.negatives
+    even = torch.zeros_like(seen.cosine).masked_fill(nothing, -torch.inf)
+    if arm.weights in ("even", "hard"):
+        return even + math.log(arm.mass)
+    if arm.weights == "matches":
+        return even.masked_fill(seen.relevance >= 1, -torch.inf)
+    if arm.weights in ("relevance", "relevance_shape"):
+        full = (1 - seen.relevance).log().masked_fill(nothing, -torch.inf)
+        return full if arm.weights == "relevance" else full - _mass(full, even, scale * seen.cosine)
+    log_similarity = regulation.log_similarity(seen.cosine, seen.teacher)
+    # weights do not change with a factor of s: the shift keeps its exponential finite
+    log_similarity = log_similarity - log_similarity.amin(1, keepdim=True)
+    regulated = regulation_weights(log_similarity.double().exp(), seen.negatives).log().to(even.dtype)
+    if arm.weights == "removed_share":
+        kept = regulated.masked_fill(nothing, torch.nan).nanquantile(arm.share, 1, keepdim=True)
+        return even.masked_fill(regulated < kept, -torch.inf)
+    if arm.drop_below is not None:
+        return even.masked_fill(regulated < math.log(arm.drop_below), -torch.inf)
+    if arm.weights == "sacl":
+        return regulated + math.log(arm.mass)
+    if arm.weights == "shuffled":
+        return _shuffled(regulated, seen.negatives, generator)
+    mass = _mass(regulated, even, scale * seen.cosine)
+    return even + mass if arm.weights == "mass_only" else regulated - mass
+
+
+def contrastive(arm: Arm, cosine: Tensor, scale: Tensor, weights: Tensor, negatives: Tensor) -> Tensor:
+    """Losses (n,) of the anchors in rows. cosine (n, n) and scale carry gradient; weights: (n, n) log w_ij."""
+    z = scale * cosine
+    own = z.diagonal()
+    pushed = (z + weights).logsumexp(1)
+    if arm.weights == "hard":
+        pushed = _hard(arm, z, own, negatives)
+    margin = pushed - own
+    return torch.where(negatives.any(1), torch.nn.functional.softplus(margin), torch.zeros_like(margin))
+
+
+def _hard(arm: Arm, z: Tensor, own: Tensor, negatives: Tensor) -> Tensor:
+    """log of the negatives' sum of Robinson et al. (2021, Eq. 4); with beta 0 that of Chuang et al. (2020, Eq. 8).
+
+    As in their definition the importance weights carry gradient, and the sum is at least n e^(-scale).
+    """
+    count = negatives.sum(1).to(z.dtype)
+    masked = z.masked_fill(~negatives, -torch.inf)
+    log_mean = ((1 + arm.beta) * masked).logsumexp(1) - (arm.beta * masked).logsumexp(1)
+    # in units of the largest term, so that neither exponential leaves its range
+    shift = torch.maximum(log_mean, own).detach()
+    rest = ((log_mean - shift).exp() - arm.positives * (own - shift).exp()) / (1 - arm.positives)
+    floor = (-z.detach().abs().amax() - shift).exp()
+    return torch.maximum(rest, floor).log() + shift + count.log()
+
+
+def _mass(weights: Tensor, even: Tensor, z: Tensor) -> Tensor:
+    """(n, 1): what the weights add to the log-sum of the negatives."""
+    return (z + weights).logsumexp(1, keepdim=True) - (z + even).logsumexp(1, keepdim=True)
+
+
+def _shuffled(weights: Tensor, negatives: Tensor, generator: torch.Generator) -> Tensor:
+    """Each row's weights in random order, on the places of its negatives."""
+    noise = torch.rand(weights.shape, generator=generator, device="cpu").to(weights.device)
+    places = noise.masked_fill(~negatives, 2.0).argsort(1)  # negatives first, in random order
+    source = (~negatives).to(torch.int8).argsort(dim=1, stable=True)  # negatives first, as they stand
+    return torch.full_like(weights, -torch.inf).scatter(1, places, weights.gather(1, source))
