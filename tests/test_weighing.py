@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dense_weights import dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -42,52 +43,6 @@ def features() -> dict[str, torch.Tensor]:
     return dict(zip(("image", "text", "teacher_image", "teacher_text"), made, strict=True)) | {"ids": ids}
 
 
-def dense(data: dict[str, torch.Tensor], regulation: Regulation, scale: float = SCALE) -> list[dict[str, object]]:
-    """Image anchors over texts, text anchors over images; whole matrices in float64."""
-    x = {name: value.numpy().astype(np.int64 if name == "ids" else np.float64) for name, value in data.items()}
-    n, ids = len(x["image"]), x["ids"]
-    negative = ~(ids[:, None] == ids[None]).any(-1) & ~np.eye(n, dtype=bool)
-    cosine, theirs = x["image"] @ x["text"].T, x["teacher_image"] @ x["teacher_text"].T
-    result = []
-    for c, t in ((cosine, theirs), (cosine.T, theirs.T)):
-        a = regulation.alpha
-        s = a * np.exp(regulation.teacher_sharpness * t) + (1 - a) * np.exp(regulation.sharpness * c)
-        inverse = np.where(negative, 1 / s, 0)
-        count = negative.sum(1)
-        some = count > 0
-        w = np.zeros_like(s)
-        w[some] = count[some, None] * inverse[some] / inverse[some].sum(1, keepdims=True)
-        kept = negative
-        if regulation.drop_below is not None:
-            kept = negative & (w >= regulation.drop_below)
-            w = kept.astype(float)
-        w = w * regulation.negative_mass
-        has = kept.any(1)
-        e = np.exp(scale * c)
-        effective = w[has].sum(1) ** 2 / (w[has] ** 2).sum(1)
-        p = (e * negative)[has]
-        q = (w * e)[has]
-        mass = np.log(q.sum(1)) - np.log(p.sum(1))
-        p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            divergence = np.where(q > 0, q * np.log(q / p), 0).sum(1)
-        pairs = [(w[i, j], i, j, c[i, j], t[i, j]) for i, j in np.argwhere(negative)]
-        result.append(
-            {
-                "anchors": n,
-                "pairs": int(count.sum()),
-                "weights": w[negative],
-                "effective": effective.mean(),
-                "effective_share": (effective / count[has]).mean(),
-                "mass": mass.mean(),
-                "shape": divergence.mean(),
-                "mean_log_weight": np.log(w[kept]).mean(),
-                "lowest": sorted(pairs)[:LOWEST],
-            }
-        )
-    return result
-
-
 def assert_equal(got: Weighed, expected: dict[str, object], even: bool, tolerance: float = 1e-9) -> None:
     weights = np.asarray(expected["weights"])
     assert (got.anchors, got.pairs) == (expected["anchors"], expected["pairs"])
@@ -120,15 +75,15 @@ def weighed(
 @pytest.mark.parametrize("name", REGULATIONS)
 def test_one_process(name: str, tile: int) -> None:
     data, regulation = features(), REGULATIONS[name]
-    for got, expected in zip(weighed(data, regulation, tile=tile), dense(data, regulation), strict=True):
+    for got, expected in zip(weighed(data, regulation, tile=tile), dense(data, regulation, SCALE, LOWEST), strict=True):
         assert_equal(got, expected, regulation.even and regulation.drop_below is None)
 
 
 def test_the_cases_are_what_they_are_called() -> None:
     """Dropping drops some and keeps some; weights spread over many bins."""
-    found = dense(features(), REGULATIONS["light ones removed"])[0]["weights"]
+    found = dense(features(), REGULATIONS["light ones removed"], SCALE, LOWEST)[0]["weights"]
     assert 0.05 < np.mean(np.asarray(found) == 0) < 0.7
-    assert np.ptp(np.log(np.asarray(dense(features(), REGULATIONS["no teacher"])[0]["weights"]))) > 1.5
+    assert np.ptp(np.log(np.asarray(dense(features(), REGULATIONS["no teacher"], SCALE, LOWEST)[0]["weights"]))) > 1.5
 
 
 def two_ranks(rank: int, folder: Path) -> None:
@@ -143,7 +98,7 @@ def test_two_ranks_with_uneven_batches(tmp_path: Path) -> None:
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for name, regulation in REGULATIONS.items():
-            for got, expected in zip(found[name], dense(data, regulation), strict=True):
+            for got, expected in zip(found[name], dense(data, regulation, SCALE, LOWEST), strict=True):
                 assert_equal(got, expected, regulation.even and regulation.drop_below is None)
 
 
@@ -161,7 +116,7 @@ def test_without_teacher_without_ids_and_nothing_lowest() -> None:
     data["ids"] = torch.arange(PAIRS)[:, None]
     regulation = REGULATIONS["no teacher"]
     plain = weighed(data, regulation, teacher=None, pair_ids=None)
-    for got, expected in zip(plain, dense(data, regulation), strict=True):
+    for got, expected in zip(plain, dense(data, regulation, SCALE, LOWEST), strict=True):
         assert got.pairs == PAIRS * (PAIRS - 1)
         assert got.shape == pytest.approx(expected["shape"])
         assert got.lowest is not None
@@ -181,7 +136,7 @@ def test_anchors_without_negatives() -> None:
         assert len(got.lowest) == 0
     # pair 0 shares its first id with 1 and its second with the others, which share theirs: 1 and they stay negatives
     data["ids"] = torch.tensor([[0, 7], [0, 1], [2, 7], [2, 7], [2, 7], [5, 7]])
-    for got, expected in zip(weighed(data, regulation), dense(data, regulation), strict=True):
+    for got, expected in zip(weighed(data, regulation), dense(data, regulation, SCALE, LOWEST), strict=True):
         assert got.pairs == 8
         assert_equal(got, expected, False)
 
@@ -194,7 +149,7 @@ def test_half_precision_features_and_a_learned_scale() -> None:
     teacher = data["teacher_image"], data["teacher_text"]
     got = weigh(data["image"], data["text"], scale, teacher=teacher, pair_ids=data["ids"], regulation=regulation)
     exact = {name: x if name == "ids" else x.double() for name, x in data.items()}
-    for one, expected in zip(got, dense(exact, regulation), strict=True):
+    for one, expected in zip(got, dense(exact, regulation, SCALE, LOWEST), strict=True):
         for name in ("effective", "mass", "shape", "mean_log_weight"):
             assert getattr(one, name) == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
 
