@@ -216,9 +216,9 @@ def _print(found: Disagreement, names: tuple[str, str], regulations: tuple[Regul
     rows: list[Sequence[str]] = []
     for entry in found.largest[:_PRINTED]:
         arrow_ = "image → text" if entry["direction"] == "image_to_text" else "text → image"
-        said = f"{clean(entry['anchor_caption'], 60)} | {clean(entry['negative_caption'], 60)}"
-        rows.append([arrow_, shown(entry["weight_a"]), shown(entry["weight_b"]), said])
-    table(["direction", "A", "B", "anchor | negative"], rows)
+        captions = clean(entry["anchor_caption"], 60), clean(entry["negative_caption"], 60)
+        rows.append([arrow_, *captions, shown(entry["weight_a"]), shown(entry["weight_b"])])
+    table(["direction", "anchor", "negative", "A", "B"], rows, left=3)
 
 
 def _joint(first: np.ndarray, second: np.ndarray) -> np.ndarray:

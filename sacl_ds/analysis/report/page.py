@@ -35,11 +35,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; a row's first cell is its heading."""
+    """Cells are text; a row's first cell is its heading. words: cells that may be broken into lines, not numbers."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ Series = Sequence[float]
 
 
 @contextmanager
-def _axes(path: Path) -> Iterator[Axes]:
+def _axes(path: Path, size: tuple[float, float] = _SIZE) -> Iterator[Axes]:
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
              "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
              "legend.fontsize": 9}  # fmt: skip
     with plt.rc_context(style):
-        figure, axis = plt.subplots(figsize=_SIZE, layout="constrained")
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
         try:
             yield axis
             handles, names = axis.get_legend_handles_labels()
@@ -125,7 +125,7 @@ def lines(
 
 def joint(path: Path, edges: np.ndarray, counts: np.ndarray, names: tuple[str, str], title: str) -> None:
     """How often which two weights of one pair meet. counts: (bins, bins), the first name's weight along the rows."""
-    with _axes(path) as axis:
+    with _axes(path, (5.4, 4.4)) as axis:
         low, high = _drawn([counts.sum(0), counts.sum(1)])
         inner = edges[low : high + 2].copy()
         inner[0] = max(inner[0], _FLOOR / 2)

@@ -53,7 +53,7 @@ def side_by_side(
     drawn: list[tuple[str, list[Tile]]] = []
     listed = []
     for query in map(int, queries):
-        text = clean(pairs.captions[query])
+        text = clean(pairs.captions[query], 160)
         runs: dict[str, dict[str, object]] = {}
         listed.append({"key": pairs.keys[query], "caption": pairs.captions[query], "runs": runs})
         for each in rankings:

@@ -52,7 +52,7 @@ def about(run: RunConfig, folder: Path, figures: Sequence[Record], metrics: Sequ
             *([("removed under weight", shown(loss.drop_below))] if loss.drop_below is not None else []),
         ]
     settings += [("same pair if equal", data.duplicates), ("seed", str(run.seed))]
-    tables = [Table("Settings", [], settings)]
+    tables = [Table("Settings", [], settings, words=True)]
     evaluation = next((line for line in reversed(metrics) if "evaluation" in line), None)
     numbers: dict[str, Any] = {"settings": run.model_dump(mode="json"), "evaluation": None}
     if evaluation:
@@ -203,7 +203,7 @@ def duplicates(figures: Sequence[Record], metrics: Sequence[Record], batch: int)
     section.numbers["cautions"] = cautions
     if cautions:
         rows = [(str(each["step"]), each["caution"]) for each in cautions]
-        section.tables.append(Table("Cautions", ["step", ""], rows))
+        section.tables.append(Table("Cautions", ["step", ""], rows, words=True))
     else:
         section.text.append("The run's log holds no caution.")
     return section
