@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,13 @@ from pyarrow import parquet
 from sacl_ds.analysis.inputs import described, examine, regulation_for
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.terminal import labels, per_cent, progress, say, table
+from sacl_ds.analysis.threads import in_order
 from sacl_ds.errors import UserError
 from sacl_ds.losses.regulation import Regulation
 from sacl_ds.losses.weighing import EDGES, THRESHOLDS, Weighed, quantiles, weigh
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
-_THREADS = 16
 _MEANS = ("effective", "effective_share", "mass", "shape")
 
 
@@ -97,28 +94,14 @@ def scan(
 ) -> dict[str, Distribution]:
     """{direction: distribution}; batch_size is at most the number of pairs. seen(1) is called after each mini-batch.
 
-    A mini-batch is too small to share among threads (on a busy machine two of them took five times as long as one),
-    so each thread has its own. The sums are made in the order of the mini-batches, whichever is done first.
+    The sums are made in the order of the mini-batches, and so have the same bits each time.
     """
     found = {direction: Distribution() for direction in DIRECTIONS}
-    threads, before = min(_THREADS, _cores()), torch.get_num_threads()
-    waiting: deque[Future[tuple[Weighed, Weighed]]] = deque()
-
-    def add() -> None:
-        for direction, weighed in zip(DIRECTIONS, waiting.popleft().result(), strict=True):
+    drawn = mini_batches(len(pairs), batches, batch_size, seed)
+    for both in in_order(lambda rows: _weighed(pairs, rows, regulation), drawn):
+        for direction, weighed in zip(DIRECTIONS, both, strict=True):
             found[direction].add(weighed)
         seen(1)
-
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for rows in mini_batches(len(pairs), batches, batch_size, seed):
-                waiting.append(pool.submit(_weighed, pairs, rows, regulation))
-                if len(waiting) > 2 * threads:
-                    add()
-            while waiting:
-                add()
-    finally:
-        torch.set_num_threads(before)
     return found
 
 
@@ -129,10 +112,6 @@ def _weighed(pairs: Pairs, rows: np.ndarray, regulation: Regulation) -> tuple[We
     if pairs.teacher is not None and regulation.teacher:
         teacher = torch.from_numpy(pairs.teacher[0][rows]), torch.from_numpy(pairs.teacher[1][rows])
     return weigh(image, text, pairs.logit_scale, teacher=teacher, pair_ids=ids, regulation=regulation)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def act(options: argparse.Namespace) -> None:

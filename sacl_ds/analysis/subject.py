@@ -22,6 +22,7 @@ from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
 from sacl_ds.data.collate import Collator, Item
 from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample, Source
 from sacl_ds.data.scene_source import SceneSource
@@ -136,8 +137,9 @@ def read_pairs(
     """
     teacher = subject.teacher
     view = TrainingView(CanonicalView(subject.run.model.image_size), subject.tokenizer)
-    duplicates = subject.run.data.duplicates
-    collator = Collator(view, 0, None, teacher.view if teacher else None, duplicates=duplicates)
+    data = subject.run.data
+    grouping = Grouping.load(Path(data.grouping)) if data.grouping else None
+    collator = Collator(view, 0, None, teacher.view if teacher else None, duplicates=data.duplicates, grouping=grouping)
     names: list[tuple[str, str, str, str, str]] = []
     arrays: dict[str, list[np.ndarray]] = {name: [] for name in ("image", "text", "t_image", "t_text", "ids")}
     skipped = 0
