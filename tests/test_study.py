@@ -38,7 +38,7 @@ TINY = {
         },
         "plain": {"family": "infonce"},
         "same as plain": {"family": "control", "weights": "even"},
-        "average": {"family": "regulated", "weights": "sacl", "teacher": "average", "teacher_sharpness": 3},
+        "own average": {"family": "regulated", "weights": "sacl", "teacher": "average", "teacher_sharpness": 3},
         "constant": {"family": "control", "mass": 0.3, "scale": 30},
         "clean": {"family": "teacher", "captions": "detailed", "steps": 4},
         "oracle": {"family": "oracle", "weights": "matches"},
@@ -269,7 +269,7 @@ def test_the_plans_that_come_with_the_package(root: Path) -> None:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny study, run by its command."""
     out = tmp_path_factory.mktemp("study")
-    (out / "plan.yaml").write_text(yaml.safe_dump(TINY))
+    (out / "plan.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
     return out
 
 
@@ -285,7 +285,7 @@ def test_a_study_runs_once_and_is_kept(study: Path, root: Path) -> None:
     found = finished(plan(), Folder(study))
     assert len(found) == 16
     assert found["plain", 0]["mAP"] == found["same as plain", 0]["mAP"] != found["plain", 1]["mAP"]
-    assert found["student", 0]["found"]["alpha"] < 0.5
+    assert 0 < found["student", 0]["found"]["alpha"] < 1
     assert found["constant", 1]["logit_scale"] == pytest.approx(30)
     times = {path: path.stat().st_mtime_ns for path in (study / "trials").iterdir()}
     again = command(study, root)

@@ -112,6 +112,8 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
+        if AVERAGE in self.arms:
+            raise ValueError(f"{AVERAGE!r} stands for the student's average as a teacher; give the arm another name")
         for name, arm in self.arms.items():
             self.chain(name)
             if arm.teacher not in (None, AVERAGE) and arm.teacher not in self.arms:

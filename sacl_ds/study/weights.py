@@ -68,23 +68,26 @@ def contrastive(arm: Arm, cosine: Tensor, scale: Tensor, weights: Tensor, negati
     own = z.diagonal()
     pushed = (z + weights).logsumexp(1)
     if arm.weights == "hard":
-        pushed = _hard(arm, z, own, negatives)
+        pushed = _hard(arm, z, scale.detach(), negatives)
     margin = pushed - own
     return torch.where(negatives.any(1), torch.nn.functional.softplus(margin), torch.zeros_like(margin))
 
 
-def _hard(arm: Arm, z: Tensor, own: Tensor, negatives: Tensor) -> Tensor:
+def _hard(arm: Arm, z: Tensor, scale: Tensor, negatives: Tensor) -> Tensor:
     """log of the negatives' sum of Robinson et al. (2021, Eq. 4); with beta 0 that of Chuang et al. (2020, Eq. 8).
 
     As in their definition the importance weights carry gradient, and the sum is at least n e^(-scale).
     """
     count = negatives.sum(1).to(z.dtype)
-    masked = z.masked_fill(~negatives, -torch.inf)
-    log_mean = ((1 + arm.beta) * masked).logsumexp(1) - (arm.beta * masked).logsumexp(1)
+    own = z.diagonal()
+    log_mean, log_importance = (
+        (power * z).masked_fill(~negatives, -torch.inf).logsumexp(1) for power in (1 + arm.beta, arm.beta)
+    )
+    log_mean = log_mean - log_importance
     # in units of the largest term, so that neither exponential leaves its range
     shift = torch.maximum(log_mean, own).detach()
     rest = ((log_mean - shift).exp() - arm.positives * (own - shift).exp()) / (1 - arm.positives)
-    floor = (-z.detach().abs().amax() - shift).exp()
+    floor = (-scale - shift).exp()
     return torch.maximum(rest, floor).log() + shift + count.log()
 
 
