@@ -267,7 +267,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_awkward_captions(shards: Path, browser: Browser) -> None:
     run = shards / "run"
-    report(run, "--against", run)
+    report(run, "--against", saved_run(shards / "other", 5, teacher=False))
     page = run / "report/report.html"
     for width in (1280, 420):
         seen = browser.look(page, width=width)
@@ -327,6 +327,7 @@ def test_mistakes(scenes: Path, tmp_path: Path) -> None:
         ((bare,), "holds no weight records; train with records.every="),
         ((tmp_path / "nowhere",), "nowhere does not exist"),
         ((scenes, "--against", tmp_path / "nowhere"), "nowhere"),
+        ((scenes, "--against", scenes), "is the run itself"),
         ((scenes, "--shards", "missing.tar"), "missing.tar does not exist"),
         ((scenes, "--pairs", "1"), "--pairs 1: at least two"),
         ((scenes, "--teacher", tmp_path / "nowhere"), "--teacher"),

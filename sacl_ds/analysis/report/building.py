@@ -85,6 +85,8 @@ def write_report(
     Raises UserError where the run kept no records, or `against`, `shards` or `teacher` cannot be read. Parts for which
     the run lacks something (held-out data, finished weights) are left out, with a line that says why.
     """
+    if against is not None and Path(against).resolve() == folder.resolve():
+        raise UserError(f"--against {against} is the run itself; name another")
     figures, lowest = read_figures(folder), read_lowest(folder)
     metrics = read_metrics(folder / "metrics.jsonl")
     run = load_config(folder / CONFIG, [])
