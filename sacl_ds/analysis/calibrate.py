@@ -84,12 +84,11 @@ def _sharpnesses(
         if found.sharpness is None:
             say(
                 f"{name} ({alpha}): no sharpness up to {LARGEST:g} brings {wanted}; the most is "
-                f"{per_cent(found.share)} % at {found.grid[found.shares.argmax()]:.3g}"
+                f"{per_cent(found.share)} %"
             )
             continue
         paste.append(f"{settings[name]}={found.sharpness:.3g}")
-        note = "" if found.rises else "; the share does not rise with the sharpness throughout, this is the smallest"
-        say(f"{name} ({alpha}): {wanted} from sharpness {found.sharpness:.3g} on{note}")
+        say(f"{name} ({alpha}): {wanted} from sharpness {found.sharpness:.3g} on")
     kappa = curves["model"].sharpness
     if kappa is not None and kappa > _NEAR * pairs.logit_scale:
         say(
@@ -109,7 +108,6 @@ def _sharpnesses(
             name: {
                 "sharpness": found.sharpness,
                 "share": found.share,
-                "rises": found.rises,
                 "grid": found.grid.tolist(),
                 "shares": found.shares.tolist(),
             }

@@ -18,20 +18,15 @@ _TOLERANCE = 1e-6  # of the sharpness, relative
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The smallest sharpness found, None where none reaches the share; and the curve that was searched.
+    """The smallest sharpness that reaches the share, None where none does; and the curve that was searched.
 
-    share: under the weight at `sharpness`, else the largest on the grid. rises: whether the share rises with the
-    sharpness throughout, so that a larger sharpness would never do with less.
+    share: under the weight at `sharpness`, else at the largest one tried.
     """
 
     sharpness: float | None
     share: float
     grid: np.ndarray  # (g,) sharpnesses
     shares: np.ndarray  # (g,) the share under the weight at each of them
-
-    @property
-    def rises(self) -> bool:
-        return bool((np.diff(self.shares) >= 0).all())
 
 
 def share_under(
@@ -61,8 +56,9 @@ def calibrated(
 ) -> Calibrated:
     """The smallest sharpness at which `share` of the negatives weighs less than `under`; arguments as in `share_under`.
 
-    The share need not rise with the sharpness, so a grid is searched for the first that reaches it, and then what lies
-    between that one and the one before. Raises ValueError for a share outside (0, 1) or a weight outside (0, 1].
+    log w is concave in the sharpness and 0 where that is 0, so a weight that has fallen under a bound of at most 1
+    stays there: the share never falls as the sharpness grows. Raises ValueError for a share outside (0, 1) or a weight
+    outside (0, 1].
     """
     if not 0 < share < 1 or not 0 < under <= 1:
         raise ValueError(f"share={share} must lie in (0, 1) and under={under} in (0, 1]")
@@ -71,7 +67,7 @@ def calibrated(
     shares = np.array([share_under(cosines, negatives, float(kappa), under) for kappa in grid])
     reached = np.flatnonzero(shares >= share)
     if not len(reached):
-        return Calibrated(None, float(shares.max()), grid, shares)
+        return Calibrated(None, float(shares[-1]), grid, shares)
     high = float(grid[reached[0]])
     low = float(grid[reached[0] - 1]) if reached[0] else 0.0
     while high - low > _TOLERANCE * high:

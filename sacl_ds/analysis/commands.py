@@ -53,7 +53,7 @@ def _scan(subparsers: Any) -> None:
         subparsers,
         "scan",
         "the distribution of weights over many mini-batches",
-        "python tools/weight_analysis.py scan runs/scenes-001 runs/scenes-002 --out scan",
+        "python tools/weight_analysis.py scan runs/scenes-001 runs/scenes-002",
     )
     parser.add_argument("paths", nargs="+", metavar="RUN", help=f"{_SUBJECT}; several are shown side by side")
     data_options(parser)
@@ -71,7 +71,7 @@ def _calibrate(subparsers: Any) -> None:
         subparsers,
         "calibrate",
         "the sharpness at which a share of the negatives falls under a weight",
-        "python tools/weight_analysis.py calibrate runs/scenes-001 --share 0.2 --under 0.7\n"
+        "python tools/weight_analysis.py calibrate runs/scenes-001 --share 0.3\n"
         "  python tools/weight_analysis.py calibrate runs/scenes-001 --false-share 0.04",
     )
     parser.add_argument("path", metavar="RUN", help=_SUBJECT)
@@ -98,8 +98,8 @@ def _suspects(subparsers: Any) -> None:
         subparsers,
         "suspects",
         "likely false negatives and duplicates of a whole set, and a grouping of them",
-        "python tools/weight_analysis.py suspects runs/cc3m-001 --shards '/data/{00000..00331}.tar' \\\n"
-        "      --out suspects.parquet --grouping groups.parquet",
+        "python tools/weight_analysis.py suspects runs/cc3m-001 \\\n"
+        "      --shards '/data/{00000..00331}.tar' --out suspects.parquet",
     )
     parser.add_argument("path", metavar="RUN", help=_SUBJECT)
     data_options(parser)
@@ -127,8 +127,9 @@ def _detect(subparsers: Any) -> None:
         subparsers,
         "detect",
         "the weight as a detector of false negatives, where the truth is known",
-        "python tools/weight_analysis.py detect runs/scenes-001 --out detect\n"
-        "  python tools/weight_analysis.py detect runs/coco-001 --coco dataset_coco.json --images coco/ --out detect",
+        "python tools/weight_analysis.py detect runs/scenes-001\n"
+        "  python tools/weight_analysis.py detect runs/coco-001 \\\n"
+        "      --coco dataset_coco.json --images coco/",
     )
     parser.add_argument("path", metavar="RUN", help=_SUBJECT)
     data_options(parser, shards=False)
