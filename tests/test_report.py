@@ -337,34 +337,6 @@ def test_mistakes(scenes: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-FAULTS = {
-    "console error": ("<script>console.error('no')</script>", "console: no"),
-    "exception": ("<script>setTimeout(() => { throw new Error('late') }, 30)</script>", "console: Error: late"),
-    "remote request": ('<img alt="x" src="http://127.0.0.1:41999/x.png">', "request: http://127.0.0.1:41999/x.png"),
-    "remote style": ('<link rel="stylesheet" href="https://example.invalid/x.css">', "request: https://example.inv"),
-    "file beside it": ('<script src="beside.js"></script>', "request: file:///"),
-    "broken image": ('<img alt="x" src="data:image/png;base64,AAAA">', "image not loaded: data:image/png;base64,AAAA"),
-    "image without alt": (
-        '<img src="data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7">',
-        "image without alt",
-    ),
-    "too wide": ('<div style="width: 3000px">wide</div>', "wider than its window"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_browser_tells_faults(fault: str, browser: Browser, tmp_path: Path) -> None:
-    """The same page without the fault passes."""
-    code, said = FAULTS[fault]
-    page = '<!doctype html><html lang="en"><meta charset="utf-8"><title>x</title><p>{}</p>'
-    (tmp_path / "bad.html").write_text(page.format(code))
-    assert any(
-        problem.startswith(said) or said in problem for problem in browser.look(tmp_path / "bad.html").problems()
-    )
-    (tmp_path / "good.html").write_text(page.format("nothing"))
-    assert browser.look(tmp_path / "good.html").problems() == []
-
-
 @given(st.text(st.characters(), max_size=800), st.integers(1, 400))
 def test_captions_are_made_fit(text: str, longest: int) -> None:
     kept = clean(text, longest)
