@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sources
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 from saved import saved_run
 from scipy import stats
 
 from sacl_ds.analysis.compare import add_parser
-from sacl_ds.analysis.disagreement import Disagreement, spearman
+from sacl_ds.analysis.disagreement import Disagreement
 from sacl_ds.analysis.mini_batch import mini_batch
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.subject import data_source, load_subject, read_pairs
@@ -91,15 +89,6 @@ def test_without_teacher_alpha_counts_as_nothing() -> None:
     with_alpha, without = (mini_batch(pairs, Regulation(alpha=alpha, sharpness=4.0)) for alpha in (0.7, 0.0))
     np.testing.assert_array_equal(with_alpha.image_to_text, without.image_to_text)
     assert with_alpha.teacher is None
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=40))
-def test_rank_correlation(points: list[tuple[int, int]]) -> None:
-    first, second = (np.array(values, float) for values in zip(*points, strict=True))
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        assert np.isnan(spearman(first, second))
-    else:
-        assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)
 
 
 def test_disagreement() -> None:

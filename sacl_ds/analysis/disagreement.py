@@ -17,6 +17,7 @@ from sacl_ds.analysis.device import device_named
 from sacl_ds.analysis.inputs import batch_of, described
 from sacl_ds.analysis.mini_batch import mini_batch
 from sacl_ds.analysis.pairs import Pairs
+from sacl_ds.analysis.ranking import spearman
 from sacl_ds.analysis.report import plots
 from sacl_ds.analysis.report.page import clean, plain, shown
 from sacl_ds.analysis.subject import data_source, load_subject, read_pairs, regulation_of, source_count
@@ -75,10 +76,12 @@ class Disagreement:
             self.pairs += len(rows)
             self._log_ratios += float(np.abs(ratio).sum())
             self.histogram += _joint(first, second)
-            self._pooled.append(spearman(first, second))
+            if len(rows):
+                self._pooled.append(spearman(first, second))
             for row in range(len(a.negatives)):
                 of_row = np.flatnonzero(a.negatives[row] & b.negatives[row])
-                self._by_anchor.append(spearman(whole[0][row, of_row], whole[1][row, of_row]))
+                if len(of_row) > 1:
+                    self._by_anchor.append(spearman(whole[0][row, of_row], whole[1][row, of_row]))
             for at in np.argsort(-np.abs(ratio), kind="stable")[: self.top]:
                 anchor, negative = int(rows[at]), int(columns[at])
                 image, text = (anchor, negative) if direction == "image_to_text" else (negative, anchor)
@@ -90,16 +93,6 @@ class Disagreement:
                 self.largest.append(entry)
         self.largest.sort(key=lambda each: -abs(each["log_ratio"]))
         del self.largest[self.top :]
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation of two (n,) arrays, equal values with their mean rank; NaN where one is constant."""
-    if len(first) < 2:
-        return float("nan")
-    x, y = (_ranks(values) for values in (first, second))
-    x, y = x - x.mean(), y - y.mean()
-    size = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    return float((x * y).sum()) / size if size else float("nan")
 
 
 def act(options: argparse.Namespace) -> None:
@@ -225,13 +218,6 @@ def _joint(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     bins = len(EDGES) - 1
     row, column = (np.searchsorted(EDGES, values, side="right") - 1 for values in (first, second))
     return np.bincount(row * bins + column, minlength=bins * bins).reshape(bins, bins)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 1, equal values with the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
 
 
 def _mean(values: list[float]) -> float:
