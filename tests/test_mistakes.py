@@ -217,6 +217,7 @@ def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> 
         ["train.global_batch_size=15"],
         ["data.source=shards", "data.shards=' '"],
         ["train.micro_batch_size=4"],
+        ["data.grouping=/nowhere/groups.parquet"],
         ["teacher.checkpoint=/nowhere"],
         ["kernels.apex=on"],
         ["trains=?"],
