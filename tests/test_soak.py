@@ -91,9 +91,10 @@ def test_records_take_less_than_two_per_cent(tmp_path: Path) -> None:
     One run logs every step and records every fifth: what a recorded step takes longer than its neighbours. Both have
     the log's statistics, as steps that are logged have by default. Another run gives the time of a usual step.
     """
-    arguments = ["teacher.steps=60", "train.steps=101", "train.eval_every=null"]
-    run(tmp_path / "records", *arguments, "records.every=5", "train.log_every=1")
-    run(tmp_path / "usual", *arguments, "records.every=0", "train.log_every=10")
+    arguments = ["train.steps=101", "train.eval_every=null"]
+    run(tmp_path / "records", *arguments, "teacher.steps=60", "records.every=5", "train.log_every=1")
+    teacher = f"teacher.checkpoint={tmp_path}/records/teacher"
+    run(tmp_path / "usual", *arguments, teacher, "records.every=0", "train.log_every=10")
     lines = [line for line in read(tmp_path / "records/metrics.jsonl") if "loss" in line][10:]
     seconds = {line["step"]: line["step_seconds"] for line in lines}
     recorded = {row["step"] for row in read_figures(tmp_path / "records")}
