@@ -117,7 +117,7 @@ def _suspects(subparsers: Any) -> None:
     files.add_argument("--out", required=True, metavar="FILE", help="suspects.parquet or suspects.csv")
     files.add_argument("--grouping", metavar="FILE", help="parquet for data.grouping: samples that are no negatives")
     files.add_argument(
-        "--largest-group", type=int, default=100, metavar="N", help="no group grows past this (default: %(default)s)"
+        "--largest-group", type=int, default=20, metavar="N", help="no group grows past this (default: %(default)s)"
     )
     parser.set_defaults(act=_act_suspects)
 

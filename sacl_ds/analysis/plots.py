@@ -66,10 +66,10 @@ def share_curves(curves: Mapping[str, Calibrated], share: float, under: float, p
     """Share of the negatives under a weight against the sharpness, with what was found."""
     figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for number, (name, found) in enumerate(curves.items()):
-        axis.plot(found.grid, 100 * found.shares, color=f"C{number}", label=name)
+        reached = "not reached" if found.sharpness is None else f"{found.sharpness:.3g}"
+        axis.plot(found.grid, 100 * found.shares, color=f"C{number}", label=f"{name}: {reached}")
         if found.sharpness is not None:
             axis.plot([found.sharpness], [100 * found.share], "o", color=f"C{number}")
-            axis.annotate(f" {found.sharpness:.3g}", (found.sharpness, 100 * found.share), va="top")
     axis.axhline(100 * share, color="grey", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="sharpness", ylabel=f"% of negatives under {under:g}")
     _plain_ticks(axis, *axis.get_xlim())
@@ -101,7 +101,9 @@ def detector_curves(curves: Mapping[str, Mapping[str, Mapping[str, Curve]]], pat
         for number, (name, curve) in enumerate(curves[truth][direction].items()):
             style = {"color": f"C{number}", "linewidth": 1.5}
             axes[row, 0].plot(curve.recall, curve.precision, label=f"{name}: AP {curve.average_precision:.3f}", **style)
-            axes[row, 1].plot(curve.false_positive, curve.recall, label=f"{name}: AUC {curve.auc:.3f}", **style)
+            axes[row, 1].plot(
+                [0, *curve.false_positive, 1], [0, *curve.recall, 1], label=f"{name}: AUC {curve.auc:.3f}", **style
+            )
             axes[row, 0].axhline(curve.chance, color="grey", linewidth=0.8, linestyle=":")
         axes[row, 1].plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
         where = f"{truth}, {direction.replace('_to_', '→')}"
