@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -21,14 +21,19 @@ Trial = tuple[str, int]  # arm and seed
 
 
 def finished(plan: Plan, folder: Folder) -> dict[Trial, dict[str, Any]]:
-    """Results of the plan's trials that are there."""
-    found = {}
-    for name in plan.arms:
-        for seed in plan.seeds:
-            path = folder.result(plan.fingerprint(name, seed))
-            if path.exists():
-                found[name, seed] = json.loads(path.read_text())
-    return found
+    """Results of the plan's trials that are there. Raises UserError for a line that is none, but for a last one that
+    was broken off."""
+    lines = folder.trials.read_text().splitlines() if folder.trials.exists() else []
+    known = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            result = json.loads(line)
+            known[result["fingerprint"]] = result
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{folder.trials}: line {number} is no result of a trial; remove it") from None
+    trials = {(name, seed): plan.fingerprint(name, seed) for name in plan.arms for seed in plan.seeds}
+    return {trial: known[fingerprint] for trial, fingerprint in trials.items() if fingerprint in known}
 
 
 def run_plan(
@@ -38,13 +43,15 @@ def run_plan(
     stopped has whole seeds. Raises UserError where a trial fails; those that run beside it are finished first."""
     trained_stem(plan.common.stem, folder.cache)
     vocabulary(folder.cache)
+    _drop_broken_end(folder)
     waiting = _missing(plan, folder)
     running: dict[Future[dict[str, Any]], Trial] = {}
     failed: tuple[Trial, BaseException] | None = None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start, (max(1, torch.get_num_threads() // processes),)) as workers:
         while running or (waiting and failed is None):
-            for trial in [] if failed else _ready(plan, folder, waiting)[: processes - len(running)]:
+            ready = [] if failed else _ready(plan, folder, waiting, running.values())
+            for trial in ready[: processes - len(running)]:
                 waiting.remove(trial)
                 running[workers.submit(run_trial, plan, *trial, folder, device)] = trial
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -53,6 +60,7 @@ def run_plan(
                 if (error := future.exception()) is not None:
                     failed = failed or (trial, error)
                 else:
+                    _keep(future.result(), folder)
                     done(trial, future.result())
     if failed is None:
         return
@@ -63,33 +71,51 @@ def run_plan(
 
 
 def _missing(plan: Plan, folder: Folder) -> list[Trial]:
-    """A trial a fingerprint: arms with the same settings under two names are trained once. A teacher whose weights are
-    gone is trained anew."""
-    teachers = {arm.teacher for arm in plan.arms.values()}
-    missing, known = [], set()
+    """What is to be run, teachers first; arms that are the same under two names once. A teacher whose weights are gone
+    is trained anew where a student waits for it."""
+    there = finished(plan, folder)
+    missing: list[Trial] = []
     for seed in plan.seeds:
+        wanted = [name for name in plan.ordered() if (name, seed) not in there]
+        lost = {
+            teacher
+            for name in wanted
+            for teacher in plan.chain(name)
+            if not folder.weights(plan.fingerprint(teacher, seed)).exists()
+        }
+        first: dict[str, Trial] = {}
         for name in plan.ordered():
-            fingerprint = plan.fingerprint(name, seed)
-            there = folder.result(fingerprint).exists() and (
-                name not in teachers or folder.weights(fingerprint).exists()
-            )
-            if not there and fingerprint not in known:
-                known.add(fingerprint)
-                missing.append((name, seed))
+            if name in wanted or name in lost:
+                first.setdefault(plan.fingerprint(name, seed), (name, seed))
+        missing += first.values()
     return missing
 
 
-def _ready(plan: Plan, folder: Folder, waiting: list[Trial]) -> list[Trial]:
-    """Those whose teacher is trained."""
+def _ready(plan: Plan, folder: Folder, waiting: list[Trial], running: Collection[Trial]) -> list[Trial]:
+    """Those whose teacher is trained, and not being trained anew."""
+    busy = {plan.fingerprint(*trial) for trial in (*waiting, *running)}
     return [
         (name, seed)
         for name, seed in waiting
         if all(
-            folder.result(plan.fingerprint(teacher, seed)).exists()
-            and folder.weights(plan.fingerprint(teacher, seed)).exists()
-            for teacher in plan.chain(name)[:1]
+            folder.weights(fingerprint).exists() and fingerprint not in busy
+            for fingerprint in (plan.fingerprint(teacher, seed) for teacher in plan.chain(name)[:1])
         )
     ]
+
+
+def _drop_broken_end(folder: Folder) -> None:
+    """Of a study that was stopped while it wrote."""
+    if folder.trials.exists():
+        text = folder.trials.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            folder.trials.write_text(whole)
+
+
+def _keep(result: dict[str, Any], folder: Folder) -> None:
+    with folder.trials.open("a") as file:
+        file.write(f"{json.dumps(result)}\n")
 
 
 def _start(threads: int) -> None:

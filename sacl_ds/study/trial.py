@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -40,15 +39,17 @@ class Folder:
     def cache(self) -> Path:
         return self.root / "cache"
 
-    def result(self, fingerprint: str) -> Path:
-        return self.root / "trials" / f"{fingerprint}.json"
+    @property
+    def trials(self) -> Path:
+        """A line of JSON for each finished trial."""
+        return self.root / "trials.jsonl"
 
     def weights(self, fingerprint: str) -> Path:
         return self.root / "models" / f"{fingerprint}.safetensors"
 
 
 def run_trial(plan: Plan, name: str, seed: int, folder: Folder, device: str = "cpu") -> dict[str, Any]:
-    """Train, evaluate and keep the result (also returned) and the weights. Its teacher's trial must have been run."""
+    """Train, evaluate, keep the weights and return the result. Its teacher's weights must be there."""
     start = time.perf_counter()
     arm, common, to = plan.arms[name], plan.common, torch.device(device)
     stem, tokenizer = trained_stem(common.stem, folder.cache), vocabulary(folder.cache)
@@ -73,21 +74,20 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Folder, device: str = "c
         teacher = encoder(plan.fingerprint(arm.teacher, seed), None) if taught else copy.deepcopy(model)
     training_figures = _train(plan, arm, seed, model, teacher, training)
     held_out = made(common.eval_scenes, _HELD_OUT, "partial", common.eval_captions)
+    fingerprint = plan.fingerprint(name, seed)
     result = {
+        "fingerprint": fingerprint,
         "seed": seed,
         "settings": arm.model_dump(mode="json"),
         **_evaluate(model, held_out),
         **training_figures,
         "seconds": time.perf_counter() - start,
     }
-    fingerprint = plan.fingerprint(name, seed)
-    for path in (folder.weights(fingerprint), folder.result(fingerprint)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    folder.weights(fingerprint).parent.mkdir(parents=True, exist_ok=True)
     kept = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(kept, folder.weights(fingerprint))
-    temporary = folder.result(fingerprint).with_suffix(".writing")
-    temporary.write_text(json.dumps(result))
-    temporary.replace(folder.result(fingerprint))
+    temporary = folder.weights(fingerprint).with_suffix(".writing")
+    save_file(kept, temporary)
+    temporary.replace(folder.weights(fingerprint))
     return result
 
 
