@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: venv pretrain test lint soak docs clean
+.PHONY: venv pretrain test lint soak docs study study-quick clean
 
 venv: $(VENV)/.ready
 
@@ -30,6 +30,13 @@ lint: venv
 
 soak: venv
 	python -m pytest -m soak -s
+
+# which weights find the false negatives (docs/study.md): hours on two cores, goes on where it was stopped
+study: venv
+	python tools/study.py --plan launch/configs/study.yaml --out runs/study
+
+study-quick: venv
+	python tools/study.py --plan launch/configs/study_quick.yaml --out runs/study
 
 docs: venv
 	python -m sacl_ds.config_help docs/configuration.md

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sacl_ds.study.plan import Plan
 from sacl_ds.study.summary import METRIC, Row
@@ -16,20 +17,20 @@ _COLOURS = {
 
 
 def plot_arms(found: list[Row], path: Path) -> None:
-    """mAP of every arm, best at the top: a bar for the mean, a dot a seed."""
+    """mAP of every arm, best at the top: a diamond for the mean, a dot a seed."""
     figure = Figure(figsize=(9, 1.2 + 0.24 * len(found)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(reversed(found)):
-        axes.barh(place, 100 * row.mean, color=_COLOURS[row.family], alpha=0.75, height=0.75)
-        axes.plot([100 * value for value in row.values[METRIC]], [place] * len(row.values[METRIC]), "k.", ms=4)
+        values, colour = [100 * value for value in row.values[METRIC]], _COLOURS[row.family]
+        axes.plot([min(values), max(values)], [place, place], color=colour, lw=1)
+        axes.plot(values, [place] * len(values), "o", color=colour, ms=3.5)
+        axes.plot(100 * row.mean, place, "D", color=colour, ms=7)
     axes.set_yticks(range(len(found)), [row.name for row in reversed(found)], fontsize=8)
-    values = [100 * value for row in found for value in row.values[METRIC]]
-    axes.set_xlim(max(0.0, min(values) - 4), min(100.0, max(values) + 2))
     axes.set_ylim(-0.6, len(found) - 0.4)
-    axes.set_xlabel("mAP over all satisfying images, per cent")
-    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("mAP over all satisfying images, per cent (diamond: mean of the seeds)")
+    axes.grid(alpha=0.3)
     present = [family for family in _COLOURS if any(row.family == family for row in found)]
-    handles = [axes.barh(0, 0, color=_COLOURS[family], alpha=0.75) for family in present]
+    handles = [Line2D([], [], marker="D", ls="", color=_COLOURS[family]) for family in present]
     axes.legend(handles, present, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
 
