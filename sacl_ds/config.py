@@ -17,6 +17,7 @@ Natural = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NaturalFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Detail = Literal["partial", "simple", "detailed"]
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -66,7 +67,9 @@ class ScenesConfig(_Room):
 
     seed: Natural = Field(1, description="seed of the training scenes; held-out scenes come from seed + 1000")
     count: Positive = Field(1_000_000, description="training scenes in an epoch; made on the fly, so it costs nothing")
-    detail: Literal["partial", "simple"] = Field("partial", description="simple: one object, its colour and shape")
+    detail: Detail = Field(
+        "partial", description="simple: one object, its colour and shape; detailed: much of one or two objects"
+    )
     eval_count: Positive = Field(500, description="held-out scenes")
 
 
@@ -204,7 +207,14 @@ class LossConfig(_Room):
     sharpness: NaturalFloat = Field(
         3.0, description="kappa: how fast weight falls with similarity; 1 is the bare paper"
     )
-    teacher_sharpness: NaturalFloat | None = Field(None, description="kappa_t, for the teacher; null: like sharpness")
+    teacher_sharpness: NaturalFloat | None = Field(
+        None, description="kappa_t, for the teacher; null: like sharpness, or 30 with false_share"
+    )
+    false_share: Fraction | None = Field(
+        None,
+        description="share of the pairs that the teacher takes for false negatives: weights are even for the others "
+        "and fall steeply for these (sets sharpness and alpha before training); null: e^(kappa c)",
+    )
     alpha_start: Fraction = Field(1.0, description="the teacher's share of the similarity at step 0")
     alpha_end: Fraction = Field(0.5, description="the teacher's share from alpha_end_step on")
     alpha_end_step: Natural | None = Field(
@@ -232,7 +242,7 @@ class TeacherConfig(_Room):
 
     checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
     steps: Natural = Field(300, description="without checkpoint: train one first, for so many steps; 0: no teacher")
-    detail: Literal["partial", "simple"] = Field("simple", description="captions of the scenes it learns from")
+    detail: Detail = Field("simple", description="captions of the scenes it learns from, as data.scenes.detail")
     shards: str | None = Field(None, description="clean captioned shards it learns from; null: data.shards")
     features: str | None = Field(
         None,
@@ -300,6 +310,18 @@ class RunConfig(_Room):
         if self.teacher.features and (not self.teacher.checkpoint or self.data.source != "shards"):
             raise ValueError(
                 "teacher.features are of a teacher and of shards; give teacher.checkpoint and data.source=shards"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _false_share_needs_a_teacher(self) -> RunConfig:
+        share = self.loss.false_share
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"loss.false_share={share}: a share between 0 and 1, or null")
+        if share is not None and not self.uses_teacher:
+            raise ValueError(
+                f"loss.false_share={share} needs a teacher and loss.contrastive=sacl; give teacher.checkpoint or "
+                "teacher.steps, or leave it out"
             )
         return self
 

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from saved import saved_run
 from tars import jpeg, write_tar
 
-from sacl_ds.analysis.calibration import calibrated, fall, share_under, sharpness_for
+from sacl_ds.analysis.calibration import calibrated, share_under, sharpness_for
 from sacl_ds.analysis.scan import DIRECTIONS, mini_batches, scan
 from sacl_ds.analysis.subject import Pairs, data_source, load_subject, pictures, read_pairs, regulation_of
 from sacl_ds.analysis.terminal import labels, per_cent
@@ -28,6 +28,7 @@ from sacl_ds.data.pictures import Picture
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
+from sacl_ds.losses.regulation import falling_weights
 from sacl_ds.losses.weighing import EDGES
 
 
@@ -320,7 +321,7 @@ def test_weights_that_fall_late(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"settings: {settings}" in said
     assert Image.open(tmp_path / "calibration.png").format == "PNG"
     for share, kappa in ((0.5, 3.0), (0.01, 200.0)):
-        c0, alpha = fall(cosine, share, kappa)
+        c0, alpha = falling_weights(cosine, share, kappa)
         assert (cosine > c0).mean() == pytest.approx(share, abs=1e-3)
         assert np.log(alpha) + kappa * c0 == pytest.approx(np.log1p(-alpha))
 

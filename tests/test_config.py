@@ -26,6 +26,8 @@ from sacl_ds.machine import Machine
         (["data.source=coco"], ["data.source", "'scenes' or 'shards'", "'coco'"]),
         (["data.source=shards"], ["data.source=shards needs data.shards"]),
         (["data.augment=crop"], ["falsify the captions of scenes"]),
+        (["loss.false_share=0.1", "teacher.steps=0"], ["loss.false_share=0.1 needs a teacher"]),
+        (["loss.false_share=1"], ["loss.false_share=1.0: a share between 0 and 1, or null"]),
         (["model.preset=huge"], ["model.preset", "'tiny' or 'base'"]),
         (["loss.alpha_end=2"], ["loss.alpha_end", "less than or equal to 1"]),
         (["nonsense"], ["'nonsense'", "key=value"]),

@@ -10,6 +10,7 @@ from dense_weights import dense
 from starting import losses, start
 
 from sacl_ds.config import RunConfig
+from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
 from sacl_ds.data.collate import Collator
 from sacl_ds.data.loader import PairLoader
@@ -142,6 +143,28 @@ def test_a_hardly_noticeable_share_of_a_steep_teacher_trains(tmp_path: Path) -> 
     values = losses(tmp_path / "run")
     assert len(values) == 12
     assert all(np.isfinite(values))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_share_of_false_negatives_sets_where_weights_fall(ranks: int, tmp_path: Path) -> None:
+    """Against the teacher's cosines over the first 1024 pairs, taken from the finished run; at any number of ranks."""
+    folder = tmp_path / "run"
+    start(folder, *CONTRASTIVE_ONLY, "loss.false_share=0.1", "train.steps=3", "records.every=1", ranks=ranks)
+    saved = load_config(folder / "config.yaml", [])
+    assert (saved.loss.sharpness, saved.loss.teacher_sharpness) == (0, 30)
+    assert saved.loss.alpha_start == saved.loss.alpha_end
+    alpha = saved.loss.alpha_end
+    threshold = np.log((1 - alpha) / alpha) / 30
+    cosines = []
+    for step in range(1024 // saved.train.global_batch_size):
+        features, _ = features_of(folder, step)
+        negative = ~(features["ids"][:, None] == features["ids"][None]).any(-1)
+        cosines.append((features["teacher_image"] @ features["teacher_text"].T)[negative])
+    assert (np.concatenate(cosines) > threshold).mean() == pytest.approx(0.1, abs=0.001)
+    assert {row["alpha"] for row in read_figures(folder)} == {alpha}
+    lightest = read_lowest(folder)[0]
+    assert lightest["teacher_similarity"] > threshold
+    assert lightest["weight"] < 0.7
 
 
 @pytest.mark.parametrize("backend", ["reference", "streaming", "triton"])

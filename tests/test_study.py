@@ -13,10 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.analysis.calibration import fall, sharpness_for
+from sacl_ds.analysis.calibration import sharpness_for
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.metrics import ndcg
 from sacl_ds.losses import Regulation, similarity_regulated_loss
+from sacl_ds.losses.regulation import falling_weights
 from sacl_ds.study.plan import Arm, Plan, read_plan
 from sacl_ds.study.runner import finished, run_plan
 from sacl_ds.study.summary import Row, rows, verdict
@@ -209,13 +210,13 @@ def test_calibrated_sharpness_gives_that_share(seed: int, share: float, under: f
 
 def test_weights_fall_where_they_are_asked_to() -> None:
     cosines = np.random.default_rng(0).uniform(-0.5, 0.9, 20_000)
-    start, alpha = fall(cosines, 0.05, 60.0)
+    start, alpha = falling_weights(cosines, 0.05, 60.0)
     assert (cosines > start).mean() == pytest.approx(0.05, abs=1e-3)
     s = Regulation(alpha, 0.0, 60.0).log_similarity(torch.zeros(3), torch.tensor([start - 0.2, start, start + 0.1]))
     assert s[0].abs() < 1e-4
     assert float(s[1]) == pytest.approx(np.log(2), abs=1e-3)
     assert float(s[2]) == pytest.approx(6, abs=0.01)
-    assert fall(np.array([-1.0]), 0.5, 80.0)[1] == pytest.approx(1)
+    assert falling_weights(np.array([-1.0]), 0.5, 80.0)[1] == pytest.approx(1)
 
 
 def plan(**changes: object) -> Plan:

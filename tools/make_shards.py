@@ -61,9 +61,9 @@ def arguments() -> argparse.Namespace:
             read.add_argument("--image-size", type=int, default=48, help="pixels a side (default: %(default)s)")
             read.add_argument(
                 "--detail",
-                choices=["partial", "simple"],
+                choices=["partial", "simple", "detailed"],
                 default="partial",
-                help="captions of one or two objects, or of one by colour and shape (default: %(default)s)",
+                help="captions: some of one or two objects, one's colour and shape, or much (default: %(default)s)",
             )
         elif name in ("karpathy", "coco"):
             read.add_argument("--json", type=Path, required=True, help="file of captions")

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from sacl_ds.analysis.calibration import LARGEST, Calibrated, calibrated, fall
+from sacl_ds.analysis.calibration import LARGEST, Calibrated, calibrated
 from sacl_ds.analysis.inputs import Examined, examine
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.scan import mini_batches, scan
 from sacl_ds.analysis.terminal import per_cent, progress, say
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses.regulation import Regulation, falling_weights
 from sacl_ds.losses.weighing import THRESHOLDS
 
 _NEAR = 0.5  # of the logit scale: from here on a warning
@@ -128,7 +128,7 @@ def _falling(
         raise UserError(f"--false-share: {options.path} has no teacher; name one by --teacher")
     image, text = pairs.teacher
     cosines = np.concatenate([(image[rows] @ text[rows].T)[mask] for rows, mask in zip(drawn, negatives, strict=True)])
-    threshold, alpha = fall(cosines, options.false_share, kappa)
+    threshold, alpha = falling_weights(cosines, options.false_share, kappa)
     if not 0 < alpha < 1:
         raise UserError(
             f"--teacher-sharpness {kappa:g} is too much for cosines of {threshold:.2f}; choose a smaller one"

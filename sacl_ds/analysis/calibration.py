@@ -1,4 +1,4 @@
-"""The sharpness at which a chosen share of the negatives falls under a chosen weight, and weights that fall late.
+"""The sharpness at which a chosen share of the negatives falls under a chosen weight.
 
 NumPy alone, on cosines of mini-batches.
 """
@@ -83,18 +83,3 @@ def sharpness_for(cosines: np.ndarray, negatives: np.ndarray, share: float, unde
     """`calibrated` for one mini-batch, (n, m) both: the sharpness, NaN where none reaches the share."""
     found = calibrated([cosines], [negatives], share, under).sharpness
     return math.nan if found is None else found
-
-
-def fall(cosines: np.ndarray, share: float, teacher_sharpness: float) -> tuple[float, float]:
-    """(c0, alpha) of weights that are flat below a teacher's cosine c0 and fall above it.
-
-    With the model's sharpness at 0 the similarity is s = alpha e^(kappa_t c) + (1 - alpha). c0 is the cosine that
-    `share` of the cosines exceeds, and alpha the constant share of the teacher with alpha e^(kappa_t c0) = 1 - alpha:
-    there the weight is half of what it is far below. cosines: any shape. Raises ValueError for a share outside (0, 1)
-    or a sharpness that is not positive.
-    """
-    if not 0 < share < 1 or teacher_sharpness <= 0:
-        raise ValueError(f"share={share} must lie in (0, 1) and teacher_sharpness={teacher_sharpness} above 0")
-    c0 = float(np.quantile(np.asarray(cosines, np.float64), 1 - share))
-    x = teacher_sharpness * c0
-    return c0, math.exp(-x) / (1 + math.exp(-x)) if x >= 0 else 1 / (1 + math.exp(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,3 +67,18 @@ class Regulation:
             math.log(self.alpha) + self.teacher_sharpness * teacher_cosine,
             math.log1p(-self.alpha) + self.sharpness * cosine,
         )
+
+
+def falling_weights(cosines: np.ndarray, share: float, teacher_sharpness: float) -> tuple[float, float]:
+    """(c0, alpha) of weights that are flat below a teacher's cosine c0 and fall above it.
+
+    With the model's sharpness at 0 the similarity is s = alpha e^(kappa_t c) + (1 - alpha). c0 is the cosine that
+    `share` of the cosines exceeds, and alpha the constant share of the teacher with alpha e^(kappa_t c0) = 1 - alpha:
+    there the weight is half of what it is far below. cosines: any shape. Raises ValueError for a share outside (0, 1)
+    or a sharpness that is not positive.
+    """
+    if not 0 < share < 1 or teacher_sharpness <= 0:
+        raise ValueError(f"share={share} must lie in (0, 1) and teacher_sharpness={teacher_sharpness} above 0")
+    c0 = float(np.quantile(np.asarray(cosines, np.float64), 1 - share))
+    x = teacher_sharpness * c0
+    return c0, math.exp(-x) / (1 + math.exp(-x)) if x >= 0 else 1 / (1 + math.exp(x))

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sacl_ds.analysis.calibration import fall, sharpness_for
+from sacl_ds.analysis.calibration import sharpness_for
 from sacl_ds.data.scene_language import PLACE, UNSAID, Caption, relevance
 from sacl_ds.evaluation.metrics import mean_average_precision, ndcg, recall_at_k
 from sacl_ds.losses import Regulation
+from sacl_ds.losses.regulation import falling_weights
 from sacl_ds.study.dual_encoder import DualEncoder
 from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
 from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
@@ -153,7 +154,7 @@ def _calibrated(arm: Arm, teacher: DualEncoder | None, data: Pool) -> dict[str, 
     else:
         found["teacher_sharpness"] = arm.teacher_sharpness
     if arm.fall is not None:
-        found["cosine"], found["alpha"] = fall(cosines[negatives], arm.fall, found["teacher_sharpness"])
+        found["cosine"], found["alpha"] = falling_weights(cosines[negatives], arm.fall, found["teacher_sharpness"])
     return found
 
 

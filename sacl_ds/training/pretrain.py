@@ -36,6 +36,7 @@ from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieva
 from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import build_engine, cores, local_ranks, whole_state
+from sacl_ds.training.false_share import with_falling_weights
 from sacl_ds.training.loop import Loop
 from sacl_ds.training.objectives import PretrainObjective
 from sacl_ds.training.run_folder import TEACHER, check_space, open_run_folder
@@ -66,7 +67,7 @@ class Job:
 def teacher_phase(run: RunConfig) -> RunConfig:
     """The paper's recipe for H_beta: the same model, trained with plain InfoNCE on clean captions."""
     values = run.model_dump()
-    values["loss"] |= {"contrastive": "infonce", "matching_weight": 0.0, "mlm_weight": 0.0}
+    values["loss"] |= {"contrastive": "infonce", "matching_weight": 0.0, "mlm_weight": 0.0, "false_share": None}
     values["train"] |= {"steps": run.teacher.steps, "save_every": None, "eval_every": None}
     values["optim"]["warmup_steps"] = min(run.optim.warmup_steps, run.teacher.steps // 4)
     values["data"]["scenes"] |= {"detail": run.teacher.detail, "seed": run.data.scenes.seed + 1}
@@ -166,31 +167,34 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
                 progress.print(f"warning: {warning}")
     if engine_config.fused_norm:
         use_fused_layer_norm(model)
+    canonical = View(CanonicalView(run.model.image_size), tokenizer)
+    order = global_order(run, source)
+    collator = Collator(
+        TrainingView(_training_view(run), tokenizer),
+        run.seed,
+        run.loss.mlm_probability if run.loss.mlm_weight else None,
+        teacher.view if teacher and not features else None,
+        features,
+        run.data.duplicates,
+        grouping,
+    )
+    if run.loss.false_share is not None and teacher:
+        beginning = PairLoader(source, order, collator, rank=rank(), world=world, workers=0)
+        run, said = with_falling_weights(run, iter(beginning), teacher, job.device)
+        progress.print(said)
     if first:
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
-    canonical = View(CanonicalView(run.model.image_size), tokenizer)
-    view = TrainingView(_training_view(run), tokenizer)
     engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
-    order = global_order(run, source)
     identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index))
     with same_error():
         start, note = checkpoint.resume(engine, folder, identity) if resume else (0, None)
         records = WeightRecords(folder, start if resume else None) if first else None
     if note:
         progress.print(f"warning: --resume: {note}")
-    masks = run.loss.mlm_probability if run.loss.mlm_weight else None
     loader = PairLoader(
         source,
         order,
-        Collator(
-            view,
-            run.seed,
-            masks,
-            teacher.view if teacher and not features else None,
-            features,
-            run.data.duplicates,
-            grouping,
-        ),
+        collator,
         rank=rank(),
         world=world,
         workers=_workers(run, job.machine.on_cpu),

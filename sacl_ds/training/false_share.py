@@ -1,0 +1,55 @@
+"""loss.false_share: from a share of the pairs to settings of the regulation, by the teacher and the first batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sacl_ds.config import RunConfig
+from sacl_ds.data.batch import Batch
+from sacl_ds.distributed import gather_rows, row_counts
+from sacl_ds.errors import UserError
+from sacl_ds.losses.regulation import falling_weights
+from sacl_ds.model.teacher import Teacher, teacher_features
+
+SHARPNESS = 30.0
+"""kappa_t where loss.teacher_sharpness is not set: half the weight is gone at the threshold, 95 % 0.1 above it."""
+_PAIRS = 1024  # looked at; of a larger batch as many
+
+
+def with_falling_weights(
+    run: RunConfig, batches: Iterator[Batch], teacher: Teacher, device: torch.device
+) -> tuple[RunConfig, str]:
+    """The run with sharpness, teacher_sharpness and a constant alpha such that loss.false_share of the negatives have a
+    teacher's cosine above the one where weights fall, and a line that says so.
+
+    batches: this rank's, from the first step on; every rank calls it. They alone decide, so a resumed run finds the
+    same. Raises UserError where alpha cannot be told from 0 or 1.
+    """
+    share = run.loss.false_share
+    assert share is not None
+    sharpness = SHARPNESS if run.loss.teacher_sharpness is None else run.loss.teacher_sharpness
+    cosines: list[Tensor] = []
+    seen = 0
+    while seen < _PAIRS:
+        batch = next(batches).to(device)
+        image, text = teacher_features(teacher, batch)
+        counts = row_counts(image)
+        rows = [gather_rows(part, counts)[:_PAIRS] for part in (image, text, batch.pair_ids)]
+        negatives = ~(rows[2][:, None] == rows[2]).any(-1)
+        cosines.append((rows[0] @ rows[1].T)[negatives])
+        seen += sum(counts)
+    start, alpha = falling_weights(torch.cat(cosines).cpu().numpy(), share, sharpness)
+    if not 0 < alpha < 1:
+        raise UserError(
+            f"loss.teacher_sharpness={sharpness:g} is too much for a teacher with {share:.1%} of its cosines above "
+            f"{start:.2f}; choose a smaller one"
+        )
+    settings = {"sharpness": 0.0, "teacher_sharpness": sharpness, "alpha_start": alpha, "alpha_end": alpha}
+    said = (
+        f"loss.false_share={share:g}: weights fall above a teacher's cosine of {start:.3f} "
+        f"(alpha {alpha:.3g}, kappa_t {sharpness:g})"
+    )
+    return run.model_copy(update={"loss": run.loss.model_copy(update=settings)}), said
