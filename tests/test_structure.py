@@ -26,7 +26,7 @@ ALLOWED = {
         "analysis", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors", "evaluation",
         "losses", "machine", "model", "telemetry", "training",
     },
-    "study": {"analysis", "data", "errors", "evaluation", "losses", "model", "study"},
+    "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "training": {
         "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry", "training"
     },

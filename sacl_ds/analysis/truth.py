@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.data.scene_language import Caption, Scene, relevance
-from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.scenes import Scenes, place_of
 from sacl_ds.errors import UserError
 from sacl_ds.losses.regulation import Regulation
 
 COCO = "coco:test"  # the shard of pairs from `sacl_ds.analysis.coco`
-_INDEX = 9  # digits of a scene's index in its key
 _ROWS = 256  # anchors at a time
 
 
@@ -68,21 +68,21 @@ def questions(pairs: Pairs) -> list[Question]:
     """What is known about these pairs: built-in scenes, or COCO's test split. Raises UserError for others."""
     if pairs.shards and set(pairs.shards) == {COCO}:
         return _of_coco(pairs)
-    if set(pairs.shards) <= {""} and all(key.isdigit() and len(key) > _INDEX for key in pairs.keys):
-        return _of_scenes(pairs)
+    places = [place_of(key) for key in pairs.keys]
+    if set(pairs.shards) <= {""} and all(places):
+        return _of_scenes(pairs, [place for place in places if place])
     raise UserError(
         "the truth is known of the built-in scenes and, with --coco, of COCO's test split; not of these pairs"
     )
 
 
-def _of_scenes(pairs: Pairs) -> list[Question]:
+def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[Question]:
     """One caption of each scene, graded by the share of its statements that hold in a picture."""
     said: list[Caption] = []
     drawn: list[Scene] = []
     sets: dict[int, Scenes] = {}
-    for key, text in zip(pairs.keys, pairs.captions, strict=True):
-        seed, index = int(key[:-_INDEX]), int(key[-_INDEX:])
-        scenes = sets.setdefault(seed, Scenes(10**_INDEX, seed))
+    for key, (seed, index), text in zip(pairs.keys, places, pairs.captions, strict=True):
+        scenes = sets.setdefault(seed, Scenes(10**9, seed))
         caption = next((caption for caption in scenes.captions(index) if caption.text == text), None)
         if caption is None:
             raise UserError(f"scene {key} has no caption {text!r}: the features are of another version of the scenes")
@@ -167,15 +167,8 @@ def _both(a: np.ndarray | None, b: np.ndarray | None) -> tuple[np.ndarray, np.nd
 
 
 def _log_similarity(regulation: Regulation, cosine: np.ndarray, theirs: np.ndarray | None) -> np.ndarray:
-    """log s of the design, as `Regulation.log_similarity` has it for tensors."""
-    if theirs is None or regulation.alpha == 0:
-        return regulation.sharpness * cosine
-    if regulation.alpha == 1:
-        return regulation.teacher_sharpness * theirs
-    return np.logaddexp(
-        np.log(regulation.alpha) + regulation.teacher_sharpness * theirs,
-        np.log1p(-regulation.alpha) + regulation.sharpness * cosine,
-    )
+    of_teacher = None if theirs is None else torch.from_numpy(theirs)
+    return regulation.log_similarity(torch.from_numpy(cosine), of_teacher).numpy()
 
 
 def _log_weights(log_similarity: np.ndarray, negatives: np.ndarray) -> np.ndarray:

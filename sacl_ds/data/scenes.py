@@ -26,6 +26,7 @@ from sacl_ds.data.scene_rendering import render
 VERSION = 1  # raise it when any picture or sentence changes: studies compare like with like
 CAPTIONS_PER_SCENE = 4
 DETAILS = ("partial", "simple", "detailed")
+_INDEX_DIGITS = 9  # of a key, behind the seed
 _CAPTIONS, _PICTURE, _QUESTIONS, _PAIRS = range(1, 5)
 
 
@@ -82,7 +83,7 @@ class Scenes:
         return draw_pair_statement(draws, self.scene(left), self.scene(right))
 
     def key(self, index: int) -> str:
-        return f"{self.seed:04d}{self._index(index):09d}"
+        return f"{self.seed:04d}{self._index(index):0{_INDEX_DIGITS}d}"
 
     def __getitem__(self, index: int) -> SceneItem:
         return SceneItem(self.key(index), self.image(index), [caption.text for caption in self.captions(index)])
@@ -104,3 +105,10 @@ class Scenes:
             said = (item.captions, self.questions(index), self.pair_statement(index, (index + 1) % self.count))
             digest.update(repr(said).encode())
         return digest.hexdigest()
+
+
+def place_of(key: str) -> tuple[int, int] | None:
+    """(seed, index) of the scene with that key (`Scenes.key`); None for a key that is no scene's."""
+    if not (key.isascii() and key.isdigit() and len(key) > _INDEX_DIGITS):
+        return None
+    return int(key[:-_INDEX_DIGITS]), int(key[-_INDEX_DIGITS:])

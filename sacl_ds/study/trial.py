@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sacl_ds.analysis.calibration import sharpness_for
+from sacl_ds.config import OptimConfig
 from sacl_ds.data.scene_language import PLACE, UNSAID, Caption, relevance
 from sacl_ds.evaluation.metrics import mean_average_precision, ndcg, recall_at_k
 from sacl_ds.losses import Regulation
@@ -24,6 +24,7 @@ from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
 from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
 from sacl_ds.study.recognition import trained_stem
 from sacl_ds.study.weights import Seen, contrastive, log_weights
+from sacl_ds.training.schedules import learning_rate_factor
 
 _HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds
 _CALIBRATED_ON = 1024  # pairs of the training pool
@@ -102,6 +103,7 @@ def _train(
         model.logit_scale.requires_grad_(False)
     found = _calibrated(arm, teacher, data)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    schedule = OptimConfig(warmup_steps=common.warmup)
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=common.weight_decay)
     draws, dealer = (torch.Generator().manual_seed(1000 * seed + each) for each in (1, 2))
     figures: dict[str, list[float]] = {}
@@ -125,7 +127,7 @@ def _train(
             if step >= steps - 20 and arm.weights != "hard":
                 _note(figures, weights, scale.detach() * side.cosine, side.negatives)
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate * _rate(step, steps, common.warmup)
+            group["lr"] = common.learning_rate * learning_rate_factor(step, steps, schedule)
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -185,13 +187,6 @@ def _relevance(arm: Arm, data: Pool, scenes: Tensor, captions: Tensor, device: t
         return torch.zeros(len(scenes), len(scenes), device=device)
     said = [data.captions[i] for i in captions.tolist()]
     return torch.from_numpy(relevance(said, [data.scenes[i] for i in scenes.tolist()]).T).to(device)
-
-
-def _rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine to a hundredth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _note(figures: dict[str, list[float]], weights: Tensor, z: Tensor, negatives: Tensor) -> None:

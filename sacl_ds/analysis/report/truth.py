@@ -10,11 +10,8 @@ from PIL import Image
 
 from sacl_ds.config import RunConfig
 from sacl_ds.data.scene_language import Caption, relevance
-from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.scenes import DETAILS, Scenes, place_of
 from sacl_ds.data.sources import scene_size
-
-_DIGITS = 9  # of the index, behind the seed (`Scenes.key`)
-_DETAILS = ("partial", "simple")
 
 
 class SceneTruth:
@@ -26,13 +23,13 @@ class SceneTruth:
 
     def picture(self, key: str) -> Image.Image | None:
         """None for a key that is no scene's."""
-        place = self._place(key)
+        place = place_of(key)
         return None if place is None else Image.fromarray(self._scenes(*place).image(place[1]))
 
     def relevance(self, caption_key: str, caption: str, picture_key: str) -> float | None:
         """Share of the caption's statements that hold in the picture, 1.0 where it is true of it; None where it cannot
         be known: keys of no scene, a caption that was not written for the scene of caption_key."""
-        written, place = self._captions(caption_key, caption), self._place(picture_key)
+        written, place = self._captions(caption_key, caption), place_of(picture_key)
         if written is None or place is None:
             return None
         return float(relevance([written], [self._scenes(*place).scene(place[1])])[0, 0])
@@ -40,7 +37,7 @@ class SceneTruth:
     def table(self, keys: Sequence[str], captions: Sequence[str]) -> np.ndarray:
         """(n, n) float32: `relevance` of caption i to the picture of key j, NaN where it cannot be known."""
         written = [self._captions(key, caption) for key, caption in zip(keys, captions, strict=True)]
-        places = [self._place(key) for key in keys]
+        places = [place_of(key) for key in keys]
         found = np.full((len(keys), len(keys)), np.nan, np.float32)
         rows = [row for row, caption in enumerate(written) if caption is not None]
         columns = [column for column, place in enumerate(places) if place is not None]
@@ -51,10 +48,10 @@ class SceneTruth:
         return found
 
     def _find_caption(self, key: str, text: str) -> Caption | None:
-        place = self._place(key)
+        place = place_of(key)
         if place is None:
             return None
-        for detail in sorted(_DETAILS, key=lambda each: each != self._first):
+        for detail in sorted(DETAILS, key=lambda each: each != self._first):
             for caption in self._scenes(*place, detail).captions(place[1]):
                 if caption.text == text:
                     return caption
@@ -62,13 +59,6 @@ class SceneTruth:
 
     def _scenes(self, seed: int, index: int, detail: str = "partial") -> Scenes:
         return Scenes(index + 1, seed, self._size, detail)
-
-    @staticmethod
-    def _place(key: str) -> tuple[int, int] | None:
-        """(seed, index), as `Scenes.key` writes them."""
-        if not (key.isascii() and key.isdigit() and len(key) > _DIGITS):
-            return None
-        return int(key[:-_DIGITS]), int(key[-_DIGITS:])
 
 
 def truth_of(run: RunConfig) -> SceneTruth | None:
