@@ -344,6 +344,8 @@ def test_the_verdict_counts_spreads_and_the_way_to_the_oracle() -> None:
     assert first.endswith("more than two. The differences themselves vary by 0.0.")
     assert "NOT" not in first
     assert "goes 80 % of the way, constant 30 %" in second
+    uneven = row("sacl", "regulated", 0.68, 0.72, 0.69)  # ahead by 5, 7 and 5: mean 5.67, spread 1.15
+    assert verdict([uneven, free])[0].endswith("vary by 1.2, 4.9 spreads of their own.")
     close = row("sacl", "regulated", 0.64, 0.66, 0.65)
     assert "NOT more than two." in verdict([close, free])[0]
     assert "one seed says nothing" in verdict([row("a", "regulated", 0.5), row("b", "infonce", 0.4)])[0]

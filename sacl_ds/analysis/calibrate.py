@@ -15,7 +15,7 @@ from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.scan import mini_batches, scan
 from sacl_ds.analysis.terminal import per_cent, progress, say
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation, falling_weights
+from sacl_ds.losses.regulation import FALLING_SHARPNESS, Regulation, falling_weights
 from sacl_ds.losses.weighing import THRESHOLDS
 
 _NEAR = 0.5  # of the logit scale: from here on a warning
@@ -38,6 +38,8 @@ def act(options: argparse.Namespace) -> None:
         raise UserError(f"--under {options.under}: a weight above 0, and at most 1, their mean")
     if options.batches < 1 or options.batch_size < 2:
         raise UserError("--batches is at least 1, and --batch-size at least 2")
+    if options.teacher_sharpness is None:
+        options.teacher_sharpness = FALLING_SHARPNESS
     if options.false_share is not None and options.teacher_sharpness <= 0:
         raise UserError(f"--teacher-sharpness {options.teacher_sharpness}: above 0")
     examined = examine(options.path, options)

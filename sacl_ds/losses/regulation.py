@@ -69,6 +69,10 @@ class Regulation:
         )
 
 
+FALLING_SHARPNESS = 30.0
+"""kappa_t of falling weights where none is chosen: 95 % of the weight is gone 0.1 above the bend."""
+
+
 def falling_weights(cosines: np.ndarray, share: float, teacher_sharpness: float) -> tuple[float, float]:
     """(c0, alpha) of weights that are flat below a teacher's cosine c0 and fall above it.
 

@@ -160,7 +160,7 @@ class Plan(BaseModel):
     def fingerprint(self, name: str, seed: int) -> str:
         """Equal for two trials that train the same model, whatever their arms are called."""
         arm = self.arms[name]
-        settings: dict[str, Any] = arm.model_dump(mode="json", exclude={"family", "teacher"})
+        settings: dict[str, Any] = arm.model_dump(mode="json", exclude={"family", "teacher"}, exclude_none=True)
         teacher = arm.teacher
         settings["taught_by"] = self.fingerprint(teacher, seed) if teacher in self.arms else teacher
         told = json.dumps([VERSION, self.common.model_dump(mode="json"), settings, seed], sort_keys=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sacl_ds.analysis.calibration import sharpness_for
+from sacl_ds.analysis.ranking import Detector
 from sacl_ds.config import OptimConfig
 from sacl_ds.data.scene_language import PLACE, UNSAID, Caption, relevance
 from sacl_ds.evaluation.metrics import mean_average_precision, ndcg, recall_at_k
@@ -27,6 +28,7 @@ from sacl_ds.study.weights import Seen, contrastive, log_weights
 from sacl_ds.training.schedules import learning_rate_factor
 
 _HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds
+_PART = 500  # encoded at a time, without gradient
 _CALIBRATED_ON = 1024  # pairs of the training pool
 _SEEDS = {"partial": 10, "simple": 200, "detailed": 400}  # plus the trial's: no two pools share a scene
 
@@ -59,21 +61,19 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Folder, device: str = "c
     def made(count: int, seed: int, detail: str, captions: int) -> Pool:
         return pool(count, seed, detail, stem, common.stem.fingerprint, tokenizer, folder.cache, captions).to(to)
 
-    def encoder(fingerprint: str | None, scale: float | None) -> DualEncoder:
-        start = {} if scale is None else {"scale": scale}
-        model = DualEncoder(common.shape, common.stem.width, tokenizer.size, MAX_TOKENS, **start)
-        if fingerprint is not None:
-            model.load_state_dict(load_file(folder.weights(fingerprint)))
-            model.requires_grad_(False)
-        return model.to(to)
+    def encoder(arm: Arm) -> DualEncoder:
+        start = {} if arm.scale is None else {"scale": arm.scale}
+        return DualEncoder(common.shape, common.stem.width, tokenizer.size, MAX_TOKENS, **start).to(to)
 
     training = made(common.scenes, _SEEDS[arm.captions] + seed, arm.captions, 4)
     torch.manual_seed(seed)
-    model = encoder(None, arm.scale)
+    model = encoder(arm)
     teacher = None
-    if arm.teacher is not None:
-        taught = arm.teacher != AVERAGE
-        teacher = encoder(plan.fingerprint(arm.teacher, seed), None) if taught else copy.deepcopy(model)
+    if arm.teacher == AVERAGE:
+        teacher = copy.deepcopy(model)
+    elif arm.teacher is not None:
+        teacher = encoder(plan.arms[arm.teacher]).requires_grad_(False)
+        teacher.load_state_dict(load_file(folder.weights(plan.fingerprint(arm.teacher, seed))))
     training_figures = _train(plan, arm, seed, model, teacher, training)
     held_out = made(common.eval_scenes, _HELD_OUT, "partial", common.eval_captions)
     fingerprint = plan.fingerprint(name, seed)
@@ -101,21 +101,29 @@ def _train(
     steps = arm.steps or common.steps
     if arm.scale is not None:
         model.logit_scale.requires_grad_(False)
-    found = _calibrated(arm, teacher, data)
+    # a frozen teacher sees each picture and caption once, not at every step
+    taught = _features(teacher, data) if teacher is not None and arm.teacher != AVERAGE else None
+    found = _calibrated(arm, taught, data)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     schedule = OptimConfig(warmup_steps=common.warmup)
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=common.weight_decay)
     draws, dealer = (torch.Generator().manual_seed(1000 * seed + each) for each in (1, 2))
     figures: dict[str, list[float]] = {}
+    teacher_cosine = None
     for step in range(steps):
         scenes = torch.randperm(len(data.scenes), generator=draws)[: common.batch]
         captions = scenes * data.per_scene + torch.randint(data.per_scene, scenes.shape, generator=draws)
         tokens, ids = data.tokens[scenes], data.ids[captions]
         cosine = model.image(tokens) @ model.text(ids).T
         scale = model.logit_scale()
+        if taught is not None:
+            teacher_cosine = taught[0][scenes] @ taught[1][captions].T
+        elif teacher is not None:
+            with torch.no_grad():
+                teacher_cosine = teacher.image(tokens) @ teacher.text(ids).T
         seen = Seen(
             cosine.detach(),
-            None if teacher is None else _cosines(teacher, tokens, ids),
+            teacher_cosine,
             _negatives(data, captions),
             _relevance(arm, data, scenes, captions, cosine.device),
         )
@@ -140,15 +148,15 @@ def _train(
     return {"found": found, "weights_at_end": at_end, "logit_scale": float(model.logit_scale().detach())}
 
 
-def _calibrated(arm: Arm, teacher: DualEncoder | None, data: Pool) -> dict[str, float]:
-    """kappa_t, and a constant alpha where weights are to fall above a similarity."""
-    if teacher is None:
+def _calibrated(arm: Arm, taught: tuple[Tensor, Tensor] | None, data: Pool) -> dict[str, float]:
+    """kappa_t, and a constant alpha where weights are to fall. taught: the frozen teacher's features."""
+    if arm.teacher is None:
         return {}
     scenes = torch.arange(min(_CALIBRATED_ON, len(data.scenes)))
     captions = scenes * data.per_scene
     found = {}
-    if isinstance(arm.teacher_sharpness, Calibration) or arm.fall is not None:
-        cosines = _cosines(teacher, data.tokens[scenes], data.ids[captions]).cpu().numpy()
+    if taught is not None and (isinstance(arm.teacher_sharpness, Calibration) or arm.fall is not None):
+        cosines = (taught[0][scenes] @ taught[1][captions].T).cpu().numpy()
         negatives = _negatives(data, captions).cpu().numpy()
     if isinstance(arm.teacher_sharpness, Calibration):
         wanted = arm.teacher_sharpness
@@ -171,8 +179,10 @@ def _regulation(arm: Arm, found: dict[str, float], progress: float) -> Regulatio
 
 
 @torch.no_grad()
-def _cosines(model: DualEncoder, tokens: Tensor, ids: Tensor) -> Tensor:
-    return model.image(tokens) @ model.text(ids).T
+def _features(model: DualEncoder, data: Pool) -> tuple[Tensor, Tensor]:
+    """Of all pictures and all captions, a row each."""
+    image = torch.cat([model.image(part) for part in data.tokens.split(_PART)])
+    return image, torch.cat([model.text(part) for part in data.ids.split(_PART)])
 
 
 def _negatives(data: Pool, captions: Tensor) -> Tensor:
@@ -213,9 +223,10 @@ def _note(figures: dict[str, list[float]], weights: Tensor, z: Tensor, negatives
 @torch.no_grad()
 def _evaluate(model: DualEncoder, data: Pool) -> dict[str, Any]:
     """Fractions. text->image: mAP over all satisfying images, nDCG@10 of graded relevance, R@1 of any satisfying image;
-    both directions: recall of the very instance; mAP by what captions say; how well the cosine detects matches."""
+    both directions: recall of the very instance; mAP by what captions say; and what a teacher is worth, the average
+    precision of the cosine as a detector of matches among all pairs."""
     model.eval()
-    image, text = model.image(data.tokens), torch.cat([model.text(part) for part in data.ids.split(500)])
+    image, text = _features(model, data)
     scores = (text @ image.T).cpu().numpy()
     graded = relevance(data.captions, data.scenes)
     satisfying = graded >= 1
@@ -225,6 +236,8 @@ def _evaluate(model: DualEncoder, data: Pool) -> dict[str, Any]:
     for row, caption in enumerate(data.captions):
         kinds.setdefault(_kind(caption), []).append(row)
     by_kind = {kind: mean_average_precision(scores[rows], satisfying[rows]) for kind, rows in kinds.items()}
+    detector = Detector(scores[satisfying])
+    detector.add(scores[~satisfying])
     forward, back = recall_at_k(scores, own, (1, 5, 10)), recall_at_k(scores.T, own.T, (1, 5, 10))
     return {
         "mAP": mean_average_precision(scores, satisfying),
@@ -233,6 +246,7 @@ def _evaluate(model: DualEncoder, data: Pool) -> dict[str, Any]:
         **{f"text_to_image_R@{k}": value for k, value in forward.items()},
         **{f"image_to_text_R@{k}": value for k, value in back.items()},
         "mAP_by_caption": by_kind,
+        "matches_AP": detector.curve().average_precision,
     }
 
 

@@ -11,11 +11,9 @@ from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.distributed import gather_rows, row_counts
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import falling_weights
+from sacl_ds.losses.regulation import FALLING_SHARPNESS, falling_weights
 from sacl_ds.model.teacher import Teacher, teacher_features
 
-SHARPNESS = 30.0
-"""kappa_t where loss.teacher_sharpness is not set: half the weight is gone at the threshold, 95 % 0.1 above it."""
 _PAIRS = 1024  # looked at; of a larger batch as many
 
 
@@ -30,7 +28,7 @@ def with_falling_weights(
     """
     share = run.loss.false_share
     assert share is not None
-    sharpness = SHARPNESS if run.loss.teacher_sharpness is None else run.loss.teacher_sharpness
+    sharpness = FALLING_SHARPNESS if run.loss.teacher_sharpness is None else run.loss.teacher_sharpness
     cosines: list[Tensor] = []
     seen = 0
     while seen < _PAIRS:
