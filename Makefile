@@ -34,6 +34,7 @@ soak: venv
 # which weights find the false negatives (docs/study.md): hours on two cores, goes on where it was stopped
 study: venv
 	python tools/study.py --plan launch/configs/study.yaml --out runs/study
+	python tools/study.py --plan launch/configs/study_long.yaml --out runs/study_long
 
 study-quick: venv
 	python tools/study.py --plan launch/configs/study_quick.yaml --out runs/study

@@ -216,7 +216,9 @@ class LossConfig(_Room):
         "and fall steeply for these (sets sharpness and alpha before training); null: e^(kappa c)",
     )
     alpha_start: Fraction = Field(1.0, description="the teacher's share of the similarity at step 0")
-    alpha_end: Fraction = Field(0.5, description="the teacher's share from alpha_end_step on")
+    alpha_end: Fraction = Field(
+        1.0, description="the teacher's share from alpha_end_step on; less hands over to the model itself"
+    )
     alpha_end_step: Natural | None = Field(
         None, description="where the linear hand-over ends; null: half of train.steps"
     )
@@ -242,7 +244,7 @@ class TeacherConfig(_Room):
 
     checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
     steps: Natural = Field(300, description="without checkpoint: train one first, for so many steps; 0: no teacher")
-    detail: Detail = Field("simple", description="captions of the scenes it learns from, as data.scenes.detail")
+    detail: Detail = Field("partial", description="captions of the scenes it learns from, as data.scenes.detail")
     shards: str | None = Field(None, description="clean captioned shards it learns from; null: data.shards")
     features: str | None = Field(
         None,

@@ -83,7 +83,7 @@ def _calibrate(subparsers: Any) -> None:
         "--false-share", type=float, metavar="S", help="instead: weights that fall only for this share of most similar"
     )
     wanted.add_argument(
-        "--teacher-sharpness", type=float, metavar="KAPPA", help="with it (default: that of loss.false_share)"
+        "--teacher-sharpness", type=float, metavar="KAPPA", help="with it (default: 30, as loss.false_share)"
     )
     drawing = parser.add_argument_group("mini-batches")
     drawing.add_argument("--batches", type=int, default=8, metavar="M", help="default: %(default)s")
