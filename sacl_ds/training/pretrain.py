@@ -65,7 +65,8 @@ class Job:
 
 
 def teacher_phase(run: RunConfig) -> RunConfig:
-    """H_beta: the same model, trained with plain InfoNCE; on clean captions where teacher.shards or detail name them."""
+    """H_beta: the same model, trained with plain InfoNCE; on clean captions where teacher.shards or teacher.detail name
+    them."""
     values = run.model_dump()
     values["loss"] |= {"contrastive": "infonce", "matching_weight": 0.0, "mlm_weight": 0.0, "false_share": None}
     values["train"] |= {"steps": run.teacher.steps, "save_every": None, "eval_every": None}
