@@ -25,7 +25,7 @@ def saved_run(folder: Path, seed: int, *, teacher: bool = True, count: int = 40,
         {
             "model": _MODEL,
             "seed": seed,
-            "loss": loss,
+            "loss": {"alpha_end": 0.5} | loss,
             "data": {"scenes": {"count": 2000, "eval_count": count}},
             "train": {"steps": 10, "global_batch_size": 16},
             "teacher": {"steps": 3 if teacher else 0},

@@ -17,6 +17,7 @@ from sacl_ds.telemetry.metrics import read
 ROOT = Path(__file__).parent.parent
 SMALL = [
     "data.scenes.eval_count=20", "train.global_batch_size=16", "train.steps=20", "train.log_every=1", "teacher.steps=4",
+    "loss.alpha_end=0.5",
     "model.text_width=32", "model.text_heads=2", "model.embed_dim=16", "data.scenes.count=3000",
     "model.image_encoder_arguments={embed_dim: 32, depth: 1, num_heads: 2, patch_size: 16}",
 ]  # fmt: skip

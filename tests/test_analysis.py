@@ -216,7 +216,7 @@ def test_scan_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [subject["label"] for subject in written["subjects"]] == ["run", "features"]
     assert written["subjects"][0]["step"] == 10
     pairs = Pairs.load(tmp_path / "features")
-    expected = scan(pairs, Regulation(0.5, 8.0, 8.0), 6, 10, 2)  # what a run has that says nothing else
+    expected = scan(pairs, Regulation(1.0, 8.0, 8.0), 6, 10, 2)  # what a run has that says nothing else
     for direction, found in expected.items():
         assert written["subjects"][1]["directions"][direction] == json.loads(json.dumps(found.figures()))
         assert sum(found.histogram) == found.pairs
