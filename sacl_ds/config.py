@@ -158,6 +158,33 @@ class DataConfig(_Room):
         return self.augment == "crop" or (self.augment == "auto" and self.source == "shards")
 
 
+class PatchSelectionConfig(_Room):
+    """Fewer image tokens, chosen by what the text asks for (`sacl_ds.model.patch_selection`, docs/patches.md)."""
+
+    placement: Literal["none", "tower", "output", "published"] = Field(
+        "none",
+        description="where patches are left out: tower: inside the image encoder, anew for every text (VQA, NLVR2); "
+        "output: behind it (pre-training, re-ranking); published: inside, by the image's own caption, which ITC "
+        "can then see through the image",
+    )
+    layers: list[Positive] = Field([5, 10], description="layers, from 1, behind whose attention the tower selects")
+    keep_rate: Fraction = Field(0.7, description="share of the patches that each selection keeps; output selects once")
+    guide: Literal["text", "cls", "random"] = Field(
+        "text", description="who chooses: the text's [CLS], or, to compare with, the image's [CLS] or chance"
+    )
+    score: Literal["keys", "tokens"] = Field(
+        "keys", description="what the text's query is compared with: keys of the attention, or tokens (published)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PatchSelectionConfig:
+        if self.placement != "none" and not self.layers:
+            raise ValueError("model.patch_selection.layers is empty; name at least one layer, or placement=none")
+        if self.keep_rate == 0:
+            raise ValueError("model.patch_selection.keep_rate=0.0 keeps no patch; give a share above 0")
+        return self
+
+
 class ModelConfig(_Room):
     """Fields left out come from the preset."""
 
@@ -180,6 +207,7 @@ class ModelConfig(_Room):
     init_gain: PositiveFloat | None = Field(
         description="weights that start from scratch: deviation init_gain / sqrt(width); null: the libraries' 0.02"
     )
+    patch_selection: PatchSelectionConfig = PatchSelectionConfig()
     init_temperature: PositiveFloat = Field(0.07, description="temperature at the start; learned from there")
 
     @model_validator(mode="before")

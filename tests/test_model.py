@@ -125,7 +125,7 @@ def test_starts_from_a_timm_folder(tmp_path: Path) -> None:
     model = SaclModel(settings, 50, pretrained=True).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     normalised = (images - model.image_encoder.mean) / model.image_encoder.std
-    torch.testing.assert_close(model.encode_image(images)[0], vit.eval().forward_features(normalised))
+    torch.testing.assert_close(model.encode_image(images)[0].tokens, vit.eval().forward_features(normalised))
 
 
 def test_unknown_image_encoder() -> None:

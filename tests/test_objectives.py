@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from sacl_ds.training.objectives import Targets, _take
+from sacl_ds.model.indexing import take
+from sacl_ds.training.objectives import Targets
 
 
 @pytest.mark.parametrize("term", ["contrastive", "matching", "mlm"])
@@ -34,7 +35,7 @@ def test_the_gradient_of_what_is_taken_more_than_once_has_the_same_bits_every_ti
     gradients = []
     for _ in range(10):
         leaf = states.clone().requires_grad_()
-        taken = _take(leaf, places)
+        taken = take(leaf, places)
         assert torch.equal(taken, states[places])
         (taken * weights).sum().backward()
         gradients.append(leaf.grad)

@@ -13,17 +13,19 @@ from sacl_ds.training.objectives import PretrainObjective
 VOCABULARY = 40
 
 
-def config(**loss: object) -> RunConfig:
+def config(selection: dict[str, object] | None = None, **loss: object) -> RunConfig:
+    """selection: of patches; the text is then as wide as the image."""
     model = ModelConfig.model_validate(
         {
             "image_encoder_arguments": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16},
             "image_size": 32,
-            "text_width": 24,
+            "text_width": 32 if selection else 24,
             "text_heads": 2,
             "text_layers": 1,
             "fusion_layers": 1,
             "embed_dim": 16,
             "max_tokens": 12,
+            "patch_selection": selection or {},
         }
     )
     return RunConfig(model=model, loss=LossConfig.model_validate(loss))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sacl_ds.config import ModelConfig
+from sacl_ds.errors import UserError
 from sacl_ds.model.heads import LogitScale, Projection
 from sacl_ds.model.initialisation import initialise
 from sacl_ds.model.text import FusionEncoder, MaskedLanguageHead, TextEncoder, bert_config
-from sacl_ds.model.vision import ImageEncoder
+from sacl_ds.model.vision import ImageEncoder, ImageStates
 
 
 class SaclModel(nn.Module):
@@ -24,8 +25,17 @@ class SaclModel(nn.Module):
             config.image_std,
             pretrained=pretrained and config.image_pretrained,
             arguments=config.image_encoder_arguments,
+            selection=config.patch_selection,
         )
         image_width = self.image_encoder.width
+        by_text = self.image_encoder.layers and config.patch_selection.guide == "text"
+        if by_text and image_width != config.text_width:
+            raise UserError(
+                f"model.patch_selection: the text's [CLS] goes through the image encoder's own weights, so widths must "
+                f"be equal: model.text_width={config.text_width}, {config.image_encoder} has {image_width}"
+            )
+        # its own caption chooses an image's patches before ITC has seen them
+        self.captions_choose = bool(by_text) and config.patch_selection.placement == "published"
 
         def bert(layers: int, reads_image: bool):  # type: ignore[no-untyped-def]
             return bert_config(
@@ -50,10 +60,21 @@ class SaclModel(nn.Module):
         if config.init_gain is not None and not (pretrained and config.image_pretrained):
             initialise(self.image_encoder, config.init_gain)
 
-    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 3, H, W) uint8 -> tokens (b, P, width) and unit features (b, d) float32."""
-        tokens = self.image_encoder(images)
-        return tokens, self.image_projection(tokens[:, 0])
+    def encode_image(self, images: Tensor, guide: Tensor | None = None) -> tuple[ImageStates, Tensor]:
+        """(b, 3, H, W) uint8 -> states and unit features (b, d) float32.
+
+        guide: (b, width) [CLS] states of texts that choose the patches right away; without, no text takes part.
+        """
+        states = self.image_encoder(images, guide)
+        return states, self.image_projection(states.tokens[:, 0])
+
+    def image_tokens(self, states: ImageStates, guide: Tensor, images: Tensor | None = None) -> Tensor:
+        """Tokens of images for n texts to be fused with: all of an image, or those that patch selection keeps.
+
+        guide: (n, width) [CLS] states of the texts. images: (n,) places in the batch, None: text i with image i.
+        Returns (n, P', width).
+        """
+        return self.image_encoder.guided(states, guide, images).tokens
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(b, L) int64 ids and mask -> states (b, L, width) and unit features (b, d) float32."""

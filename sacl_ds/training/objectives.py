@@ -18,7 +18,9 @@ from sacl_ds.losses import (
     matching_loss,
     similarity_regulated_loss,
 )
+from sacl_ds.model.indexing import take
 from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.vision import ImageStates
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,17 @@ class PretrainObjective(nn.Module):
         targets.features also the (b, d) unit features of images and of texts that ITC compared, detached.
         """
         settings, model = self.settings, self.model
-        image_tokens, image = model.encode_image(batch.images)
         text_states, text = model.encode_text(batch.input_ids, batch.attention_mask)
+        image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
         logit_scale = model.logit_scale()
         losses = self._contrastive(image, text, logit_scale, batch, targets)
         total = settings.contrastive_weight * losses["itc"]
         if settings.matching_weight:
             negatives = self._hard_negatives(image, text, logit_scale, batch, targets)
-            losses |= self._matching(image_tokens, text_states, negatives, batch)
+            losses |= self._matching(image_states, text_states, negatives, batch)
             total = total + settings.matching_weight * losses["itm"]
         if settings.mlm_weight:
-            losses["mlm"] = self._masked_language(image_tokens, batch)
+            losses["mlm"] = self._masked_language(image_states, batch)
             total = total + settings.mlm_weight * losses["mlm"]
         losses = {"loss": total, **losses, "logit_scale": logit_scale.detach()}
         return (losses, (image.detach(), text.detach())) if targets.features else losses
@@ -110,13 +112,15 @@ class PretrainObjective(nn.Module):
         return hard_negatives(image, text, logit_scale, batch.pair_ids, hardness, regulation, teacher, generator)
 
     def _matching(
-        self, image_tokens: Tensor, text_states: Tensor, negatives: HardNegatives, batch: Batch
+        self, image_states: ImageStates, text_states: Tensor, negatives: HardNegatives, batch: Batch
     ) -> dict[str, Tensor]:
         """Matched pairs, each image with a hard text, and each text with a hard image, in one pass."""
         b = len(batch)
         own = torch.arange(b, device=text_states.device)
         texts, images = torch.cat([own, negatives.text, own]), torch.cat([own, own, negatives.image])
-        fused = self.model.fuse(_take(text_states, texts), batch.attention_mask[texts], _take(image_tokens, images))
+        states = take(text_states, texts)
+        image_tokens = self.model.image_tokens(image_states, states[:, 0], images)
+        fused = self.model.fuse(states, batch.attention_mask[texts], image_tokens)
         matched = torch.arange(3 * b, device=text_states.device) < b
         found = negatives.text_found
         valid = torch.cat([torch.ones_like(found), found, negatives.image_found])
@@ -126,16 +130,12 @@ class PretrainObjective(nn.Module):
             accuracy = right.sum() / valid.sum().clamp(min=1)
         return {"itm": matching_loss(match_logits, matched, valid), "itm_accuracy": accuracy}
 
-    def _masked_language(self, image_tokens: Tensor, batch: Batch) -> Tensor:
+    def _masked_language(self, image_states: ImageStates, batch: Batch) -> Tensor:
         assert batch.masked_ids is not None
         assert batch.mlm_labels is not None
         states = self.model.text_encoder(batch.masked_ids, batch.attention_mask)
+        # the masked caption chooses its patches: the whole one would give away what is masked
+        image_tokens = self.model.image_tokens(image_states, states[:, 0])
         fused = self.model.fuse(states, batch.attention_mask, image_tokens)
         predicted = batch.mlm_labels != IGNORED
         return masked_language_loss(self.model.token_logits(fused[predicted]), batch.mlm_labels[predicted])
-
-
-def _take(states: Tensor, places: Tensor) -> Tensor:
-    """states[places], (n, ...), whose gradient has the same bits every time: that of an index with repeats, on several
-    threads, has not."""
-    return nn.functional.embedding(places, states.flatten(1)).unflatten(1, states.shape[1:])

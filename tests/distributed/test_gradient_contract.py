@@ -16,8 +16,13 @@ LOSSES = {
     "sacl": {"contrastive": "sacl", "sharpness": 5.0},
     "infonce": {"contrastive": "infonce"},
     "sacl, triton": {"contrastive": "sacl", "sharpness": 5.0, "backend": "triton"},
+    "sacl, patches": {
+        "selection": {"placement": "tower", "layers": [1, 2], "keep_rate": 0.5},
+        "contrastive": "sacl",
+        "sharpness": 5.0,
+    },
 }
-FLOAT64 = ("sacl", "infonce")
+FLOAT64 = ("sacl", "infonce", "sacl, patches")
 
 
 def targets(teacher, dtype: torch.dtype = torch.float64) -> Targets:
