@@ -22,7 +22,7 @@ from sacl_ds.data.scenes import VERSION, Scenes
 CELLS = GRID * GRID
 _CELL = 16  # pixels
 # shape, colour, size and texture of the object (the last class: none), and the background
-_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, len(TEXTURES) + 1, len(BACKGROUNDS))
+CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, len(TEXTURES) + 1, len(BACKGROUNDS))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Stem(nn.Module):
             nn.GELU(),
             nn.Linear(settings.hidden, settings.width),
         )
-        self.heads = nn.ModuleList(nn.Linear(settings.width, classes) for classes in _CLASSES)
+        self.heads = nn.ModuleList(nn.Linear(settings.width, classes) for classes in CLASSES)
 
     def forward(self, cells: Tensor) -> Tensor:
         states = self.body(cells)
@@ -76,7 +76,7 @@ def trained_stem(settings: StemSettings, folder: Path) -> Stem:
         return stem.eval().requires_grad_(False)
     scenes = Scenes(settings.scenes, settings.seed)
     cells = cells_of(np.stack([scenes.image(i) for i in range(len(scenes))])).flatten(0, 1)
-    truth = torch.from_numpy(_truth(scenes)).flatten(0, 1)
+    truth = torch.from_numpy(truth_of_cells(scenes)).flatten(0, 1)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -105,14 +105,14 @@ def trained_stem(settings: StemSettings, folder: Path) -> Stem:
 def stem_accuracy(stem: Stem, scenes: Scenes) -> list[float]:
     """Share of cells of which shape, colour, size, texture and background are told right."""
     cells = cells_of(np.stack([scenes.image(i) for i in range(len(scenes))])).flatten(0, 1)
-    truth, states = torch.from_numpy(_truth(scenes)).flatten(0, 1), stem(cells)
+    truth, states = torch.from_numpy(truth_of_cells(scenes)).flatten(0, 1), stem(cells)
     return [float((head(states).argmax(1) == truth[:, which]).float().mean()) for which, head in enumerate(stem.heads)]
 
 
-def _truth(scenes: Scenes) -> np.ndarray:
-    """(count, CELLS, len(_CLASSES)) int64."""
-    truth = np.empty((len(scenes), CELLS, len(_CLASSES)), np.int64)
-    truth[:, :, :4] = np.array(_CLASSES[:4]) - 1
+def truth_of_cells(scenes: Scenes) -> np.ndarray:
+    """(count, CELLS, len(CLASSES)) int64."""
+    truth = np.empty((len(scenes), CELLS, len(CLASSES)), np.int64)
+    truth[:, :, :4] = np.array(CLASSES[:4]) - 1
     for index in range(len(scenes)):
         scene = scenes.scene(index)
         truth[index, :, 4] = scene.background

@@ -1,0 +1,104 @@
+"""What the study of patch selection runs: arms, each a task with a way of choosing patches, over seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sacl_ds.config import ModelConfig, PatchSelectionConfig
+from sacl_ds.data.scenes import VERSION
+from sacl_ds.errors import UserError
+
+
+class _Room(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Arm(_Room):
+    task: Literal["vqa", "pretrain"]
+    selection: PatchSelectionConfig = PatchSelectionConfig()
+
+
+class Sizes(_Room):
+    """What all arms share: a small model over scenes of 6 x 6 patches, four to a cell."""
+
+    image_size: int = 48
+    patch_size: int = 8
+    width: int = 96
+    heads: int = 4
+    depth: int = 4
+    text_layers: int = 2
+    fusion_layers: int = 2
+    scenes: int = Field(20_000, description="training scenes of a seed")
+    held_out: int = 1000
+    batch: int = 64
+    steps: dict[str, int] = {"vqa": 500, "pretrain": 400}
+    start_steps: int = Field(1000, description="of the image encoder, to recognise what a cell shows")
+    lr_image: float = 2e-4
+    lr_text: float = 1e-3
+    warmup: int = 50
+
+    def model(self, selection: PatchSelectionConfig) -> ModelConfig:
+        arguments = {
+            "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads, "patch_size": self.patch_size
+        }  # fmt: skip
+        return ModelConfig.model_validate(
+            {
+                "image_encoder_arguments": arguments,
+                "image_size": self.image_size,
+                "text_width": self.width,
+                "text_heads": self.heads,
+                "text_layers": self.text_layers,
+                "fusion_layers": self.fusion_layers,
+                "patch_selection": selection.model_dump(),
+            }
+        )
+
+    @property
+    def start_fingerprint(self) -> str:
+        """Equal for equal starts of the image encoder."""
+        told = self.model_dump(exclude={"scenes", "held_out", "steps", "text_layers", "fusion_layers", "lr_text"})
+        return _digest(told)
+
+
+class Plan(_Room):
+    sizes: Sizes = Sizes()
+    seeds: list[int] = [0, 1, 2]
+    arms: dict[str, Arm]
+
+    def only(self, arms: list[str] | None, seeds: list[int] | None) -> Plan:
+        """With these arms and seeds. Raises UserError for unknown ones."""
+        for name in arms or []:
+            if name not in self.arms:
+                raise UserError(f"no arm of the plan is called {name!r}; it has {', '.join(self.arms)}")
+        kept = {name: arm for name, arm in self.arms.items() if arms is None or name in arms}
+        return Plan(sizes=self.sizes, seeds=self.seeds if seeds is None else seeds, arms=kept)
+
+    def fingerprint(self, name: str, seed: int) -> str:
+        """Equal for two trials that train the same model."""
+        arm = self.arms[name].model_dump(mode="json")
+        sizes = self.sizes.model_dump(mode="json")
+        sizes["steps"] = self.sizes.steps[self.arms[name].task]
+        return _digest({"arm": arm, "sizes": sizes, "seed": seed})
+
+
+def read_plan(path: Path) -> Plan:
+    """Raises UserError with one line."""
+    try:
+        return Plan.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _digest(told: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([VERSION, told], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,285 @@
+"""The two tasks of the study: questions about scenes, and pre-training (ITC + ITM + MLM) on their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sacl_ds.config import LossConfig
+from sacl_ds.data.batch import Batch
+from sacl_ds.data.scene_language import COLOUR, COLOURS, PLACE, SHAPE, SHAPES, Scene, relevance
+from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, pad, train_wordpiece
+from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.study.patches.plan import Arm, Sizes
+from sacl_ds.study.patches.start import cells_of_patches, pictures, started
+from sacl_ds.training.objectives import PretrainObjective, Targets
+
+HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds
+_TRAINING = 10  # plus the trial's: no two pools share a scene
+_WORDS_FROM = 2000  # scenes whose sentences the vocabulary comes from
+_PART = 250
+_RERANKED = 16
+_MASKED = 0.15
+
+
+class Task:
+    """A model, what is trained with it, a loss for rows drawn, and what it reaches on held-out scenes."""
+
+    module: nn.Module
+    rows: int
+
+    def loss(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def build(arm: Arm, sizes: Sizes, seed: int, folder: Path) -> Task:
+    """Starting weights follow from the seed alone, so that arms of a task begin as one."""
+    kind: Callable[[Arm, Sizes, int, Path], Task] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[arm.task]
+    return kind(arm, sizes, seed, folder)
+
+
+@dataclass
+class _Asked:
+    """Questions about scenes: (n,) scene, ids and mask (n, L), (n,) answer, kinds, and (n, CELLS) of what is asked."""
+
+    scene: Tensor
+    ids: Tensor
+    mask: Tensor
+    answer: Tensor
+    kinds: list[str]
+    places: list[int]  # of the object that is asked about, -1 where there is none
+
+
+class QuestionAnswering(Task):
+    """A question's answer from a closed list, by a linear head on the fused [CLS]; one run of the tower, guided."""
+
+    def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
+        training, held_out = trial_scenes(sizes, seed)
+        asked = [training.questions(index) for index in range(len(training))]
+        self.answers = sorted({answer for some in asked for _, _, answer in some})
+        tokenizer = _tokenizer([question for some in asked[:_WORDS_FROM] for _, question, _ in some], sizes, arm)
+        self.training = self._asked(training, asked, tokenizer)
+        self.held_out = self._asked(held_out, [held_out.questions(i) for i in range(len(held_out))], tokenizer)
+        self.scenes, self.cells = held_out, cells_of_patches(sizes)
+        self.images, self.held_out_images = pictures(training, folder), pictures(held_out, folder)
+        torch.manual_seed(seed)
+        self.model = SaclModel(sizes.model(arm.selection), tokenizer.size, pretrained=False)
+        self.head = nn.Linear(sizes.width, len(self.answers))
+        started(self.model, sizes, folder)
+        self.module = nn.ModuleList([self.model, self.head])
+        self.rows = len(self.training.answer)
+
+    def _asked(self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer) -> _Asked:
+        flat = [(index, *one) for index, some in enumerate(asked) for one in some]
+        rows = tokenizer.ids([question for _, _, question, _ in flat])
+        return _Asked(
+            torch.tensor([index for index, *_ in flat]),
+            torch.from_numpy(pad(rows, tokenizer.pad_id)),
+            torch.from_numpy(attention_mask(rows)),
+            torch.tensor([self.answers.index(answer) for *_, answer in flat]),
+            [kind for _, kind, *_ in flat],
+            [_place_of(scenes.scene(index), kind, question) for index, kind, question, _ in flat],
+        )
+
+    def _answer(self, images: Tensor, asked: _Asked, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        longest = int(asked.mask[rows].sum(1).max())
+        mask = asked.mask[rows, :longest]
+        states, _ = self.model.encode_text(asked.ids[rows, :longest], mask)
+        seen = self.model.image_encoder(images[asked.scene[rows]], states[:, 0])
+        return self.head(self.model.fuse(states, mask, seen.tokens)[:, 0]), seen.places
+
+    def loss(self, rows: Tensor) -> Tensor:
+        logits, _ = self._answer(self.images, self.training, rows)
+        return nn.functional.cross_entropy(logits, self.training.answer[rows])
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """accuracy; by kind of question; kept_asked: share kept of the patches of the object that is asked about, and
+        kept_objects of those of all objects, in per one."""
+        right: list[bool] = []
+        kept: dict[str, list[float]] = {"asked": [], "objects": []}
+        asked = self.held_out
+        for rows in torch.arange(len(asked.answer)).split(_PART):
+            logits, places = self._answer(self.held_out_images, asked, rows)
+            right += (logits.argmax(1) == asked.answer[rows]).tolist()
+            for row, own in zip(rows.tolist(), [] if places is None else places, strict=False):
+                cells = self.cells[own]
+                objects = [thing[PLACE] for thing in self.scenes.scene(int(asked.scene[row])).objects]
+                everywhere = torch.isin(self.cells, torch.tensor(objects)).sum()
+                kept["objects"].append(float(torch.isin(cells, torch.tensor(objects)).sum() / everywhere))
+                if asked.places[row] >= 0:
+                    here = asked.places[row]
+                    kept["asked"].append(float((cells == here).sum() / (self.cells == here).sum()))
+        kinds: dict[str, list[bool]] = {}
+        for kind, one in zip(asked.kinds, right, strict=True):
+            kinds.setdefault(kind, []).append(one)
+        return {
+            "accuracy": float(np.mean(right)),
+            "by_kind": {kind: float(np.mean(some)) for kind, some in kinds.items()},
+            **{f"kept_{what}": float(np.mean(values)) for what, values in kept.items() if values},
+        }
+
+
+def _place_of(scene: Scene, kind: str, question: str) -> int:
+    """Of the one object that a question names by its shape or its colour; -1 for other questions."""
+    attribute, names = {"shape": (COLOUR, COLOURS)}.get(kind, (SHAPE, SHAPES))
+    if kind not in ("colour", "texture", "place", "shape"):
+        return -1
+    return next(thing[PLACE] for thing in scene.objects if names[thing[attribute]] in question.split())
+
+
+@dataclass
+class _Captioned:
+    """Scenes with k captions each: ids, mask, masked ids and labels (n * k, L)."""
+
+    images: Tensor
+    ids: Tensor
+    mask: Tensor
+    masked: Tensor
+    labels: Tensor
+    per_scene: int
+    relevance: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def batch(self, rows: Tensor) -> Batch:
+        """rows: captions."""
+        longest = int(self.mask[rows].sum(1).max())
+        scene = rows // self.per_scene
+        names = [str(int(index)) for index in scene]
+        ids, mask, masked, labels = (x[rows, :longest] for x in (self.ids, self.mask, self.masked, self.labels))
+        return Batch(names, names, names, self.images[scene], ids, mask, scene[:, None], masked, labels)
+
+
+class Pretraining(Task):
+    """The package's objective with InfoNCE, all three losses."""
+
+    def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
+        training, held_out = trial_scenes(sizes, seed)
+        said = [caption.text for index in range(_WORDS_FROM) for caption in training.captions(index % len(training))]
+        tokenizer = _tokenizer(said, sizes, arm)
+        self.training, self.held_out = (self._captioned(each, tokenizer, folder) for each in (training, held_out))
+        captions = [caption for index in range(len(held_out)) for caption in held_out.captions(index)]
+        self.held_out.relevance = relevance(captions, [held_out.scene(i) for i in range(len(held_out))]) >= 1
+        torch.manual_seed(seed)
+        self.model = SaclModel(sizes.model(arm.selection), tokenizer.size, pretrained=False)
+        started(self.model, sizes, folder)
+        self.module = PretrainObjective(self.model, LossConfig(contrastive="infonce"))
+        self.rows = len(self.training.ids)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.itc: list[float] = []
+
+    @staticmethod
+    def _captioned(scenes: Scenes, tokenizer: Tokenizer, folder: Path) -> _Captioned:
+        rows = tokenizer.ids([caption.text for i in range(len(scenes)) for caption in scenes.captions(i)])
+        hidden = [mask_tokens(row, tokenizer, _MASKED, (scenes.seed, number)) for number, row in enumerate(rows)]
+        padded = (
+            pad(rows, tokenizer.pad_id),
+            attention_mask(rows),
+            pad([ids for ids, _ in hidden], tokenizer.pad_id),
+            pad([labels for _, labels in hidden], IGNORED),
+        )
+        ids, mask, masked, labels = (torch.from_numpy(each) for each in padded)
+        return _Captioned(pictures(scenes, folder), ids, mask, masked, labels, scenes.captions_per_scene)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        losses = self.module(self.training.batch(rows), Targets(None, 0.0, self.generator))
+        self.itc.append(float(losses["itc"].detach()))
+        return losses["loss"]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Held out, in per one. ITC alone: mAP and any_R@1 (any picture that the caption is true of), own_R@1 (the very
+        picture), with images that no text guides; told_R@1: the same with every image guided by its own first caption,
+        which is what `published` trains. reranked_any_R@1: the best 16 of ITC put in order by ITM. mlm: accuracy.
+        itc_training, itc_held_out: the loss on batches of the same size, the first from the last steps."""
+        data, model = self.held_out, self.model
+        texts = [self._texts(rows) for rows in torch.arange(len(data.ids)).split(_PART)]
+        text = torch.cat([features for _, features in texts])
+        guides = torch.cat([states for states, _ in texts])
+        states = [model.encode_image(part) for part in data.images.split(_PART)]
+        image = torch.cat([features for _, features in states])
+        scores = (text @ image.T).numpy()
+        own = np.arange(len(text))[:, None] // data.per_scene == np.arange(len(image))
+        figures = {
+            "mAP": mean_average_precision(scores, data.relevance),
+            "any_R@1": recall_at_k(scores, data.relevance, (1,))[1],
+            "own_R@1": recall_at_k(scores, own, (1,))[1],
+        }
+        first = torch.arange(len(image)) * data.per_scene
+        told = torch.cat(
+            [
+                model.encode_image(data.images[rows], guides[first[rows]])[1]
+                for rows in torch.arange(len(image)).split(_PART)
+            ]
+        )
+        figures["told_R@1"] = recall_at_k((text[first] @ told.T).numpy(), np.eye(len(image), dtype=bool), (1,))[1]
+        figures["reranked_any_R@1"] = self._reranked(scores, first)
+        hits: list[Tensor] = []
+        for rows in torch.arange(len(data.ids)).split(_PART):
+            batch = data.batch(rows)
+            states_of_image, _ = model.encode_image(batch.images)
+            masked = model.text_encoder(batch.masked_ids, batch.attention_mask)
+            tokens = model.image_tokens(states_of_image, masked[:, 0])
+            assert batch.mlm_labels is not None
+            asked = batch.mlm_labels != IGNORED
+            logits = model.token_logits(model.fuse(masked, batch.attention_mask, tokens)[asked])
+            hits.append(logits.argmax(1) == batch.mlm_labels[asked])
+        figures["mlm"] = float(torch.cat(hits).float().mean())
+        figures["itc_training"] = float(np.mean(self.itc[-20:]))
+        figures["itc_held_out"] = self._held_out_itc(image, text)
+        return figures
+
+    def _texts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        states, features = self.model.encode_text(self.held_out.ids[rows], self.held_out.mask[rows])
+        return states[:, 0], features
+
+    def _reranked(self, scores: np.ndarray, captions: Tensor) -> float:
+        """any_R@1 of ITM among the images that ITC puts first, for these captions."""
+        data, model = self.held_out, self.model
+        candidates = torch.from_numpy(
+            np.argsort(-scores[captions.numpy()], axis=1, kind="stable")[:, :_RERANKED].copy()
+        )
+        found: list[bool] = []
+        for rows in torch.arange(len(captions)).split(_PART // _RERANKED):
+            which = captions[rows].repeat_interleave(_RERANKED)
+            places = candidates[rows].flatten()
+            states, _ = model.encode_text(data.ids[which], data.mask[which])
+            images, _ = model.encode_image(data.images[places])
+            tokens = model.image_tokens(images, states[:, 0])
+            fused = model.fuse(states, data.mask[which], tokens)
+            best = model.match_logits(fused).diff(dim=1).view(len(rows), -1).argmax(1)
+            chosen = candidates[rows].gather(1, best[:, None])[:, 0]
+            found += data.relevance[captions[rows].numpy(), chosen.numpy()].tolist()
+        return float(np.mean(found))
+
+    def _held_out_itc(self, image: Tensor, text: Tensor, size: int = 64) -> float:
+        """Of batches of one caption a scene."""
+        scale = self.model.logit_scale()
+        losses = []
+        for start in range(0, len(image) - size + 1, size):
+            part = torch.arange(start, start + size)
+            z = scale * image[part] @ text[part * self.held_out.per_scene].T
+            own = torch.arange(size)
+            losses.append((nn.functional.cross_entropy(z, own) + nn.functional.cross_entropy(z.T, own)) / 2)
+        return float(torch.stack(losses).mean())
+
+
+def trial_scenes(sizes: Sizes, seed: int) -> tuple[Scenes, Scenes]:
+    """For training and held out."""
+    training = Scenes(sizes.scenes, _TRAINING + seed, sizes.image_size)
+    return training, Scenes(sizes.held_out, HELD_OUT, sizes.image_size)
+
+
+def _tokenizer(said: list[str], sizes: Sizes, arm: Arm) -> Tokenizer:
+    settings = sizes.model(arm.selection)
+    return Tokenizer(train_wordpiece(said, 400), settings.max_tokens)

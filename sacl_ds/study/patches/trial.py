@@ -1,0 +1,110 @@
+"""Trials of the study of patch selection, several at a time, kept; and the speed of its arms, step by step in turn."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sacl_ds.config import OptimConfig, PatchSelectionConfig
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.study.patches.plan import Plan, Sizes
+from sacl_ds.study.patches.start import pictures, started
+from sacl_ds.study.patches.tasks import Task, build, trial_scenes
+from sacl_ds.training.schedules import learning_rate_factor
+
+Trial = tuple[str, int]  # arm and seed
+
+
+def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
+    """Results of the plan's trials that are in `folder`."""
+    path = folder / "trials.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a last line without end was broken off
+    known = {result["fingerprint"]: result for result in map(json.loads, lines)}
+    trials = {(name, seed): plan.fingerprint(name, seed) for seed in plan.seeds for name in plan.arms}
+    return {trial: known[fingerprint] for trial, fingerprint in trials.items() if fingerprint in known}
+
+
+def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, dict[str, Any]], None]) -> None:
+    """Run what is missing, seed after seed; `done` is called after each trial."""
+    started(SaclModel(plan.sizes.model(PatchSelectionConfig()), 10, pretrained=False), plan.sizes, folder)
+    there = finished(plan, folder)
+    missing = [(name, seed) for seed in plan.seeds for name in plan.arms if (name, seed) not in there]
+    for seed in {seed for _, seed in missing}:
+        for scenes in trial_scenes(plan.sizes, seed):
+            pictures(scenes, folder)  # before two trials would draw them at once
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as workers:
+        running = {workers.submit(run_trial, plan, *trial, folder): trial for trial in missing}
+        for future in as_completed(running):
+            result = future.result()
+            with (folder / "trials.jsonl").open("a") as file:
+                file.write(f"{json.dumps(result)}\n")
+            done(running[future], result)
+
+
+def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    arm, sizes = plan.arms[name], plan.sizes
+    task = build(arm, sizes, seed, folder)
+    steps = sizes.steps[arm.task]
+    step = stepper(task, sizes)
+    draws = torch.Generator().manual_seed(seed)
+    for number in range(steps):
+        torch.manual_seed(1_000_003 * seed + number)
+        step(torch.randint(task.rows, (sizes.batch,), generator=draws), number, steps)
+    task.module.eval()
+    return {
+        "fingerprint": plan.fingerprint(name, seed),
+        "arm": name,
+        "seed": seed,
+        **task.evaluate(),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
+    """One step of training: (rows, number of the step, steps in all)."""
+    named = list(task.module.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if ("image_encoder." in n) == of_image], "peak": peak}
+        for of_image, peak in ((True, sizes.lr_image), (False, sizes.lr_text))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = OptimConfig(warmup_steps=sizes.warmup)
+
+    def step(rows: Tensor, number: int, steps: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(number, steps, schedule)
+        loss = task.loss(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(task.module.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def speeds(plan: Plan, folder: Path, rounds: int = 30) -> dict[str, float]:
+    """Median seconds of a training step of each arm, all in one process, one step of each in turn."""
+    tasks = {name: build(arm, plan.sizes, 0, folder) for name, arm in plan.arms.items()}
+    steps = {name: stepper(task, plan.sizes) for name, task in tasks.items()}
+    took: dict[str, list[float]] = {name: [] for name in tasks}
+    draws = torch.Generator().manual_seed(0)
+    for number in range(rounds + 2):
+        for name, task in tasks.items():
+            rows = torch.randint(task.rows, (plan.sizes.batch,), generator=draws)
+            start = time.perf_counter()
+            steps[name](rows, 100, 1000)
+            if number >= 2:
+                took[name].append(time.perf_counter() - start)
+    return {name: median(seconds) for name, seconds in took.items()}
