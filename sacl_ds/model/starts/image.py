@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ def load_image_weights(encoder: ImageEncoder, name: str, encoder_name: str) -> S
     found = image_tower(state)
     if found is None:
         raise UserError(
-            f"{label}: no image encoder with class token among its {len(state)} tensors, from {next(iter(state))!r} on; "
+            f"{label}: no image encoder with class token in its {len(state)} tensors, from {next(iter(state))!r} on; "
             "give a CLIP of OpenAI, open_clip or transformers with a vision transformer, or weights of timm"
         )
     tensors, left_over, layout = found
@@ -217,6 +218,9 @@ def _way_to(wanted: str, encoder_name: str) -> str:
 
 def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
     """All tensors of a saved CLIP, and what its config says."""
+    written = Path(name).expanduser() / "config.json"
+    if written.is_file() and "architecture" in json.loads(written.read_text()):
+        raise UserError(f"{SETTING}={name}: a folder of timm's; give its model.safetensors")
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name)

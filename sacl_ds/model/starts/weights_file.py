@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ def read_weights(path: str, setting: str) -> WeightsFile:
     torchscript = _is_torchscript(file)
     try:
         if torchscript:
-            loaded: Any = torch.jit.load(str(file), map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit has no successor that reads these
+                loaded: Any = torch.jit.load(str(file), map_location="cpu").state_dict()
         elif file.suffix == ".safetensors":
             loaded = load_file(file)
         else:
@@ -44,7 +47,7 @@ def read_weights(path: str, setting: str) -> WeightsFile:
     except pickle.UnpicklingError:
         raise UserError(
             f"{setting}={path}: it holds other objects than tensors, which may run code as they are loaded; if you trust "
-            "it, keep its weights alone: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, NEW)"
+            "it, keep its weights: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, NEW)"
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
