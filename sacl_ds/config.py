@@ -213,7 +213,7 @@ class ModelConfig(_Room):
                 f"model.init_temperature={self.init_temperature} must lie in [0.01, 1] (logit scale 1 to 100)"
             )
         if self.start and self.image_weights:
-            raise ValueError("model.start brings the image encoder's weights; leave out model.image_weights, or it")
+            raise ValueError("model.start brings the image encoder's weights; leave out one of the two")
         if self.max_positions is not None and self.max_positions < self.max_tokens:
             raise ValueError(
                 f"model.max_positions={self.max_positions} is less than model.max_tokens={self.max_tokens}; "

@@ -8,6 +8,7 @@ import timm
 import tiny
 import torch
 from safetensors.torch import save_file
+from tiny import varied
 from torch import nn
 from transformers import (
     BertConfig,
@@ -37,15 +38,6 @@ VISION = {
 }
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def varied(model: nn.Module, seed: int = 5) -> nn.Module:
-    """Every parameter moved, norms and biases too, so that none can be mistaken for another."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=g)
-    return model.eval()
 
 
 def config(encoder: str, weights: object, size: int = 32, **arguments: object) -> ModelConfig:
@@ -291,7 +283,7 @@ def written(folder: Path, kind: str) -> Path:
         ("missing", r"weights.pt: no such file; correct the path$"),
         ("resnet", r"no image encoder with class token in its 2 tensors, from 'conv1.weight' on; give a CLIP"),
         ("no tensors", r"no state dict in it; give a file of names and tensors$"),
-        ("code", r"holds other objects than tensors, .* keep its weights: torch\.save"),
+        ("code", r"holds objects other than tensors, .* keep its weights: torch\.save"),
         ("cut short", r"cannot be read: .*; fetch it again$"),
         ("not square", r"position embeddings of 16 tokens are not \[CLS\] and a square of patches"),
         ("bert", r"holds a model of type 'bert'; give a CLIP, or a file of weights$"),

@@ -28,9 +28,8 @@ def load_starts(model: SaclModel, config: ModelConfig) -> StartReport:
         elif config.timm_weights:
             # timm itself has loaded them, and raises where one is missing
             names = [PART + name for name in model.image_encoder.vit.state_dict()]
-            sources.append(
-                SourceReport("model.image_encoder", config.image_encoder, ("image_encoder.",), names, (), names)
-            )
+            part = ("image_encoder.",)
+            sources.append(SourceReport("model.image_encoder", config.image_encoder, part, names, (), names))
         if config.text_encoder:
             sources.append(load_bert(model, config.text_encoder))
     return StartReport(list(model.state_dict()), sources)

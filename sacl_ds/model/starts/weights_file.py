@@ -46,7 +46,7 @@ def read_weights(path: str, setting: str) -> WeightsFile:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise UserError(
-            f"{setting}={path}: it holds other objects than tensors, which may run code as they are loaded; if you trust "
+            f"{setting}={path}: it holds objects other than tensors, which may run code when loaded; if you trust "
             "it, keep its weights: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, NEW)"
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
