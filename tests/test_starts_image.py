@@ -7,7 +7,7 @@ import pytest
 import timm
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import varied
 from torch import nn
 from transformers import (
@@ -98,6 +98,22 @@ def test_a_clip_folder_of_transformers(kind: str, act: str, tmp_path: Path) -> N
     assert any(name.startswith("visual_projection") for name in source.left_over) == (kind != "vision")
 
 
+def test_what_a_folder_lacks_is_new(tmp_path: Path) -> None:
+    """transformers would fill it with chance, and hand that over with the rest."""
+    clip("model").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["vision_model.post_layernorm.bias"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, source = started(config(QUICK, tmp_path))
+    assert {f"image_encoder.vit.{name}" for name in model.image_encoder.vit.state_dict()} - set(source.loaded) == {
+        "image_encoder.vit.norm.bias"
+    }
+    del state["vision_model.encoder.layers.1.self_attn.k_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.weight is 64 × 32 there and 96 × 32 in the model"):
+        started(config(QUICK, tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["model", "vision"])
 def test_a_file_of_transformers(kind: str, tmp_path: Path) -> None:
     """Without its config.json the activation cannot be known: that is said."""
@@ -165,7 +181,7 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
         started(config(PLAIN, tmp_path / "ViT.pt"))
 
 
-@pytest.mark.parametrize("kind", ["folder's file", "state dict", "model in a checkpoint"])
+@pytest.mark.parametrize("kind", ["folder's file", "state dict", "model in a checkpoint", "before zip files"])
 def test_weights_of_timm(kind: str, tmp_path: Path) -> None:
     name = "vit_base_patch16_224"
     original = varied(timm.create_model(name, img_size=32, num_classes=5, **SIZES))
@@ -174,6 +190,9 @@ def test_weights_of_timm(kind: str, tmp_path: Path) -> None:
         timm.models.save_for_hf(original, str(tmp_path), safe_serialization=True)
     elif kind == "state dict":
         save_file(original.state_dict(), file)
+    elif kind == "before zip files":
+        file = tmp_path / "checkpoint.pth"
+        torch.save(original.state_dict(), file, _use_new_zipfile_serialization=False)
     else:
         file = tmp_path / "checkpoint.pth"
         torch.save({"model": original.state_dict(), "epoch": 1}, file)
@@ -182,6 +201,19 @@ def test_weights_of_timm(kind: str, tmp_path: Path) -> None:
         same_tokens(model, original.forward_features(pictures(model)[1]))
     assert set(source.left_over) == {"head.weight", "head.bias"}
     assert not source.notes
+
+
+def test_a_tower_of_timm_inside_open_clip(tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_pool": "token", "timm_proj": "linear"}
+    text = {"context_length": 7, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    original = varied(open_clip.CLIP(16, vision, text))
+    save_file(original.state_dict(), tmp_path / "weights.safetensors")
+    settings = config("vit_tiny_patch16_224", tmp_path / "weights.safetensors", 224)
+    model, source = started(settings.model_copy(update={"image_encoder_arguments": {}}))
+    with torch.no_grad():
+        same_tokens(model, original.visual.trunk.forward_features(pictures(model, 224)[1]), 224)
+    assert "visual.head.proj.weight" in source.left_over
 
 
 @pytest.mark.parametrize("layout", ["transformers", "openai", "timm"])
@@ -281,7 +313,7 @@ def written(folder: Path, kind: str) -> Path:
     ("kind", "line"),
     [
         ("missing", r"weights.pt: no such file; correct the path$"),
-        ("resnet", r"no image encoder with class token in its 2 tensors, from 'conv1.weight' on; give a CLIP"),
+        ("resnet", r"no image encoder with class token in its 2 tensors \(first 'conv1.weight'\); give a CLIP"),
         ("no tensors", r"no state dict in it; give a file of names and tensors$"),
         ("code", r"holds objects other than tensors, .* keep its weights: torch\.save"),
         ("cut short", r"cannot be read: .*; fetch it again$"),

@@ -64,8 +64,9 @@ def load_image_weights(encoder: ImageEncoder, name: str, encoder_name: str) -> S
         state, computation = _of_transformers(name)
     found = image_tower(state)
     if found is None:
+        first = next(iter(state), None)
         raise UserError(
-            f"{label}: no image encoder with class token in its {len(state)} tensors, from {next(iter(state))!r} on; "
+            f"{label}: no image encoder with class token in its {len(state)} tensors (first {first!r}); "
             "give a CLIP of OpenAI, open_clip or transformers with a vision transformer, or weights of timm"
         )
     tensors, left_over, layout = found
@@ -251,7 +252,7 @@ def _transformers_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if re.search(r"self_attn\.[kv]_proj", name):
             continue
         if "self_attn.q_proj" in name:
-            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            parts = [state.get(name.replace("q_proj", f"{part}_proj"), torch.empty(0)) for part in "qkv"]
             tensor, name = torch.cat(parts), name.replace("self_attn.q_proj", "attn.qkv")
         for old, new in _TRANSFORMERS.items():
             name = name.replace(old, new)
