@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_tokens": 32,
     },
     "base": {
-        "image_encoder": "vit_base_patch16_clip_224.openai",
+        "image_encoder": "vit_base_patch16_clip_quickgelu_224.openai",
         "image_encoder_arguments": {},
         "image_pretrained": True,
         "image_size": 256,
@@ -192,10 +192,20 @@ class ModelConfig(_Room):
     image_encoder: str = Field(description="timm name, or 'local-dir:/path' of a timm model folder")
     image_encoder_arguments: dict[str, Any] = Field(description="arguments of timm.create_model: depth, embed_dim, ...")
     image_pretrained: bool = Field(description="start from timm's published weights of image_encoder")
+    image_weights: str | None = Field(
+        None,
+        description="start image_encoder from these, not timm's: a CLIP of transformers by folder or hub name, or a "
+        "file of weights in the layout of OpenAI's CLIP, open_clip, transformers or timm",
+    )
     image_size: Positive = Field(description="pixels a side")
     image_mean: tuple[float, float, float] = Field(_CLIP_MEAN, description="pixel normalisation, of values in [0, 1]")
     image_std: tuple[float, float, float] = Field(_CLIP_STD, description="pixel normalisation, of values in [0, 1]")
     text_encoder: str | None = Field(description="hub name or folder of a BERT to start from and take the tokenizer of")
+    start: str | None = Field(
+        None,
+        description="start the whole model from this: a file in ALBEF's layout (text_encoder gives the tokenizer), "
+        "or the directory of a finished run",
+    )
     text_width: Positive = Field(description="width of the text and fusion encoders")
     text_heads: Positive = Field(description="attention heads of the text and fusion encoders")
     text_layers: Positive = Field(description="lower BERT layers, on text alone")
@@ -204,6 +214,9 @@ class ModelConfig(_Room):
     dropout: Fraction = Field(description="in the text and fusion encoders")
     vocab_size: Positive = Field(description="largest WordPiece vocabulary trained where text_encoder is none")
     max_tokens: Positive = Field(description="captions are cut to so many tokens, [CLS] and [SEP] included")
+    max_positions: Positive | None = Field(
+        None, description="longest text that the text encoder could read; null: as start or text_encoder, or max_tokens"
+    )
     init_gain: PositiveFloat | None = Field(
         description="weights that start from scratch: deviation init_gain / sqrt(width); null: the libraries' 0.02"
     )
@@ -227,7 +240,19 @@ class ModelConfig(_Room):
             raise ValueError(
                 f"model.init_temperature={self.init_temperature} must lie in [0.01, 1] (logit scale 1 to 100)"
             )
+        if self.start and self.image_weights:
+            raise ValueError("model.start brings the image encoder's weights; leave out one of the two")
+        if self.max_positions is not None and self.max_positions < self.max_tokens:
+            raise ValueError(
+                f"model.max_positions={self.max_positions} is less than model.max_tokens={self.max_tokens}; "
+                "give it as much, or leave it out"
+            )
         return self
+
+    @property
+    def timm_weights(self) -> bool:
+        """Whether timm's published weights are loaded: where no setting names others."""
+        return self.image_pretrained and not self.image_weights and not self.start
 
 
 class LossConfig(_Room):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from starting import ROOT, SMALL, launch, losses, start
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sacl_ds.command_line import launcher_option
 from sacl_ds.config_file import load_config
@@ -170,6 +171,18 @@ def test_a_hub_name_without_network(setting: str, tmp_path: Path) -> None:
     documented(re.sub(r" \([^()]*\)$", "", said(done, tmp_path)))
 
 
+def test_a_clip_with_another_activation(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(tmp_path / "clip")
+    more = ["model.image_encoder=vit_base_patch16_clip_224", f"model.image_weights={tmp_path}/clip"]
+    documented(said(start(tmp_path / "run", *more, "teacher.steps=0", check=False), tmp_path))
+
+
+def test_an_albef_without_its_tokenizer(tmp_path: Path) -> None:
+    torch.save({"model": {"temp": torch.ones(1)}}, tmp_path / "ALBEF.pth")
+    documented(said(start(tmp_path / "run", f"model.start={tmp_path}/ALBEF.pth", check=False), tmp_path))
+
+
 def test_a_misspelt_hostfile(tmp_path: Path) -> None:
     options = (f"--hostfile={tmp_path}/hots",)
     documented(said(launch("--ds_config", "ds_configs/zero2.json", *SMALL, options=options), tmp_path))
@@ -219,6 +232,9 @@ def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> 
         ["train.micro_batch_size=4"],
         ["data.grouping=/nowhere/groups.parquet"],
         ["teacher.checkpoint=/nowhere"],
+        ["model.image_weights=/nowhere/clip.pt"],
+        ["model.start=/nowhere/ALBEF.pth"],
+        ["model.start=/data/run", "model.image_weights=/data/clip.pt"],
         ["kernels.apex=on"],
         ["trains=?"],
     ],

@@ -12,8 +12,8 @@ from sacl_ds.config import ModelConfig
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.errors import UserError
 from sacl_ds.model.heads import LogitScale
-from sacl_ds.model.pretrained import load_bert
 from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.starts.text import load_bert
 
 
 @pytest.mark.parametrize("padding", [0, 3])
@@ -101,7 +101,7 @@ def test_a_bert_that_does_not_fit(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has 2 layers"):
         load_bert(SaclModel(model_config(str(tmp_path)), 50, pretrained=False), str(tmp_path))
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"set model\.text_width=24"):
         wide = model_config(str(tmp_path), fusion_layers=1, text_width=48)
         load_bert(SaclModel(wide, 50, pretrained=False), str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from sacl_ds.config import LossConfig, ModelConfig, RunConfig
 from sacl_ds.data.batch import Batch
@@ -29,6 +30,15 @@ def config(selection: dict[str, object] | None = None, **loss: object) -> RunCon
         }
     )
     return RunConfig(model=model, loss=LossConfig.model_validate(loss))
+
+
+def varied(model: nn.Module, seed: int = 5) -> nn.Module:
+    """Every parameter moved, norms and biases too, so that none can be mistaken for another."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=g)
+    return model.eval()
 
 
 def objective(run: RunConfig, seed: int = 0) -> PretrainObjective:

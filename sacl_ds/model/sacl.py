@@ -16,14 +16,14 @@ class SaclModel(nn.Module):
     """Shapes: b pairs, P image tokens with [CLS] first, L text tokens with [CLS] first, d the shared space."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, pretrained: bool) -> None:
-        """pretrained: whether timm's published weights are loaded; BERT's come from `pretrained.load_bert`."""
+        """pretrained: whether timm's published weights are loaded where wanted; `starts.start` loads all others."""
         super().__init__()
         self.image_encoder = ImageEncoder(
             config.image_encoder,
             config.image_size,
             config.image_mean,
             config.image_std,
-            pretrained=pretrained and config.image_pretrained,
+            pretrained=pretrained and config.timm_weights,
             arguments=config.image_encoder_arguments,
             selection=config.patch_selection,
         )
@@ -43,7 +43,7 @@ class SaclModel(nn.Module):
                 width=config.text_width,
                 layers=layers,
                 heads=config.text_heads,
-                max_positions=max(config.max_tokens, 512 if config.text_encoder else 0),
+                max_positions=config.max_positions or max(config.max_tokens, 512 if config.text_encoder else 0),
                 dropout=config.dropout,
                 image_width=image_width if reads_image else None,
                 init_std=0.02 if config.init_gain is None else config.init_gain * config.text_width**-0.5,
@@ -57,7 +57,7 @@ class SaclModel(nn.Module):
         self.logit_scale = LogitScale(1 / config.init_temperature)
         self.matching_head = nn.Linear(config.text_width, 2)
         self.mlm_head = MaskedLanguageHead(fusion)
-        if config.init_gain is not None and not (pretrained and config.image_pretrained):
+        if config.init_gain is not None and not (pretrained and config.timm_weights):
             initialise(self.image_encoder, config.init_gain)
 
     def encode_image(self, images: Tensor, guide: Tensor | None = None) -> tuple[ImageStates, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.text import Text
 
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import TrainingView, View
@@ -26,9 +27,10 @@ from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, wor
 from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
 from sacl_ds.machine import Machine
 from sacl_ds.model.fused_norm import use_fused_layer_norm
-from sacl_ds.model.pretrained import load_bert
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
+from sacl_ds.model.starts.report import StartReport
+from sacl_ds.model.starts.start import load_starts, tokenizer_source, with_positions
 from sacl_ds.model.teacher import Teacher, load_teacher
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
@@ -39,8 +41,9 @@ from sacl_ds.training.engine import build_engine, cores, local_ranks, whole_stat
 from sacl_ds.training.false_share import with_falling_weights
 from sacl_ds.training.loop import Loop
 from sacl_ds.training.objectives import PretrainObjective
-from sacl_ds.training.run_folder import TEACHER, check_space, open_run_folder
+from sacl_ds.training.run_folder import TEACHER, check_space, open_run_folder, with_saved_positions
 
+START = "start.txt"  # what the model started from
 _VOCABULARY_CAPTIONS = 100_000
 
 
@@ -86,7 +89,9 @@ def pretrain(run: RunConfig, job: Job) -> Path:
         plan = job.engine_config(run, Path(run.output_dir or "."))
         if rank() == 0:
             opened = open_run_folder(run, job.resume)
-    folder: Path = broadcast_object(opened[0] if opened else None)
+            run = _with_positions(run, opened[0], job.resume)
+    folder: Path
+    folder, run = broadcast_object((opened[0], run) if opened else None)
     if opened:
         print(describe_start(job, plan), flush=True)
     index = _index(run)
@@ -160,12 +165,15 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         teacher = load_teacher(phase.teacher, job.device) if phase.teacher else None
         grouping = Grouping.load(Path(run.data.grouping)) if run.data.grouping else None
         features = _stored(run, phase, teacher) if teacher and run.teacher.features else None
-        model = _model(phase, tokenizer)
+        model, begun = _model(phase, tokenizer)
         evaluator = job.evaluator(run)
         if first:
             warning = check_space(folder, sum(p.numel() for p in model.parameters()), _checkpoints(run))
             if warning:
                 progress.print(f"warning: {warning}")
+            if begun and begun.sources:
+                progress.print(Text(str(begun)))
+                (folder / START).write_text(f"{begun}\n")
     if engine_config.fused_norm:
         use_fused_layer_norm(model)
     canonical = View(CanonicalView(run.model.image_size), tokenizer)
@@ -256,14 +264,18 @@ def _workers(run: RunConfig, on_cpu: bool) -> int:
     return min(8, max(0 if on_cpu else 1, spare))
 
 
-def _model(phase: Phase, tokenizer: Tokenizer) -> SaclModel:
-    """The same starting weights on every rank, from the seed or from published models."""
+def _model(phase: Phase, tokenizer: Tokenizer) -> tuple[SaclModel, StartReport | None]:
+    """The same starting weights on every rank, from the seed or published ones; those of a resumed run follow."""
     run = phase.run
     torch.manual_seed(run.seed)
     model = SaclModel(run.model, tokenizer.size, pretrained=not phase.resume)
-    if run.model.text_encoder and not phase.resume:
-        load_bert(model, run.model.text_encoder)
-    return model
+    return model, None if phase.resume else load_starts(model, run.model)
+
+
+def _with_positions(run: RunConfig, folder: Path, resume: bool) -> RunConfig:
+    """The text positions of what the model starts from, or of what is resumed."""
+    saved = with_saved_positions(run.model, folder) if resume else None
+    return run.model_copy(update={"model": saved or with_positions(run.model)})
 
 
 def _index(run: RunConfig) -> ShardIndex | None:
@@ -277,12 +289,13 @@ def _index(run: RunConfig) -> ShardIndex | None:
 
 
 def _keep_tokenizer(run: RunConfig, folder: Path, index: ShardIndex | None) -> None:
-    """Put the run's tokenizer into its directory: that of model.text_encoder, else one trained on the captions."""
+    """Put the run's tokenizer into its directory: that of what the model starts from, or one trained on captions."""
     kept = folder / TOKENIZER
     if kept.exists():
         return
-    if run.model.text_encoder:
-        Tokenizer.load(run.model.text_encoder, run.model.max_tokens, "model.text_encoder").save(kept)
+    source = tokenizer_source(run.model)
+    if source:
+        Tokenizer.load(source[0], run.model.max_tokens, source[1]).save(kept)
         return
     trained = train_wordpiece(training_source(run, index).captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
     Tokenizer(trained, run.model.max_tokens).save(kept)

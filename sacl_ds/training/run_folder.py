@@ -8,11 +8,11 @@ import re
 import shutil
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import yaml
 
-from sacl_ds.config import RunConfig
+from sacl_ds.config import ModelConfig, RunConfig
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import CONFIG, WEIGHTS
 from sacl_ds.training import checkpoint
@@ -96,16 +96,32 @@ def _lock(folder: Path) -> IO[str]:
 
 def _same_model(run: RunConfig, folder: Path) -> None:
     """The weights to be resumed are those of this configuration's model."""
-    try:
-        saved = yaml.safe_load((folder / CONFIG).read_text())["model"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    saved = _saved_model(folder)
+    if saved is None:
         return  # stopped before its configuration was written, in the teacher phase
     for key, now in run.model.model_dump(mode="json").items():
-        if key in saved and saved[key] != now:
+        left_open = key == "max_positions" and now is None  # the saved configuration has it from the first start
+        if key in saved and saved[key] != now and not left_open:
             raise UserError(
                 f"--resume: {folder} holds a model with model.{key}={saved[key]}, not {now}; "
                 f"resume with model.{key}={saved[key]}, or start anew in another output_dir"
             )
+
+
+def with_saved_positions(model: ModelConfig, folder: Path) -> ModelConfig | None:
+    """`model` with the text positions of the run that `folder` holds; None where no phase of it has begun."""
+    for place in (folder, folder / TEACHER):
+        saved = _saved_model(place)
+        if saved is not None:
+            return model.model_copy(update={"max_positions": saved.get("max_positions")})
+    return None
+
+
+def _saved_model(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(yaml.safe_load((folder / CONFIG).read_text())["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
 
 
 def _gigabytes(count: float) -> str:
