@@ -22,7 +22,7 @@ SELECTED = {"placement": "tower", "layers": [1, 2]}
 TINY = {
     "sizes": {
         "width": 16, "heads": 2, "depth": 2, "text_layers": 1, "fusion_layers": 1, "scenes": 60, "held_out": 64,
-        "batch": 8, "steps": {"vqa": 3, "pretrain": 2}, "start_steps": 2, "warmup": 1,
+        "batch": 8, "steps": {"vqa": 3, "pretrain": 2}, "start_steps": 2, "start_scenes": 30, "warmup": 1,
     },
     "seeds": [0, 1],
     "arms": {

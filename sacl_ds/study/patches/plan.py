@@ -38,6 +38,7 @@ class Sizes(_Room):
     held_out: int = 1000
     batch: int = 64
     steps: dict[str, int] = {"vqa": 500, "pretrain": 400}
+    start_scenes: int = 20_000
     start_steps: int = Field(1000, description="of the image encoder, to recognise what a cell shows")
     lr_image: float = 2e-4
     lr_text: float = 1e-3

@@ -53,7 +53,7 @@ def started(model: SaclModel, sizes: Sizes, folder: Path) -> None:
 
 
 def _train(sizes: Sizes, folder: Path, path: Path) -> None:
-    scenes = Scenes(20_000, _SEED, sizes.image_size)
+    scenes = Scenes(sizes.start_scenes, _SEED, sizes.image_size)
     images = pictures(scenes, folder)
     cell = cells_of_patches(sizes)
     truth = torch.from_numpy(truth_of_cells(scenes))[:, cell]
