@@ -154,7 +154,8 @@ def test_albefs_checkpoint(fine_tuned: bool, bert_folder: Path, tmp_path: Path) 
     ids, mask = captions()
     with torch.no_grad():
         expected = original.vit.forward_features((images - model.image_encoder.mean) / model.image_encoder.std)
-        tokens, features = model.encode_image(images)
+        states, features = model.encode_image(images)
+        tokens = states.tokens
         torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
         projected = tokens[:, 0] @ original.heads["vision_proj.weight"].T
         torch.testing.assert_close(features, nn.functional.normalize(projected, dim=1))

@@ -68,8 +68,8 @@ def pictures(model: SaclModel, size: int = 32) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def same_tokens(model: SaclModel, expected: torch.Tensor, size: int = 32) -> None:
-    tokens, _ = model.encode_image(pictures(model, size)[0])
-    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+    states, _ = model.encode_image(pictures(model, size)[0])
+    torch.testing.assert_close(states.tokens, expected, rtol=0, atol=1e-5)
 
 
 def clip(kind: str, act: str = "quick_gelu") -> nn.Module:
