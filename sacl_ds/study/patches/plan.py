@@ -37,7 +37,7 @@ class Sizes(_Room):
     scenes: int = Field(20_000, description="training scenes of a seed")
     held_out: int = 1000
     batch: int = 64
-    steps: dict[str, int] = {"vqa": 500, "pretrain": 400}
+    steps: dict[str, int] = {"vqa": 400, "pretrain": 300}
     start_scenes: int = 20_000
     start_steps: int = Field(1000, description="of the image encoder, to recognise what a cell shows")
     lr_image: float = 2e-4
