@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from starting import losses, start
 from test_mistakes import documented, said
@@ -105,6 +106,17 @@ def test_a_queue_without_the_teacher_is_not_regulated_later(tmp_path: Path) -> N
     start(tmp_path / "run", *arguments[:-1], f"{arguments[-1]}false", "train.steps=2")
     done = start(tmp_path / "run", "--resume", *arguments[:-1], f"{arguments[-1]}true", "train.steps=3", check=False)
     documented(said(done, tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [("train.precision=bf16",), ("--ds_config", "ds_configs/zero3_offload.json")])
+def test_precision_and_offload(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """The average stays float32, and follows parameters that lie elsewhere."""
+    start(tmp_path / "run", *MOMENTUM, "teacher.steps=0", "train.steps=4", "momentum.decay=0", *arguments)
+    model, saved = load_file(tmp_path / "run/model.safetensors"), load_file(tmp_path / "run" / SAVED.format(4))
+    assert all(saved[f"average.{name}"].equal(value) for name, value in model.items())
+    assert {value.dtype for name, value in saved.items() if "ids" not in name} == {torch.float32, torch.int64}
+    assert saved["queue.image"].dtype == saved["queue.text"].dtype == torch.float32
+    assert saved["queue.image"].norm(dim=1).sub(1).abs().max() < 1e-5
 
 
 def test_without_a_teacher_and_without_soft_targets(tmp_path: Path) -> None:
