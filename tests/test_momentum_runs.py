@@ -45,7 +45,7 @@ def test_what_is_logged_and_saved(whole: Path) -> None:
     shapes = {name.removeprefix("queue."): tuple(v.shape) for name, v in saved.items() if name.startswith("queue.")}
     assert shapes == {
         "image": (40, 16), "text": (40, 16), "teacher_image": (40, 16), "teacher_text": (40, 16), "ids": (40, 2),
-        "next": (), "size": (),
+        "next": (), "size": (), "teacher": (64,),
     }  # fmt: skip
     assert int(saved["queue.next"]) == 8 * 16 % 40
 
@@ -95,6 +95,12 @@ def test_another_momentum_cannot_go_on(arguments: list[str], line: str, whole: P
     assert (folder / "checkpoints/latest").read_text() == "step_00000004"
 
 
+def test_another_teacher_cannot_go_on(whole: Path, tmp_path: Path) -> None:
+    folder = stopped(whole, tmp_path / "run")
+    done = start(folder, "--resume", *MOMENTUM, *STEPS, f"teacher.checkpoint={whole}", check=False)
+    documented(said(done, tmp_path))
+
+
 def test_a_run_without_momentum_gets_none(tmp_path: Path) -> None:
     start(tmp_path / "run", "teacher.steps=0", "train.steps=2")
     arguments = ["--resume", "teacher.steps=0", "train.steps=3", "momentum.enabled=true"]
@@ -114,7 +120,11 @@ def test_precision_and_offload(arguments: tuple[str, ...], tmp_path: Path) -> No
     start(tmp_path / "run", *MOMENTUM, "teacher.steps=0", "train.steps=4", "momentum.decay=0", *arguments)
     model, saved = load_file(tmp_path / "run/model.safetensors"), load_file(tmp_path / "run" / SAVED.format(4))
     assert all(saved[f"average.{name}"].equal(value) for name, value in model.items())
-    assert {value.dtype for name, value in saved.items() if "ids" not in name} == {torch.float32, torch.int64}
+    assert {value.dtype for name, value in saved.items() if "ids" not in name} == {
+        torch.float32,
+        torch.int64,
+        torch.uint8,
+    }
     assert saved["queue.image"].dtype == saved["queue.text"].dtype == torch.float32
     assert saved["queue.image"].norm(dim=1).sub(1).abs().max() < 1e-5
 
@@ -125,4 +135,4 @@ def test_without_a_teacher_and_without_soft_targets(tmp_path: Path) -> None:
     start(tmp_path / "run", *MOMENTUM, *arguments, ranks=2, stage=3)
     assert losses(tmp_path / "run", "momentum_weight") == [0, 0, 0]
     saved = load_file(tmp_path / "run" / SAVED.format(3))
-    assert {name for name in saved if name.startswith("queue.")} == {"queue.next", "queue.size"}
+    assert {name for name in saved if name.startswith("queue.")} == {"queue.next", "queue.size", "queue.teacher"}

@@ -18,7 +18,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.model.queue import Queue
 from sacl_ds.model.sacl import SaclModel
 
-_AVERAGE, _QUEUE, _SIZE = "average.", "queue.", "size"
+_AVERAGE, _QUEUE, _SIZE, _TEACHER = "average.", "queue.", "size", "teacher"
 _BYTES, _BYTES_IDS = 4, 3 * 8  # of a float32; of image, caption and group
 
 
@@ -26,9 +26,14 @@ class Momentum:
     """average: the averaged model, in eval mode, without gradient, in the model's own precision (float32); its logit
     scale is the trained model's. queue: earlier pairs, on the same device."""
 
-    def __init__(self, model: SaclModel, settings: MomentumConfig, device: torch.device | None = None) -> None:
-        """The average starts equal to `model`, whose parameters must be whole: before an engine shards them."""
-        self.settings = settings
+    def __init__(
+        self, model: SaclModel, settings: MomentumConfig, device: torch.device | None = None, teacher: str = ""
+    ) -> None:
+        """The average starts equal to `model`, whose parameters must be whole: before an engine shards them.
+
+        teacher: the identity of the teacher whose features the queue holds too; "" where it holds none.
+        """
+        self.settings, self.teacher = settings, teacher
         self.average = copy.deepcopy(model).requires_grad_(False).eval().to(device)
         self.queue = Queue(settings.queue_size)
 
@@ -52,12 +57,13 @@ class Momentum:
         """Put the pairs of all ranks into the queue, in rank order; every rank calls it.
 
         image, text: (b, d) momentum features of this rank's pairs, as they were at this step. pair_ids: (b, k) int64.
-        teacher: (b, d_t) its features, where the queue is regulated; always or never.
+        teacher: (b, d_t) its features; left out where the queue holds none.
         """
         if not self.queue.size:
             return
         columns = {"image": image, "text": text}
-        if teacher is not None:
+        if self.teacher:
+            assert teacher is not None
             columns |= {"teacher_image": teacher[0].to(image), "teacher_text": teacher[1].to(image)}
         counts = row_counts(image)
         together = gather_rows(torch.cat(list(columns.values()), 1), counts)
@@ -74,13 +80,14 @@ class Momentum:
         """Everything that `restore` needs, by name; the same on all ranks."""
         average = {_AVERAGE + name: value for name, value in self.average.state_dict().items()}
         queue = {_QUEUE + name: value for name, value in self.queue.state().items()}
-        return average | queue | {_QUEUE + _SIZE: torch.tensor(self.queue.size)}
+        identity = torch.frombuffer(bytearray(self.teacher.encode() or b"-"), dtype=torch.uint8)
+        return average | queue | {_QUEUE + _SIZE: torch.tensor(self.queue.size), _QUEUE + _TEACHER: identity}
 
-    def restore(self, state: dict[str, Tensor], where: str, with_teacher: bool, id_columns: int) -> None:
+    def restore(self, state: dict[str, Tensor], where: str, id_columns: int) -> None:
         """Go on from a saved state.
 
-        where: what error lines call it. with_teacher: whether a teacher's features are pushed; id_columns: how many ids
-        a pair has. Raises UserError where the queue has another size, other ids, or lacks the teacher's features.
+        where: what error lines call it; id_columns: how many ids a pair has. Raises UserError where the queue has
+        another size, other ids, or lacks this teacher's features.
         """
         device = next(self.average.parameters()).device
         average, queue = (
@@ -99,12 +106,18 @@ class Momentum:
                 "resume with data.duplicates and data.grouping as they were, or start anew in another output_dir"
             )
         names = ("teacher_image", "teacher_text")
-        if with_teacher and "image" in queue and names[0] not in queue:
+        whose = bytes(queue.pop(_TEACHER).tolist()).decode()
+        if self.teacher and "image" in queue and names[0] not in queue:
             raise UserError(
                 f"--resume: {where} holds a queue without a teacher's features, which momentum.regulate_queue=true "
                 "needs; resume with momentum.regulate_queue=false, or start anew in another output_dir"
             )
-        if not with_teacher:
+        if self.teacher and names[0] in queue and whose != self.teacher:
+            raise UserError(
+                f"--resume: {where} holds a queue with the features of another teacher; resume with that "
+                "teacher.checkpoint, or start anew in another output_dir"
+            )
+        if not self.teacher:
             queue = {name: column for name, column in queue.items() if name not in names}
         self.average.load_state_dict(average)
         self.queue.restore(queue)

@@ -82,12 +82,11 @@ def resume(
     run_folder: Path,
     identity: Identity,
     momentum: Momentum | None = None,
-    teacher_queued: bool = False,
     id_columns: int = 1,
 ) -> tuple[int, str | None]:
     """Load the newest checkpoint, also one of another number of ranks; every rank calls it.
 
-    teacher_queued, id_columns: whether the queue of `momentum` holds a teacher's features too, and how many ids a pair.
+    id_columns: how many ids a pair has, for the queue of `momentum`.
     Returns the number of steps done, and a note where the data that follow are not those that would have followed.
     """
     state = latest(run_folder)
@@ -103,7 +102,7 @@ def resume(
         was = state.zero_stage
         raise UserError(f"--resume: {run_folder} was saved with ZeRO stage {was}, not {stage}; resume with {was}")
     folder, tag = run_folder / FOLDER, f"step_{state.step:08d}"
-    _resume_momentum(folder / tag / MOMENTUM, run_folder, momentum, teacher_queued, id_columns)
+    _resume_momentum(folder / tag / MOMENTUM, run_folder, momentum, id_columns)
     if state.world == world_size():
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
     else:
@@ -115,9 +114,7 @@ def resume(
     return state.step, note if changed else None
 
 
-def _resume_momentum(
-    file: Path, run_folder: Path, momentum: Momentum | None, teacher_queued: bool, id_columns: int
-) -> None:
+def _resume_momentum(file: Path, run_folder: Path, momentum: Momentum | None, id_columns: int) -> None:
     """Into `momentum`. Raises UserError where the run had one and now has none, or the other way round."""
     if file.exists() != (momentum is not None):
         had = file.exists()
@@ -131,7 +128,7 @@ def _resume_momentum(
         saved = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--resume: {file} cannot be read: {error}; take another checkpoint of this run") from None
-    momentum.restore(saved, str(run_folder), teacher_queued, id_columns)
+    momentum.restore(saved, str(run_folder), id_columns)
 
 
 def _load_from_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str) -> str | None:

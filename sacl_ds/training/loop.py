@@ -113,8 +113,7 @@ class Loop:
             self.engine.step()
             if self.momentum and believed:
                 self.momentum.update(whole_parameters(self.engine, self.engine.module.model))
-                kept = teacher if run.momentum.regulate_queue else None
-                self.momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, kept)
+                self.momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, teacher)
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(run, step, len(batch), world_size(), error)) from None
         return losses, weights

@@ -185,13 +185,12 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         progress.print(said)
     if first:
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
-    momentum = Momentum(model, run.momentum, job.device) if run.momentum.enabled else None
+    momentum = _momentum(run, model, teacher, job.device)
     engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
     identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index))
     with same_error():
-        queued = teacher is not None and run.momentum.regulate_queue
-        options = (momentum, queued, collator.id_columns)
-        start, note = checkpoint.resume(engine, folder, identity, *options) if resume else (0, None)
+        beside = momentum, collator.id_columns
+        start, note = checkpoint.resume(engine, folder, identity, *beside) if resume else (0, None)
         records = WeightRecords(folder, start if resume else None) if first else None
     if note:
         progress.print(f"warning: --resume: {note}")
@@ -276,6 +275,15 @@ def _model(phase: Phase, tokenizer: Tokenizer) -> SaclModel:
     if run.model.text_encoder and not phase.resume:
         load_bert(model, run.model.text_encoder)
     return model
+
+
+def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device: torch.device) -> Momentum | None:
+    """Of the model as it starts; its queue holds the teacher's features where it is regulated."""
+    settings = run.momentum
+    if not settings.enabled:
+        return None
+    queued = settings.queue_size > 0 and settings.regulate_queue
+    return Momentum(model, settings, device, teacher.identity if teacher and queued else "")
 
 
 def _index(run: RunConfig) -> ShardIndex | None:

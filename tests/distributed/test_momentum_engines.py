@@ -35,7 +35,7 @@ def build(world: int, stage: int):
     torch.set_num_threads(1)
     run = run_of()
     objective = tiny.objective(run)
-    momentum = Momentum(objective.model, run.momentum)
+    momentum = Momentum(objective.model, run.momentum, teacher="some")
     settings = resolve({"zero_optimization": {"stage": stage}}, run, world, this_machine("cpu"))
     return build_engine(objective, settings, run.optim), momentum
 
@@ -126,7 +126,7 @@ def loading_ranks(rank: int, world: int, folder: Path, stage: int) -> None:
     for parameter in momentum.average.parameters():
         parameter.zero_()  # nothing of what is loaded may have been there before
     identity = checkpoint.Identity("words", "data")
-    assert checkpoint.resume(engine, folder, identity, momentum, True, 2) == (3, None)
+    assert checkpoint.resume(engine, folder, identity, momentum, 2) == (3, None)
     torch.save(momentum.state(), folder / f"loaded {rank}.pt")
     step_of(engine, momentum, 3, rank, world)
     parameters = {name: value.clone() for name, value in whole_parameters(engine, engine.module.model)}

@@ -63,7 +63,7 @@ def ours_on_ranks(rank: int, world: int, folder: Path) -> None:
     for case in CASES:
         run = run_of(case)
         objective = tiny.objective(run).double()
-        momentum = Momentum(objective.model, run.momentum)
+        momentum = Momentum(objective.model, run.momentum, teacher="some" if queues_teacher(run) else "")
         optimizer = optimizer_of(objective.parameters())
         losses = []
         for step in range(STEPS):
@@ -79,8 +79,7 @@ def ours_on_ranks(rank: int, world: int, folder: Path) -> None:
                 parameter.grad /= world
             optimizer.step()
             momentum.update(objective.model.named_parameters())
-            queued = teacher if queues_teacher(run) else None
-            momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, queued)
+            momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, teacher)
             terms = torch.stack([out[name].detach() for name in ("loss", "itc", "mlm")])
             dist.all_reduce(terms)
             losses.append(terms / world)
