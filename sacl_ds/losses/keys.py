@@ -76,10 +76,9 @@ class Direction:
     queue: Side | None
 
     def without_teacher(self) -> Direction:
-        sides = (None if side is None else replace(side, teacher=None) for side in (self.batch, self.queue))
-        batch, queue = sides
-        assert batch is not None
-        return Direction(replace(self.anchors, teacher=None), self.momentum, batch, queue)
+        queue = None if self.queue is None else replace(self.queue, teacher=None)
+        anchors, batch = replace(self.anchors, teacher=None), replace(self.batch, teacher=None)
+        return Direction(anchors, self.momentum, batch, queue)
 
 
 def keys_loss(
