@@ -292,6 +292,20 @@ class LossConfig(_Room):
     )
 
 
+class MomentumConfig(_Room):
+    """ALBEF's momentum parts (docs/method.md); off, the model is compared with itself alone."""
+
+    enabled: bool = Field(False, description="compare with keys from an average of the model, and a queue of them")
+    decay: float = Field(0.995, ge=0, lt=1, description="of that average, a step; 0: the model itself")
+    queue_size: Natural = Field(65536, description="earlier pairs whose keys are negatives too; 0: none")
+    distill_weight: Fraction = Field(
+        0.4, description="share of soft targets in ITC and MLM; from 0, linearly over the first epoch; 0: none"
+    )
+    regulate_queue: bool = Field(
+        True, description="weigh the queue's negatives like the batch's; false: each weighs loss.negative_mass"
+    )
+
+
 class TeacherConfig(_Room):
     """The frozen teacher whose similarity regulates the negatives at first."""
 
@@ -354,6 +368,7 @@ class RunConfig(_Room):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig.model_validate({})
     loss: LossConfig = LossConfig()
+    momentum: MomentumConfig = MomentumConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

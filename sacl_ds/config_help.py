@@ -114,13 +114,15 @@ def _words(annotation: Any, bounds: dict[str, Any]) -> str:
     name = _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
     if "Le" in bounds:
         return f"{name} from {bounds['Ge']} to {bounds['Le']}"
+    if "Lt" in bounds:
+        return f"{name} from {bounds['Ge']} to below {bounds['Lt']}"
     if "Gt" in bounds:
         return f"{name} above {bounds['Gt']}"
     return f"{name}, {bounds['Ge']} or more" if "Ge" in bounds else name
 
 
 def _bounds(metadata: list[Any]) -> dict[str, Any]:
-    names = {"gt": "Gt", "ge": "Ge", "le": "Le"}
+    names = {"gt": "Gt", "ge": "Ge", "le": "Le", "lt": "Lt"}
     found = {bound: getattr(m, name) for m in metadata for name, bound in names.items() if hasattr(m, name)}
     return {bound: value for bound, value in found.items() if value is not None}
 

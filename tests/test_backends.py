@@ -232,5 +232,5 @@ def test_what_does_not_fit_is_said() -> None:
         similarity_regulated_loss(v, v, scale, keys=Keys(v[:2], v[:2]))
     with pytest.raises(ValueError, match="queue_teacher_image"):
         similarity_regulated_loss(v, v, scale, v, v, alpha=0.5, keys=Keys(v, v, v, v))
-    with pytest.raises(ValueError, match="without keys"):
-        similarity_regulated_loss(v, v, scale, keys=Keys(v, v), statistics=True)
+    with pytest.raises(ValueError, match=r"soft_weight=1\.5"):
+        similarity_regulated_loss(v, v, scale, keys=Keys(v, v), soft_weight=1.5)

@@ -29,6 +29,9 @@ from sacl_ds.machine import Machine
         (["loss.false_share=0.1", "teacher.steps=0"], ["loss.false_share=0.1 needs a teacher"]),
         (["loss.false_share=1"], ["loss.false_share=1.0: a share between 0 and 1, or null"]),
         (["model.preset=huge"], ["model.preset", "'tiny' or 'base'"]),
+        (["momentum.decay=1"], ["momentum.decay", "less than 1"]),
+        (["momentum.queue_size=-1"], ["momentum.queue_size", "greater than or equal to 0"]),
+        (["momentum.distill_weight=1.5"], ["momentum.distill_weight", "less than or equal to 1"]),
         (["loss.alpha_end=2"], ["loss.alpha_end", "less than or equal to 1"]),
         (["nonsense"], ["'nonsense'", "key=value"]),
         (["train=5"], ["train", "in argument 'train=5'"]),
@@ -87,6 +90,14 @@ def test_any_mapping_is_valid_or_a_user_error(values: dict) -> None:
             assert isinstance(load_config(None, arguments), RunConfig)
         except UserError as error:
             assert "\n" not in str(error).replace("\\n", "")
+
+
+def test_the_paper_and_its_baseline_differ_in_the_loss_alone(root: Path) -> None:
+    sacl, albef = (load_config(root / f"launch/configs/{name}.yaml", []) for name in ("sacl", "albef"))
+    assert (sacl.loss.contrastive, albef.loss.contrastive) == ("sacl", "infonce")
+    assert sacl.model_dump(exclude={"loss"}) == albef.model_dump(exclude={"loss"})
+    momentum = sacl.momentum
+    assert (momentum.enabled, momentum.decay, momentum.queue_size, momentum.distill_weight) == (True, 0.995, 65536, 0.4)
 
 
 CPU = Machine("cpu", "this cpu", bf16=True, apex="none", cannot_compile=None)

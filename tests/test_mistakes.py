@@ -139,6 +139,7 @@ def test_a_disk_without_room() -> None:
     free = shutil.disk_usage(ROOT).free
     assert "5000000000 checkpoints take" in str(check_space(ROOT, free // 40, 5_000_000_000))
     assert check_space(ROOT, 1000, 3) is None
+    assert "2 checkpoints take" in str(check_space(ROOT, 1000, 2, momentum_bytes=free // 2))
 
 
 def test_a_full_disk_end_to_end(tmp_path: Path) -> None:

@@ -109,6 +109,11 @@ class Collator:
             batch = replace(batch, teacher_input_ids=ids, teacher_attention_mask=mask)
         return batch
 
+    @property
+    def id_columns(self) -> int:
+        """How many ids a pair has."""
+        return 1 + (self.duplicates == "image+caption") + (self.grouping is not None)
+
     def _ids(self, sample: Sample, caption: str) -> list[int]:
         """What two pairs that are no negatives of each other share one of."""
         ids = [hash64(sample.key.encode() if self.duplicates == "none" else sample.image_bytes)]

@@ -64,6 +64,7 @@ def similarity_regulated_loss(
     backend: str = "auto",
     statistics: bool = False,
     keys: Keys | None = None,
+    soft_weight: float = 0.0,
 ) -> ContrastiveOutput:
     """Image-text contrastive loss whose negatives are weighted by inverse similarity (module docstring).
 
@@ -80,8 +81,10 @@ def similarity_regulated_loss(
     group: process group; None is the default one where it is initialised, else one process.
     backend: "reference" holds the matrix; "streaming" works by tiles in O(N) memory on any device; "triton" likewise
         with fused kernels, on CUDA or under TRITON_INTERPRET=1; "auto" takes triton on CUDA, else streaming.
-    statistics: also return figures of the whole global batch; takes another pass; not with keys.
+    statistics: also return figures of the whole global batch; takes another pass. With keys: those of the loss without.
     keys: compare with these instead of with the other modality's features: momentum encoders, a queue.
+    soft_weight: a in (1 - a) * L_i + a * S_i, in [0, 1]; S_i, unregulated, has the momentum model's distribution over
+        the same keys as its target (`sacl_ds.losses.distillation`). Needs keys.
 
     Differentiable once, in image, text and logit_scale; the gradient that comes into the loss must be the same on all
     ranks, as under every engine that averages gradients. Raises ValueError for shapes or settings that do not fit.
@@ -92,16 +95,20 @@ def similarity_regulated_loss(
     teacher = _checked(image, text, teacher_image, teacher_text, pair_ids, regulation)
     if keys is not None:
         keys.check(image, teacher is not None, pair_ids)
-        if statistics:
-            raise ValueError("statistics are of the loss without keys: leave one of the two out")
+    if not 0 <= soft_weight <= 1 or (soft_weight and keys is None):
+        raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
     make_tiles = _tiles(backend, image)
     with torch.autocast(image.device.type, enabled=False):
-        if keys is not None:
-            common = (image, text, logit_scale, teacher, pair_ids, keys, regulation)
-            if make_tiles is None:
-                return ContrastiveOutput(*dense_keys_loss(*common, group))
-            return ContrastiveOutput(*keys_loss(*common, make_tiles, group))
         arguments = (image, text, logit_scale, teacher, pair_ids, regulation)
+        if keys is not None:
+            figures = None
+            if statistics:
+                tiles = (make_tiles or TorchTiles)(regulation)
+                figures = contrastive_statistics(joint_loss(*arguments, tiles, group)[1])
+            common = (*arguments[:-1], keys, regulation)
+            if make_tiles is None:
+                return ContrastiveOutput(*dense_keys_loss(*common, group, soft_weight), figures)
+            return ContrastiveOutput(*keys_loss(*common, make_tiles, group, soft_weight), figures)
         if make_tiles is None:
             figures = None
             if statistics:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from sacl_ds.distributed import Group, gather_rows, rank, row_counts, world_size
+from sacl_ds.losses.distillation import expected_keys
 from sacl_ds.losses.regulation import Regulation
 from sacl_ds.losses.streaming import Tiles, least_kept, row_products, shared_ids, without_autocast
 from sacl_ds.losses.tiles import Kept, Side, Sums, wide
@@ -64,6 +65,22 @@ class Keys:
             raise ValueError("pair_ids and queue_ids come together or not at all: they exclude pairs from one another")
 
 
+@dataclass(frozen=True)
+class Direction:
+    """One direction's matrix. anchors: this rank's. momentum: (b, d) the same pairs' features from the momentum encoder
+    of the anchors' side. batch: the keys of all ranks, in rank order. queue: those of earlier pairs."""
+
+    anchors: Side
+    momentum: Tensor
+    batch: Side
+    queue: Side | None
+
+    def without_teacher(self) -> Direction:
+        queue = None if self.queue is None else replace(self.queue, teacher=None)
+        anchors, batch = replace(self.anchors, teacher=None), replace(self.batch, teacher=None)
+        return Direction(anchors, self.momentum, batch, queue)
+
+
 def keys_loss(
     image: Tensor,
     text: Tensor,
@@ -74,9 +91,36 @@ def keys_loss(
     regulation: Regulation,
     make_tiles: Callable[[Regulation], Tiles],
     group: Group,
+    soft_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (0-dim) and losses of this rank's anchors, (b,) of images and of texts."""
     counts = row_counts(image, group)
+
+    def losses(anchor: Tensor, direction: Direction) -> Tensor:
+        hard = _row_losses(anchor, logit_scale, direction, regulation, keys.regulate_queue, make_tiles)
+        if soft_weight == 0:
+            return hard
+        even, plain = hard, Regulation(sharpness=0.0)
+        if not regulation.plain:
+            even = _row_losses(anchor, logit_scale, direction.without_teacher(), plain, True, make_tiles)
+        return (1 - soft_weight) * hard + soft_weight * _soft_losses(even, anchor, logit_scale, direction)
+
+    directions = _directions(image, text, teacher if regulation.teacher else None, pair_ids, keys, counts, group)
+    of_images, of_texts = (losses(*pair) for pair in zip((image, text), directions, strict=True))
+    share = 0.5 * world_size(group) / sum(counts)
+    return (of_images + of_texts).sum() * share, of_images.detach(), of_texts.detach()
+
+
+def _directions(
+    image: Tensor,
+    text: Tensor,
+    teacher: tuple[Tensor, Tensor] | None,
+    pair_ids: Tensor | None,
+    keys: Keys,
+    counts: list[int],
+    group: Group,
+) -> tuple[Direction, Direction]:
+    """Images against the keys of texts, texts against those of images."""
     start, b = sum(counts[: rank(group)]), len(image)
     ids = shared = None
     if pair_ids is not None:
@@ -86,32 +130,61 @@ def keys_loss(
         ids, shared = shared_ids(every)
 
     def side(features: Tensor, of_teacher: Tensor | None, begin: int, first: int | None) -> Side:
-        dtype, part = make_tiles(regulation).dtype(image), slice(begin, begin + len(features))
-        theirs = None if of_teacher is None or not regulation.teacher else of_teacher.detach().to(dtype)
-        some_ids, some_shared = (None if x is None else x[part] for x in (ids, shared))
-        return Side(features.detach().to(dtype), theirs, some_ids, some_shared, first)
+        some_ids, some_shared = (None if x is None else x[begin : begin + len(features)] for x in (ids, shared))
+        theirs = None if of_teacher is None else of_teacher.detach()
+        return Side(features.detach(), theirs, some_ids, some_shared, first)
 
     def direction(
         anchor: Tensor,
+        momentum: Tensor,
         key: Tensor,
         mine: Tensor | None,
         theirs: Tensor | None,
         queue: Tensor | None,
         old: Tensor | None,
-    ) -> Tensor:
+    ) -> Direction:
         everyones_teacher = None if theirs is None else gather_rows(theirs, counts, group)
         batch = side(gather_rows(key, counts, group), everyones_teacher, 0, 0)
-        earlier = None if queue is None else side(queue, old, sum(counts), None)
-        rows = _Rows(
-            side(anchor, mine, start, start), batch, earlier, logit_scale.detach(), regulation, keys, make_tiles
-        )
-        return _RowLoss.apply(anchor, logit_scale, rows)
+        earlier = None if queue is None else side(queue, None if theirs is None else old, sum(counts), None)
+        return Direction(side(anchor, mine, start, start), momentum.detach(), batch, earlier)
 
     t_image, t_text = teacher or (None, None)
-    of_images = direction(image, keys.text, t_image, t_text, keys.queue_text, keys.queue_teacher_text)
-    of_texts = direction(text, keys.image, t_text, t_image, keys.queue_image, keys.queue_teacher_image)
-    share = 0.5 * world_size(group) / sum(counts)
-    return (of_images + of_texts).sum() * share, of_images.detach(), of_texts.detach()
+    return (
+        direction(image, keys.image, keys.text, t_image, t_text, keys.queue_text, keys.queue_teacher_text),
+        direction(text, keys.text, keys.image, t_text, t_image, keys.queue_image, keys.queue_teacher_image),
+    )
+
+
+def _row_losses(
+    anchor: Tensor,
+    logit_scale: Tensor,
+    direction: Direction,
+    regulation: Regulation,
+    regulate_queue: bool,
+    make_tiles: Callable[[Regulation], Tiles],
+) -> Tensor:
+    """(b,) losses against the keys, differentiable in anchor and logit_scale."""
+    dtype = make_tiles(regulation).dtype(anchor)
+    queue = None if direction.queue is None else direction.queue.to(dtype)
+    sides = direction.anchors.to(dtype), direction.batch.to(dtype), queue
+    return _RowLoss.apply(
+        anchor, logit_scale, _Rows(*sides, logit_scale.detach(), regulation, regulate_queue, make_tiles)
+    )
+
+
+def _soft_losses(even: Tensor, anchor: Tensor, logit_scale: Tensor, direction: Direction) -> Tensor:
+    """(b,) cross-entropies with the momentum model's distribution over the candidates.
+
+    even: (b,) InfoNCE of the same anchors against the same keys.
+    """
+    dtype = wide(anchor)
+    first = direction.anchors.first
+    assert first is not None
+    momentum = replace(direction.anchors, features=direction.momentum, teacher=None).to(dtype)
+    sides = [side.to(dtype) for side in (direction.batch, direction.queue) if side is not None]
+    own = sides[0].features[first : first + len(anchor)]
+    towards = own - expected_keys(momentum, sides, float(logit_scale.detach()))
+    return even + logit_scale * (anchor.to(dtype) * towards).sum(1)
 
 
 class _Rows:
@@ -124,7 +197,7 @@ class _Rows:
         queue: Side | None,
         logit_scale: Tensor,
         regulation: Regulation,
-        keys: Keys,
+        regulate_queue: bool,
         make_tiles: Callable[[Regulation], Tiles],
     ) -> None:
         self.anchors, self.logit_scale = anchors, logit_scale
@@ -133,7 +206,7 @@ class _Rows:
         even = replace(regulation, alpha=0.0, sharpness=0.0, drop_below=None)
         # parts of the keys whose weights have their mean together, and the regulation of each
         self.parts: list[tuple[list[Side], Tiles, Regulation]] = [([batch], make_tiles(regulation), regulation)]
-        if queue is not None and keys.regulate_queue:
+        if queue is not None and regulate_queue:
             self.parts[0][0].append(queue)
         elif queue is not None:
             self.parts.append(([queue], make_tiles(even), even))

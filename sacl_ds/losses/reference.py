@@ -72,8 +72,9 @@ def dense_keys_loss(
     keys: Keys,
     regulation: Regulation,
     group: Group,
+    soft_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dense_loss` against separate keys."""
+    """`dense_loss` against separate keys, and with the momentum model's soft targets."""
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     counts = row_counts(image, group)
     start = sum(counts[: rank(group)])
@@ -88,6 +89,7 @@ def dense_keys_loss(
 
     def direction(
         anchor: Tensor,
+        momentum: Tensor,
         key: Tensor,
         queue: Tensor | None,
         mine: Tensor | None,
@@ -95,7 +97,8 @@ def dense_keys_loss(
         old: Tensor | None,
     ) -> Tensor:
         columns = [gather_rows(key, counts, group)] + ([] if queue is None else [queue])
-        cosine = anchor.to(dtype) @ torch.cat(columns).detach().to(dtype).T
+        every_key = torch.cat(columns).detach().to(dtype)
+        cosine = anchor.to(dtype) @ every_key.T
         of_teacher = None
         if mine is not None and theirs is not None:
             columns = [gather_rows(theirs, counts, group)]
@@ -108,11 +111,16 @@ def dense_keys_loss(
         if len(together) > 1:
             log_weights.append(torch.zeros_like(cosine[:, n:]).masked_fill(~together[1], -torch.inf))
         every = torch.cat(log_weights, 1) + math.log(regulation.negative_mass)
-        return _anchor_losses(cosine * logit_scale.to(dtype), every, start)
+        logits = cosine * logit_scale.to(dtype)
+        hard = _anchor_losses(logits, every, start)
+        if soft_weight == 0:
+            return hard
+        believed = momentum.detach().to(dtype) @ every_key.T * logit_scale.detach().to(dtype)
+        return (1 - soft_weight) * hard + soft_weight * _soft_losses(logits, believed, negatives, start)
 
     t_image, t_text = teacher or (None, None)
-    of_images = direction(image, keys.text, keys.queue_text, t_image, t_text, keys.queue_teacher_text)
-    of_texts = direction(text, keys.image, keys.queue_image, t_text, t_image, keys.queue_teacher_image)
+    of_images = direction(image, keys.image, keys.text, keys.queue_text, t_image, t_text, keys.queue_teacher_text)
+    of_texts = direction(text, keys.text, keys.image, keys.queue_image, t_text, t_image, keys.queue_teacher_image)
     own = 0.5 * (of_images + of_texts).sum()
     return own * (world_size(group) / sum(counts)), of_images.detach(), of_texts.detach()
 
@@ -162,3 +170,13 @@ def _anchor_losses(logits: Tensor, log_weights: Tensor, start: int) -> Tensor:
     # logsumexp over nothing but -inf has a NaN gradient, even where its result is thrown away
     terms = (logits + log_weights).masked_fill(alone[:, None], 0.0)
     return torch.nn.functional.softplus(terms.logsumexp(1) - own, threshold=80.0).masked_fill(alone, 0.0)
+
+
+def _soft_losses(logits: Tensor, believed: Tensor, negatives: Tensor, start: int) -> Tensor:
+    """(rows,) cross-entropy of softmax(logits) with softmax(believed) as its target, over each anchor's own key and its
+    negatives; (rows, m) all."""
+    candidates = negatives.clone()
+    candidates.diagonal(start).fill_(True)
+    q = believed.masked_fill(~candidates, -torch.inf).softmax(1)
+    log_p = logits.masked_fill(~candidates, -torch.inf).log_softmax(1)
+    return -(q * log_p.masked_fill(~candidates, 0.0)).sum(1)

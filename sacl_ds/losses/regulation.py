@@ -46,6 +46,11 @@ class Regulation:
         return (self.alpha == 1.0 or self.sharpness == 0) and (self.alpha == 0.0 or self.teacher_sharpness == 0)
 
     @property
+    def plain(self) -> bool:
+        """All negatives weigh 1: InfoNCE."""
+        return self.even and self.negative_mass == 1.0 and self.drop_below is None
+
+    @property
     def teacher(self) -> bool:
         """Whether the teacher's features make a difference."""
         return self.alpha > 0 and not self.even

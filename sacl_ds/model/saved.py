@@ -23,12 +23,16 @@ WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer"
 
 def save_weights(state: dict[str, Tensor], folder: Path, step: int) -> None:
     """Write all weights under `folder`, atomically: a reader sees the old file or the new one."""
-    temporary = folder / f".{WEIGHTS}.writing"
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt", "sacl_ds": json.dumps({"step": step})})
+    write_tensors(state, folder / WEIGHTS, {"format": "pt", "sacl_ds": json.dumps({"step": step})})
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, atomically."""
+    temporary = path.with_name(f".{path.name}.writing")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    temporary.replace(folder / WEIGHTS)
+    temporary.replace(path)
 
 
 def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, Tokenizer]:

@@ -17,12 +17,16 @@ from pathlib import Path
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from sacl_ds.distributed import barrier, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import UserError
+from sacl_ds.model.momentum import Momentum
+from sacl_ds.model.saved import write_tensors
 
-FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
+FOLDER, LATEST, STATE, MOMENTUM = "checkpoints", "latest", "state.json", "momentum.safetensors"
 _UNIVERSAL = {"universal_checkpoint_version": 0.2}
 _CONVERTED = "_universal"
 
@@ -46,7 +50,9 @@ class RunState:
     data: str = ""
 
 
-def save(engine: DeepSpeedEngine, run_folder: Path, step: int, identity: Identity) -> None:
+def save(
+    engine: DeepSpeedEngine, run_folder: Path, step: int, identity: Identity, momentum: Momentum | None = None
+) -> None:
     """Save after `step` steps; every rank calls it."""
     folder = run_folder / FOLDER
     tag = f"step_{step:08d}"
@@ -54,6 +60,8 @@ def save(engine: DeepSpeedEngine, run_folder: Path, step: int, identity: Identit
     engine.save_checkpoint(str(folder), tag, {"universal_checkpoint_info": _UNIVERSAL}, save_latest=False)
     barrier()
     if rank() == 0:
+        if momentum:  # the same on all ranks
+            write_tensors(momentum.state(), folder / tag / MOMENTUM)
         state = RunState(step, world_size(), zero_stage(engine.config), identity.vocabulary, identity.data)
         _write(folder / tag / STATE, json.dumps(asdict(state), indent=2))
         _write(folder / LATEST, tag)
@@ -69,9 +77,16 @@ def latest(run_folder: Path) -> RunState | None:
         return None
 
 
-def resume(engine: DeepSpeedEngine, run_folder: Path, identity: Identity) -> tuple[int, str | None]:
+def resume(
+    engine: DeepSpeedEngine,
+    run_folder: Path,
+    identity: Identity,
+    momentum: Momentum | None = None,
+    id_columns: int = 1,
+) -> tuple[int, str | None]:
     """Load the newest checkpoint, also one of another number of ranks; every rank calls it.
 
+    id_columns: how many ids a pair has, for the queue of `momentum`.
     Returns the number of steps done, and a note where the data that follow are not those that would have followed.
     """
     state = latest(run_folder)
@@ -87,6 +102,7 @@ def resume(engine: DeepSpeedEngine, run_folder: Path, identity: Identity) -> tup
         was = state.zero_stage
         raise UserError(f"--resume: {run_folder} was saved with ZeRO stage {was}, not {stage}; resume with {was}")
     folder, tag = run_folder / FOLDER, f"step_{state.step:08d}"
+    _resume_momentum(folder / tag / MOMENTUM, run_folder, momentum, id_columns)
     if state.world == world_size():
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
     else:
@@ -96,6 +112,23 @@ def resume(engine: DeepSpeedEngine, run_folder: Path, identity: Identity) -> tup
     changed = state.data not in ("", identity.data)
     note = "the data or their order are not those of the checkpoint, so this epoch repeats or misses samples"
     return state.step, note if changed else None
+
+
+def _resume_momentum(file: Path, run_folder: Path, momentum: Momentum | None, id_columns: int) -> None:
+    """Into `momentum`. Raises UserError where the run had one and now has none, or the other way round."""
+    if file.exists() != (momentum is not None):
+        had = file.exists()
+        raise UserError(
+            f"--resume: {run_folder} was trained {'with' if had else 'without'} a momentum model; resume with "
+            f"momentum.enabled={str(had).lower()}, or start anew in another output_dir"
+        )
+    if momentum is None:
+        return
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--resume: {file} cannot be read: {error}; take another checkpoint of this run") from None
+    momentum.restore(saved, str(run_folder), id_columns)
 
 
 def _load_from_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str) -> str | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from sacl_ds.config import OptimConfig
 from sacl_ds.ds_config import EngineConfig, zero_stage
 from sacl_ds.errors import UserError
 from sacl_ds.machine import Machine, this_machine
+
+_GATHERED_AT_ONCE = 32_000_000  # parameters of ZeRO 3, 128 MB
 
 
 def start_process() -> tuple[torch.device, Machine]:
@@ -121,21 +123,47 @@ def set_learning_rates(engine: DeepSpeedEngine, optim: OptimConfig, factor: floa
         group["lr"] = factor * (optim.lr_image if group["part"] == "image" else optim.lr_text)
 
 
+def whole_parameters(engine: DeepSpeedEngine, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and current value of every parameter of `module` (a part of the engine's), on every rank.
+
+    Every rank must go through all of them: under ZeRO 3 the shards are gathered, some at a time, and a value is good
+    only until the next one is asked for.
+    """
+    named = list(module.named_parameters())
+    if zero_stage(engine.config) != 3:
+        yield from ((name, parameter.detach()) for name, parameter in named)
+        return
+    gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]] = deepspeed.zero.GatheredParameters
+    for some in _batched(named):
+        with gathered([parameter for _, parameter in some]):
+            yield from ((name, parameter.detach()) for name, parameter in some)
+
+
+def _batched(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Parameters of ZeRO 3 that are gathered together: one collective for many small ones."""
+    some: list[tuple[str, nn.Parameter]] = []
+    numbers = 0
+    for name, parameter in named:
+        size: int = parameter.ds_numel  # type: ignore[attr-defined]
+        if some and numbers + size > _GATHERED_AT_ONCE:
+            yield some
+            some, numbers = [], 0
+        some.append((name, parameter))
+        numbers += size
+    if some:
+        yield some
+
+
 def whole_state(engine: DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]:
     """All weights of `module` (a part of the engine's) in fp32 on the CPU, on rank 0; elsewhere an empty dict.
 
-    Every rank must call it: under ZeRO 3 the shards are gathered, one parameter at a time.
+    Every rank must call it: under ZeRO 3 the shards are gathered.
     """
     first = engine.global_rank == 0
-    gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]] = deepspeed.zero.GatheredParameters
     state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if zero_stage(engine.config) == 3:
-            with gathered([parameter]):
-                if first:
-                    state[name] = parameter.detach().float().cpu().clone()
-        elif first:
-            state[name] = parameter.detach().float().cpu().clone()
+    for name, parameter in whole_parameters(engine, module):
+        if first:
+            state[name] = parameter.float().cpu().clone()
     persistent = set(module.state_dict())
     for name, buffer in module.named_buffers():
         if first and name in persistent:

@@ -17,17 +17,19 @@ from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch, duplicates
 from sacl_ds.distributed import gather_rows, rank, row_counts, same_error, sum_over_ranks, world_size
 from sacl_ds.errors import UserError
+from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
 from sacl_ds.training.cautions import Cautions
-from sacl_ds.training.engine import set_learning_rates
+from sacl_ds.training.engine import set_learning_rates, whole_parameters
 from sacl_ds.training.ledger import Ledger
+from sacl_ds.training.momentum_targets import momentum_targets
 from sacl_ds.training.objectives import Targets, step_regulation
 from sacl_ds.training.records import StepWeights, is_recorded
-from sacl_ds.training.schedules import alpha, learning_rate_factor
+from sacl_ds.training.schedules import alpha, learning_rate_factor, soft_weight
 
 Evaluate = Callable[[int], dict[str, tuple[float, float]]]  # steps done -> {name: (value, chance)}
 
@@ -43,6 +45,8 @@ class Loop:
     batches: Iterator[Batch]
     device: torch.device
     teacher: Teacher | None
+    momentum: Momentum | None
+    epoch_pairs: int  # of the data, once through
     evaluate: Evaluate | None
     log: MetricLog | None
     records: WeightRecords | None
@@ -79,7 +83,7 @@ class Loop:
                 result = self._evaluate(done)
                 clock = time.perf_counter()
             if _due(done, train.save_every) or done == train.steps:
-                checkpoint.save(self.engine, self.folder, done, self.identity)
+                checkpoint.save(self.engine, self.folder, done, self.identity, self.momentum)
                 clock = time.perf_counter()
         return result
 
@@ -95,15 +99,21 @@ class Loop:
         set_learning_rates(self.engine, run.optim, learning_rate_factor(step, run.train.steps, run.optim))
         teacher = teacher_features(self.teacher, batch) if self.teacher else None
         share = alpha(step, run) if teacher else 0.0
-        targets = Targets(teacher, share, generator, statistics=logged or recorded, features=recorded)
         weights = None
         try:
+            believed = None
+            if self.momentum:
+                believed = momentum_targets(self.momentum, batch, run, soft_weight(step, run, self.epoch_pairs))
+            targets = Targets(teacher, share, generator, logged or recorded, recorded, believed)
             losses = self.engine(batch, targets)
             if recorded:
                 losses, features = losses
                 weights = StepWeights(features, teacher, step_regulation(run.loss, targets)[0], losses)
             self.engine.backward(losses["loss"])
             self.engine.step()
+            if self.momentum and believed:
+                self.momentum.update(whole_parameters(self.engine, self.engine.module.model))
+                self.momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, teacher)
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(run, step, len(batch), world_size(), error)) from None
         return losses, weights
@@ -158,6 +168,9 @@ class Loop:
         }
         if self.teacher:
             figures["alpha"] = alpha(done - 1, run)
+        if self.momentum:
+            figures["momentum_weight"] = soft_weight(done - 1, run, self.epoch_pairs)
+            figures["queue_fill"] = self.momentum.fill
         if self.log:
             self.log.write(figures)
         self._monitor("train", figures, done)

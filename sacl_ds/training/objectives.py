@@ -12,6 +12,7 @@ from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.losses import (
     HardNegatives,
+    Keys,
     Regulation,
     hard_negatives,
     masked_language_loss,
@@ -24,12 +25,25 @@ from sacl_ds.model.vision import ImageStates
 
 
 @dataclass(frozen=True)
+class MomentumTargets:
+    """What the momentum model sees in the batch, without gradient.
+
+    keys: its features of this rank's pairs, and the queue. soft_weight: the share of its beliefs in ITC's and MLM's
+    targets. token_logits: (n, vocabulary) what it predicts for the masked tokens; None where soft_weight is 0.
+    """
+
+    keys: Keys
+    soft_weight: float
+    token_logits: Tensor | None
+
+
+@dataclass(frozen=True)
 class Targets:
     """What the step takes from outside the model.
 
     teacher: (image, text) unit features (b, d_t) of the frozen teacher, or None; alpha: its share of the similarity.
     generator: draws ITM's negatives. statistics: figures on mutual information among the losses as well.
-    features: return the step's features beside the losses.
+    features: return the step's features beside the losses. momentum: None where there is no momentum model.
     """
 
     teacher: tuple[Tensor, Tensor] | None
@@ -37,6 +51,7 @@ class Targets:
     generator: torch.Generator | None
     statistics: bool = False
     features: bool = False
+    momentum: MomentumTargets | None = None
 
 
 def step_regulation(loss: LossConfig, targets: Targets) -> tuple[Regulation, tuple[Tensor, Tensor] | None]:
@@ -75,7 +90,7 @@ class PretrainObjective(nn.Module):
             losses |= self._matching(image_states, text_states, negatives, batch)
             total = total + settings.matching_weight * losses["itm"]
         if settings.mlm_weight:
-            losses["mlm"] = self._masked_language(image_states, batch)
+            losses["mlm"] = self._masked_language(image_states, batch, targets.momentum)
             total = total + settings.mlm_weight * losses["mlm"]
         losses = {"loss": total, **losses, "logit_scale": logit_scale.detach()}
         return (losses, (image.detach(), text.detach())) if targets.features else losses
@@ -85,6 +100,7 @@ class PretrainObjective(nn.Module):
     ) -> dict[str, Tensor]:
         regulation, teacher = step_regulation(self.settings, targets)
         teacher_image, teacher_text = teacher or (None, None)
+        momentum = targets.momentum
         out = similarity_regulated_loss(
             image,
             text,
@@ -99,6 +115,8 @@ class PretrainObjective(nn.Module):
             drop_below=regulation.drop_below,
             backend=self.settings.backend,
             statistics=targets.statistics,
+            keys=momentum.keys if momentum else None,
+            soft_weight=momentum.soft_weight if momentum else 0.0,
         )
         return {"itc": out.loss, **(out.statistics or {})}
 
@@ -130,12 +148,19 @@ class PretrainObjective(nn.Module):
             accuracy = right.sum() / valid.sum().clamp(min=1)
         return {"itm": matching_loss(match_logits, matched, valid), "itm_accuracy": accuracy}
 
-    def _masked_language(self, image_states: ImageStates, batch: Batch) -> Tensor:
-        assert batch.masked_ids is not None
+    def _masked_language(self, image_states: ImageStates, batch: Batch, momentum: MomentumTargets | None) -> Tensor:
         assert batch.mlm_labels is not None
-        states = self.model.text_encoder(batch.masked_ids, batch.attention_mask)
-        # the masked caption chooses its patches: the whole one would give away what is masked
-        image_tokens = self.model.image_tokens(image_states, states[:, 0])
-        fused = self.model.fuse(states, batch.attention_mask, image_tokens)
-        predicted = batch.mlm_labels != IGNORED
-        return masked_language_loss(self.model.token_logits(fused[predicted]), batch.mlm_labels[predicted])
+        labels = batch.mlm_labels[batch.mlm_labels != IGNORED]
+        soft, weight = (momentum.token_logits, momentum.soft_weight) if momentum else (None, 0.0)
+        return masked_language_loss(predicted_tokens(self.model, image_states, batch), labels, None, soft, weight)
+
+
+def predicted_tokens(model: SaclModel, image_states: ImageStates, batch: Batch) -> Tensor:
+    """(n, vocabulary) logits of the batch's masked tokens, from the masked captions and the images."""
+    assert batch.masked_ids is not None
+    assert batch.mlm_labels is not None
+    states = model.text_encoder(batch.masked_ids, batch.attention_mask)
+    # the masked caption chooses its patches: the whole one would give away what is masked
+    image_tokens = model.image_tokens(image_states, states[:, 0])
+    fused = model.fuse(states, batch.attention_mask, image_tokens)
+    return model.token_logits(fused[batch.mlm_labels != IGNORED])

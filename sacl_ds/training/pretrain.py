@@ -27,6 +27,7 @@ from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, wor
 from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
 from sacl_ds.machine import Machine
 from sacl_ds.model.fused_norm import use_fused_layer_norm
+from sacl_ds.model.momentum import Momentum, saved_bytes
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
 from sacl_ds.model.starts.report import StartReport
@@ -77,6 +78,7 @@ def teacher_phase(run: RunConfig) -> RunConfig:
     values["data"]["scenes"] |= {"detail": run.teacher.detail, "seed": run.data.scenes.seed + 1}
     if run.teacher.shards:
         values["data"] |= {"shards": run.teacher.shards, "weights": None, "grouping": None}
+    values["momentum"] |= {"enabled": False}
     values["teacher"] |= {"checkpoint": None, "steps": 0, "features": None}
     return RunConfig.model_validate(values)
 
@@ -167,13 +169,11 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         features = _stored(run, phase, teacher) if teacher and run.teacher.features else None
         model, begun = _model(phase, tokenizer)
         evaluator = job.evaluator(run)
-        if first:
-            warning = check_space(folder, sum(p.numel() for p in model.parameters()), _checkpoints(run))
-            if warning:
-                progress.print(f"warning: {warning}")
-            if begun and begun.sources:
-                progress.print(Text(str(begun)))
-                (folder / START).write_text(f"{begun}\n")
+        if first and (warning := _check_space(run, folder, model)):
+            progress.print(f"warning: {warning}")
+        if first and begun and begun.sources:
+            progress.print(Text(str(begun)))
+            (folder / START).write_text(f"{begun}\n")
     if engine_config.fused_norm:
         use_fused_layer_norm(model)
     canonical = View(CanonicalView(run.model.image_size), tokenizer)
@@ -193,10 +193,12 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         progress.print(said)
     if first:
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
+    momentum = _momentum(run, model, teacher, job.device)
     engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
     identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index))
     with same_error():
-        start, note = checkpoint.resume(engine, folder, identity) if resume else (0, None)
+        beside = momentum, collator.id_columns
+        start, note = checkpoint.resume(engine, folder, identity, *beside) if resume else (0, None)
         records = WeightRecords(folder, start if resume else None) if first else None
     if note:
         progress.print(f"warning: --resume: {note}")
@@ -218,6 +220,8 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         batches=iter(loader),
         device=job.device,
         teacher=teacher,
+        momentum=momentum,
+        epoch_pairs=sum(map(sum, source.sets)),
         evaluate=(lambda step: evaluator(model, canonical, job.device)) if evaluator else None,
         log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
         records=records,
@@ -250,6 +254,13 @@ def _checkpoints(run: RunConfig) -> int:
     return math.ceil(run.train.steps / run.train.save_every) if run.train.save_every else 1
 
 
+def _check_space(run: RunConfig, folder: Path, model: SaclModel) -> str | None:
+    """`check_space` of what this run writes; a teacher's features are taken to be as wide as the model's."""
+    parameters = sum(p.numel() for p in model.parameters())
+    widths = run.model.embed_dim, run.model.embed_dim if run.uses_teacher and run.momentum.regulate_queue else 0
+    return check_space(folder, parameters, _checkpoints(run), saved_bytes(run.momentum, parameters, *widths))
+
+
 def _training_view(run: RunConfig) -> CanonicalView | TrainView:
     if run.data.crops or run.data.flip:
         return TrainView(run.model.image_size, run.data.crop_scale if run.data.crops else (1.0, 1.0), run.data.flip)
@@ -276,6 +287,15 @@ def _with_positions(run: RunConfig, folder: Path, resume: bool) -> RunConfig:
     """The text positions of what the model starts from, or of what is resumed."""
     saved = with_saved_positions(run.model, folder) if resume else None
     return run.model_copy(update={"model": saved or with_positions(run.model)})
+
+
+def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device: torch.device) -> Momentum | None:
+    """Of the model as it starts; its queue holds the teacher's features where it is regulated."""
+    settings = run.momentum
+    if not settings.enabled:
+        return None
+    queued = settings.queue_size > 0 and settings.regulate_queue
+    return Momentum(model, settings, device, teacher.identity if teacher and queued else "")
 
 
 def _index(run: RunConfig) -> ShardIndex | None:

@@ -46,19 +46,21 @@ def open_run_folder(run: RunConfig, resume: bool) -> tuple[Path, IO[str]]:
     return folder, lock
 
 
-def check_space(folder: Path, parameters: int, checkpoints: int) -> str | None:
+def check_space(folder: Path, parameters: int, checkpoints: int, momentum_bytes: int = 0) -> str | None:
     """Whether the disk holds one checkpoint and the weights of a model with so many parameters.
 
+    momentum_bytes: what a checkpoint takes besides, for the momentum model and its queue.
     Returns a warning where it holds that, but not all `checkpoints`. Raises UserError where it does not.
     """
     free = shutil.disk_usage(folder).free
-    least = parameters * (_BYTES_CHECKPOINT + _BYTES_WEIGHTS)
+    a_checkpoint = parameters * _BYTES_CHECKPOINT + momentum_bytes
+    least = a_checkpoint + parameters * _BYTES_WEIGHTS
     if free < least:
         raise UserError(
             f"output_dir={folder}: {_gigabytes(free)} free, and one checkpoint with the weights takes "
             f"{_gigabytes(least)}; make room or choose another output_dir"
         )
-    whole = parameters * (_BYTES_CHECKPOINT * checkpoints + _BYTES_WEIGHTS)
+    whole = a_checkpoint * checkpoints + parameters * _BYTES_WEIGHTS
     if free < whole:
         return (
             f"output_dir={folder}: {_gigabytes(free)} free, and {checkpoints} checkpoints take {_gigabytes(whole)}; "

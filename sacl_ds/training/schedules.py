@@ -1,4 +1,7 @@
-"""Learning rate and alpha as functions of the step alone, so that a resumed run needs no scheduler state."""
+"""Learning rate, alpha and the share of soft targets as functions of the step alone.
+
+So a resumed run needs no scheduler state.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +24,9 @@ def alpha(step: int, run: RunConfig) -> float:
     """The teacher's share of the similarity at `step`: linear from alpha_start to alpha_end, then constant."""
     start, end, over = run.loss.alpha_start, run.loss.alpha_end, run.alpha_end_step
     return end if step >= over else start + (end - start) * step / over
+
+
+def soft_weight(step: int, run: RunConfig, pairs: int) -> float:
+    """The share of soft targets at `step`: linear from 0 to momentum.distill_weight over the first epoch of `pairs`."""
+    epoch = pairs / run.train.global_batch_size
+    return run.momentum.distill_weight * min(1.0, step / epoch)

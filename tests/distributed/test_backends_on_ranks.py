@@ -10,10 +10,10 @@ from ranks import on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sacl_ds.losses import Keys, contrastive, similarity_regulated_loss
+from sacl_ds.losses import Keys, contrastive, distillation, similarity_regulated_loss
 from sacl_ds.losses.tiles import TorchTiles
 
-COUNTS = {1: [11], 2: [7, 4], 4: [5, 1, 3, 2]}  # uneven, and a rank with a single pair
+COUNTS = {1: [11], 2: [7, 4], 3: [2, 8, 1], 4: [5, 1, 3, 2]}  # uneven, and a rank with a single pair
 N, D, QUEUE = 11, 6, 5
 OPTIONS = {
     "infonce": {"sharpness": 0.0},
@@ -35,51 +35,51 @@ def drawn(seed: int, n: int) -> Tensor:
     return normalize(torch.randn(n, D, generator=generator, dtype=torch.float64), dim=1)
 
 
-def gradients(backend: str, part: slice, dtype: torch.dtype, with_keys: bool, **options) -> list[Tensor]:
-    """Gradients of the pairs in `part`, and of the scale."""
+def gradients(backend: str, part: slice, dtype: torch.dtype, soft_weight: float | None, **options) -> list[Tensor]:
+    """Gradients of the pairs in `part`, and of the scale; soft_weight: None without keys."""
     image, text = (drawn(seed, N)[part].to(dtype).requires_grad_() for seed in (0, 1))
     teacher = [drawn(seed, N)[part].to(dtype) if options.get("alpha") else None for seed in (2, 3)]
     scale = torch.tensor(14.0, dtype=dtype, requires_grad=True)
     ids = torch.tensor([0, 1, 2, 3, 4, 2, 6, 7, 0, 9, 10])
     keys = None
-    if with_keys:
+    if soft_weight is not None:
         old = [drawn(seed, QUEUE).to(dtype) for seed in (6, 7, 8, 9)]
         momentum = (drawn(seed, N)[part].to(dtype) for seed in (4, 5))
         keys = Keys(*momentum, *old, queue_ids=torch.tensor([1, 20, 21, 22, 23]))
-    similarity_regulated_loss(
-        image, text, scale, *teacher, pair_ids=ids[part], keys=keys, backend=backend, **options
-    ).loss.backward()
+    options |= {"keys": keys, "soft_weight": soft_weight or 0.0, "backend": backend}
+    similarity_regulated_loss(image, text, scale, *teacher, pair_ids=ids[part], **options).loss.backward()
     return [image.grad, text.grad, scale.grad]
 
 
 def on_each_rank(rank: int, world: int, folder: Path) -> None:
     contrastive.TorchTiles = lambda regulation: TorchTiles(regulation, 2, 3)
+    distillation.TILE = (2, 3)
     start = sum(COUNTS[world][:rank])
     part = slice(start, start + COUNTS[world][rank])
     found = {}
     for name, (dtype, _) in BACKENDS.items():
         for option, values in OPTIONS.items():
-            for with_keys in (False, True):
-                of_image, of_text, of_scale = gradients(name.split(",")[0], part, dtype, with_keys, **values)
+            for soft_weight in (None, 0.0, 0.4):
+                of_image, of_text, of_scale = gradients(name.split(",")[0], part, dtype, soft_weight, **values)
                 dist.all_reduce(of_scale)
-                found[name, option, with_keys] = [of_image / world, of_text / world, of_scale / world]
+                found[name, option, soft_weight] = [of_image / world, of_text / world, of_scale / world]
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_gradients_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     """An engine averages over ranks: the features' gradients reach the parameters divided by the world."""
     on_ranks(world, on_each_rank, world, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for name, (_, tolerance) in BACKENDS.items():
         for option, values in OPTIONS.items():
-            for with_keys in (False, True):
-                expected = gradients("reference", slice(None), torch.float64, with_keys, **values)
-                ranks = [of_rank[name, option, with_keys] for of_rank in found]
+            for soft_weight in (None, 0.0, 0.4):
+                expected = gradients("reference", slice(None), torch.float64, soft_weight, **values)
+                ranks = [of_rank[name, option, soft_weight] for of_rank in found]
                 got = [torch.cat([r[0] for r in ranks]), torch.cat([r[1] for r in ranks]), ranks[0][2]]
                 for a, b in zip(got, expected, strict=True):
                     error = (a.double() - b).abs().max() / b.abs().max()
-                    assert error < tolerance, f"{name}, {option}, keys {with_keys}: {error:.1e}"
+                    assert error < tolerance, f"{name}, {option}, soft weight {soft_weight}: {error:.1e}"
 
 
 # what a rank sends, of a ring: (world - 1) parts of what it holds, twice for a sum that all get

@@ -1,0 +1,130 @@
+"""The model's exponential moving average and the queue of its features (ALBEF's momentum parts).
+
+Both lie outside the engine's module, whole on every rank: ZeRO shards and saves only what is trained. Nothing here
+changes but by `update` and `push`, after the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sacl_ds.config import MomentumConfig
+from sacl_ds.distributed import gather_rows, row_counts
+from sacl_ds.errors import UserError
+from sacl_ds.model.queue import Queue
+from sacl_ds.model.sacl import SaclModel
+
+_AVERAGE, _QUEUE, _SIZE, _TEACHER = "average.", "queue.", "size", "teacher"
+_BYTES, _BYTES_IDS = 4, 3 * 8  # of a float32; of image, caption and group
+
+
+class Momentum:
+    """average: the averaged model, in eval mode, without gradient, in the model's own precision (float32); its logit
+    scale is the trained model's. queue: earlier pairs, on the same device."""
+
+    def __init__(
+        self, model: SaclModel, settings: MomentumConfig, device: torch.device | None = None, teacher: str = ""
+    ) -> None:
+        """The average starts equal to `model`, whose parameters must be whole: before an engine shards them.
+
+        teacher: the identity of the teacher whose features the queue holds too; "" where it holds none.
+        """
+        self.settings, self.teacher = settings, teacher
+        self.average = copy.deepcopy(model).requires_grad_(False).eval().to(device)
+        self.queue = Queue(settings.queue_size)
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """average <- decay * average + (1 - decay) * parameter, for all of the model's parameters by name.
+
+        parameters: whole tensors, each good only until the next is asked for. Raises ValueError where one is missing.
+        """
+        averages = dict(self.average.named_parameters())
+        for name, parameter in parameters:
+            average = averages.pop(name)
+            if name.startswith("logit_scale."):
+                average.copy_(parameter)
+            else:
+                average.mul_(self.settings.decay).add_(parameter.to(average), alpha=1 - self.settings.decay)
+        if averages:
+            raise ValueError(f"no value came for {', '.join(averages)}")
+
+    def push(self, image: Tensor, text: Tensor, pair_ids: Tensor, teacher: tuple[Tensor, Tensor] | None = None) -> None:
+        """Put the pairs of all ranks into the queue, in rank order; every rank calls it.
+
+        image, text: (b, d) momentum features of this rank's pairs, as they were at this step. pair_ids: (b, k) int64.
+        teacher: (b, d_t) its features; left out where the queue holds none.
+        """
+        if not self.queue.size:
+            return
+        columns = {"image": image, "text": text}
+        if self.teacher:
+            assert teacher is not None
+            columns |= {"teacher_image": teacher[0].to(image), "teacher_text": teacher[1].to(image)}
+        counts = row_counts(image)
+        together = gather_rows(torch.cat(list(columns.values()), 1), counts)
+        parts = together.split([column.shape[1] for column in columns.values()], 1)
+        ids = gather_rows(pair_ids.view(len(image), -1), counts)
+        self.queue.push({**dict(zip(columns, parts, strict=True)), "ids": ids})
+
+    @property
+    def fill(self) -> float:
+        """Share of the queue that holds pairs; 1 where there is none."""
+        return self.queue.filled / self.queue.size if self.queue.size else 1.0
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `restore` needs, by name; the same on all ranks."""
+        average = {_AVERAGE + name: value for name, value in self.average.state_dict().items()}
+        queue = {_QUEUE + name: value for name, value in self.queue.state().items()}
+        identity = torch.frombuffer(bytearray(self.teacher.encode() or b"-"), dtype=torch.uint8)
+        return average | queue | {_QUEUE + _SIZE: torch.tensor(self.queue.size), _QUEUE + _TEACHER: identity}
+
+    def restore(self, state: dict[str, Tensor], where: str, id_columns: int) -> None:
+        """Go on from a saved state.
+
+        where: what error lines call it; id_columns: how many ids a pair has. Raises UserError where the queue has
+        another size, other ids, or lacks this teacher's features.
+        """
+        device = next(self.average.parameters()).device
+        average, queue = (
+            {name.removeprefix(room): value.to(device) for name, value in state.items() if name.startswith(room)}
+            for room in (_AVERAGE, _QUEUE)
+        )
+        size = int(queue.pop(_SIZE))
+        if size != self.queue.size:
+            raise UserError(
+                f"--resume: {where} holds a queue of momentum.queue_size={size}, not {self.queue.size}; resume with "
+                f"momentum.queue_size={size}, or start anew in another output_dir"
+            )
+        if "ids" in queue and queue["ids"].shape[1] != id_columns:
+            raise UserError(
+                f"--resume: {where} holds a queue of pairs with {queue['ids'].shape[1]} ids each, not {id_columns}; "
+                "resume with data.duplicates and data.grouping as they were, or start anew in another output_dir"
+            )
+        names = ("teacher_image", "teacher_text")
+        whose = bytes(queue.pop(_TEACHER).tolist()).decode()
+        if self.teacher and "image" in queue and names[0] not in queue:
+            raise UserError(
+                f"--resume: {where} holds a queue without a teacher's features, which momentum.regulate_queue=true "
+                "needs; resume with momentum.regulate_queue=false, or start anew in another output_dir"
+            )
+        if self.teacher and names[0] in queue and whose != self.teacher:
+            raise UserError(
+                f"--resume: {where} holds a queue with the features of another teacher; resume with that "
+                "teacher.checkpoint, or start anew in another output_dir"
+            )
+        if not self.teacher:
+            queue = {name: column for name, column in queue.items() if name not in names}
+        self.average.load_state_dict(average)
+        self.queue.restore(queue)
+
+
+def saved_bytes(settings: MomentumConfig, parameters: int, width: int, teacher_width: int) -> int:
+    """What `state` takes on disk at most, with a full queue; the widths are those of features, 0 of no teacher's."""
+    if not settings.enabled:
+        return 0
+    return parameters * _BYTES + settings.queue_size * (2 * (width + teacher_width) * _BYTES + _BYTES_IDS)
