@@ -19,8 +19,11 @@ class _Room(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+TaskName = Literal["vqa", "pretrain"]
+
+
 class Arm(_Room):
-    task: Literal["vqa", "pretrain"]
+    task: TaskName
     selection: PatchSelectionConfig = PatchSelectionConfig()
 
 
@@ -37,9 +40,12 @@ class Sizes(_Room):
     scenes: int = Field(20_000, description="training scenes of a seed")
     held_out: int = 1000
     batch: int = 64
-    steps: dict[str, int] = {"vqa": 400, "pretrain": 300}
-    start_scenes: int = 20_000
-    start_steps: int = Field(1000, description="of the image encoder, to recognise what a cell shows")
+    image_scenes: int = 20_000
+    image_steps: int = Field(1000, description="of the image encoder alone, to recognise what a cell shows")
+    start_steps: dict[str, int] = Field(
+        {"vqa": 2000, "pretrain": 1000}, description="of the whole model on a task with all patches: where arms start"
+    )
+    steps: dict[str, int] = Field({"vqa": 300, "pretrain": 200}, description="of an arm, from there")
     lr_image: float = 2e-4
     lr_text: float = 1e-3
     warmup: int = 50
@@ -61,10 +67,14 @@ class Sizes(_Room):
         )
 
     @property
-    def start_fingerprint(self) -> str:
+    def image_fingerprint(self) -> str:
         """Equal for equal starts of the image encoder."""
-        told = self.model_dump(exclude={"scenes", "held_out", "steps", "text_layers", "fusion_layers", "lr_text"})
-        return _digest(told)
+        others = {"scenes", "held_out", "steps", "start_steps", "text_layers", "fusion_layers", "lr_image", "lr_text"}
+        return _digest(self.model_dump(exclude=others))
+
+    def start_fingerprint(self, task: str) -> str:
+        """Equal for equal starts of a task."""
+        return _digest({**self.model_dump(exclude={"steps", "start_steps"}), task: self.start_steps[task]})
 
 
 class Plan(_Room):
@@ -83,9 +93,9 @@ class Plan(_Room):
     def fingerprint(self, name: str, seed: int) -> str:
         """Equal for two trials that train the same model."""
         arm = self.arms[name].model_dump(mode="json")
-        sizes = self.sizes.model_dump(mode="json")
-        sizes["steps"] = self.sizes.steps[self.arms[name].task]
-        return _digest({"arm": arm, "sizes": sizes, "seed": seed})
+        task = self.arms[name].task
+        start = self.sizes.start_fingerprint(task)
+        return _digest({"arm": arm, "start": start, "steps": self.sizes.steps[task], "seed": seed})
 
 
 def read_plan(path: Path) -> Plan:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sacl_ds.config import OptimConfig, PatchSelectionConfig
@@ -44,16 +44,16 @@ def pictures(scenes: Scenes, folder: Path) -> Tensor:
     return torch.from_numpy(np.load(path)).permute(0, 3, 1, 2).contiguous()
 
 
-def started(model: SaclModel, sizes: Sizes, folder: Path) -> None:
-    """Give the image encoder its start: from `folder`, or trained and kept there. Minutes on a core."""
-    path = folder / f"start-{sizes.start_fingerprint}.safetensors"
+def image_start(sizes: Sizes, folder: Path) -> Path:
+    """Weights of the image encoder, from `folder`, or trained and kept there. Minutes on a core."""
+    path = folder / f"start-image-{sizes.image_fingerprint}.safetensors"
     if not path.exists():
         _train(sizes, folder, path)
-    model.image_encoder.load_state_dict(load_file(path))
+    return path
 
 
 def _train(sizes: Sizes, folder: Path, path: Path) -> None:
-    scenes = Scenes(sizes.start_scenes, _SEED, sizes.image_size)
+    scenes = Scenes(sizes.image_scenes, _SEED, sizes.image_size)
     images = pictures(scenes, folder)
     cell = cells_of_patches(sizes)
     truth = torch.from_numpy(truth_of_cells(scenes))[:, cell]
@@ -66,8 +66,8 @@ def _train(sizes: Sizes, folder: Path, path: Path) -> None:
     trained = [*encoder.parameters(), *of_patches.parameters(), *of_image.parameters()]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.01)
     schedule = OptimConfig(warmup_steps=sizes.warmup)
-    for step in range(sizes.start_steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate_factor(step, sizes.start_steps, schedule)
+    for step in range(sizes.image_steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate_factor(step, sizes.image_steps, schedule)
         drawn = torch.randint(len(scenes), (sizes.batch,))
         tokens = encoder(images[drawn]).tokens
         told = of_patches(tokens[:, 1:]).split(classes, 2)

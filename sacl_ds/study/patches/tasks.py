@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sacl_ds.config import LossConfig
@@ -19,20 +20,22 @@ from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, p
 from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.study.patches.plan import Arm, Sizes
-from sacl_ds.study.patches.start import cells_of_patches, pictures, started
+from sacl_ds.study.patches.start import cells_of_patches, image_start, pictures
 from sacl_ds.training.objectives import PretrainObjective, Targets
 
 HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds
 _TRAINING = 10  # plus the trial's: no two pools share a scene
-_WORDS_FROM = 2000  # scenes whose sentences the vocabulary comes from
+_WORDS_FROM, _WORDS_SEED = 2000, 78  # scenes whose sentences give the vocabulary and the answers of all seeds
 _PART = 250
 _RERANKED = 16
 _MASKED = 0.15
+_ABOUT_ONE = ("colour", "texture", "place", "shape")  # kinds of questions that name an object by shape or colour
 
 
 class Task:
     """A model, what is trained with it, a loss for rows drawn, and what it reaches on held-out scenes."""
 
+    model: SaclModel
     module: nn.Module
     rows: int
 
@@ -44,9 +47,11 @@ class Task:
 
 
 def build(arm: Arm, sizes: Sizes, seed: int, folder: Path) -> Task:
-    """Starting weights follow from the seed alone, so that arms of a task begin as one."""
+    """With new text and fusion encoders; the image encoder's start comes from `folder`."""
     kind: Callable[[Arm, Sizes, int, Path], Task] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[arm.task]
-    return kind(arm, sizes, seed, folder)
+    task = kind(arm, sizes, seed, folder)
+    task.model.image_encoder.load_state_dict(load_file(image_start(sizes, folder)))
+    return task
 
 
 @dataclass
@@ -58,7 +63,7 @@ class _Asked:
     mask: Tensor
     answer: Tensor
     kinds: list[str]
-    places: list[int]  # of the object that is asked about, -1 where there is none
+    places: list[int]  # of the object that is asked about
 
 
 class QuestionAnswering(Task):
@@ -66,19 +71,24 @@ class QuestionAnswering(Task):
 
     def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
-        asked = [training.questions(index) for index in range(len(training))]
-        self.answers = sorted({answer for some in asked for _, _, answer in some})
-        tokenizer = _tokenizer([question for some in asked[:_WORDS_FROM] for _, question, _ in some], sizes, arm)
+        asked = [self._questions(training, index) for index in range(len(training))]
+        known = Scenes(_WORDS_FROM, _WORDS_SEED)
+        examples = [one for index in range(len(known)) for one in self._questions(known, index)]
+        self.answers = sorted({answer for _, _, answer in examples})
+        tokenizer = _tokenizer([question for _, question, _ in examples], sizes, arm)
         self.training = self._asked(training, asked, tokenizer)
-        self.held_out = self._asked(held_out, [held_out.questions(i) for i in range(len(held_out))], tokenizer)
+        self.held_out = self._asked(held_out, [self._questions(held_out, i) for i in range(len(held_out))], tokenizer)
         self.scenes, self.cells = held_out, cells_of_patches(sizes)
         self.images, self.held_out_images = pictures(training, folder), pictures(held_out, folder)
         torch.manual_seed(seed)
         self.model = SaclModel(sizes.model(arm.selection), tokenizer.size, pretrained=False)
         self.head = nn.Linear(sizes.width, len(self.answers))
-        started(self.model, sizes, folder)
         self.module = nn.ModuleList([self.model, self.head])
         self.rows = len(self.training.answer)
+
+    @staticmethod
+    def _questions(scenes: Scenes, index: int) -> list[tuple[str, str, str]]:
+        return [one for one in scenes.questions(index) if one[0] in _ABOUT_ONE]
 
     def _asked(self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer) -> _Asked:
         flat = [(index, *one) for index, some in enumerate(asked) for one in some]
@@ -118,9 +128,8 @@ class QuestionAnswering(Task):
                 objects = [thing[PLACE] for thing in self.scenes.scene(int(asked.scene[row])).objects]
                 everywhere = torch.isin(self.cells, torch.tensor(objects)).sum()
                 kept["objects"].append(float(torch.isin(cells, torch.tensor(objects)).sum() / everywhere))
-                if asked.places[row] >= 0:
-                    here = asked.places[row]
-                    kept["asked"].append(float((cells == here).sum() / (self.cells == here).sum()))
+                here = asked.places[row]
+                kept["asked"].append(float((cells == here).sum() / (self.cells == here).sum()))
         kinds: dict[str, list[bool]] = {}
         for kind, one in zip(asked.kinds, right, strict=True):
             kinds.setdefault(kind, []).append(one)
@@ -132,10 +141,8 @@ class QuestionAnswering(Task):
 
 
 def _place_of(scene: Scene, kind: str, question: str) -> int:
-    """Of the one object that a question names by its shape or its colour; -1 for other questions."""
+    """Of the one object that a question names by its shape or its colour."""
     attribute, names = {"shape": (COLOUR, COLOURS)}.get(kind, (SHAPE, SHAPES))
-    if kind not in ("colour", "texture", "place", "shape"):
-        return -1
     return next(thing[PLACE] for thing in scene.objects if names[thing[attribute]] in question.split())
 
 
@@ -165,14 +172,14 @@ class Pretraining(Task):
 
     def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
-        said = [caption.text for index in range(_WORDS_FROM) for caption in training.captions(index % len(training))]
+        known = Scenes(_WORDS_FROM, _WORDS_SEED)
+        said = [caption.text for index in range(len(known)) for caption in known.captions(index)]
         tokenizer = _tokenizer(said, sizes, arm)
         self.training, self.held_out = (self._captioned(each, tokenizer, folder) for each in (training, held_out))
         captions = [caption for index in range(len(held_out)) for caption in held_out.captions(index)]
         self.held_out.relevance = relevance(captions, [held_out.scene(i) for i in range(len(held_out))]) >= 1
         torch.manual_seed(seed)
         self.model = SaclModel(sizes.model(arm.selection), tokenizer.size, pretrained=False)
-        started(self.model, sizes, folder)
         self.module = PretrainObjective(self.model, LossConfig(contrastive="infonce"))
         self.rows = len(self.training.ids)
         self.generator = torch.Generator().manual_seed(seed)

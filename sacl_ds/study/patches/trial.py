@@ -12,16 +12,17 @@ from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sacl_ds.config import OptimConfig, PatchSelectionConfig
-from sacl_ds.model.sacl import SaclModel
-from sacl_ds.study.patches.plan import Plan, Sizes
-from sacl_ds.study.patches.start import pictures, started
+from sacl_ds.config import OptimConfig
+from sacl_ds.study.patches.plan import Arm, Plan, Sizes, TaskName
+from sacl_ds.study.patches.start import image_start, pictures
 from sacl_ds.study.patches.tasks import Task, build, trial_scenes
 from sacl_ds.training.schedules import learning_rate_factor
 
 Trial = tuple[str, int]  # arm and seed
+_START_SEED = 500
 
 
 def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
@@ -34,16 +35,20 @@ def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
 
 
 def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, dict[str, Any]], None]) -> None:
-    """Run what is missing, seed after seed; `done` is called after each trial."""
-    started(SaclModel(plan.sizes.model(PatchSelectionConfig()), 10, pretrained=False), plan.sizes, folder)
+    """Run what is missing, seed after seed, the tasks' starts first; `done` is called after each trial."""
     there = finished(plan, folder)
     missing = [(name, seed) for seed in plan.seeds for name in plan.arms if (name, seed) not in there]
-    for seed in {seed for _, seed in missing}:
+    for seed in {_START_SEED, *(seed for _, seed in missing)} if missing else ():
         for scenes in trial_scenes(plan.sizes, seed):
             pictures(scenes, folder)  # before two trials would draw them at once
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as workers:
+        if missing:
+            workers.submit(image_start, plan.sizes, folder).result()
+        tasks = {plan.arms[name].task for name, _ in missing}
+        for started in [workers.submit(task_start, task, plan.sizes, folder) for task in sorted(tasks)]:
+            started.result()
         running = {workers.submit(run_trial, plan, *trial, folder): trial for trial in missing}
         for future in as_completed(running):
             result = future.result()
@@ -52,16 +57,27 @@ def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, di
             done(running[future], result)
 
 
+def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
+    """Weights of a task's module that has learned it with all patches: from `folder`, or trained and kept there."""
+    path = folder / f"start-{kind}-{sizes.start_fingerprint(kind)}.safetensors"
+    if not path.exists():
+        task = build(Arm(task=kind), sizes, _START_SEED, folder)
+        _train(task, sizes, _START_SEED, sizes.start_steps[kind])
+        temporary = path.with_suffix(".writing")
+        save_file(task.module.state_dict(), temporary)
+        temporary.replace(path)
+        task.module.eval()
+        path.with_suffix(".json").write_text(json.dumps(task.evaluate()))
+    return path
+
+
 def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Go on from the task's start with the arm's way of choosing patches, on scenes of the seed."""
     start = time.perf_counter()
     arm, sizes = plan.arms[name], plan.sizes
     task = build(arm, sizes, seed, folder)
-    steps = sizes.steps[arm.task]
-    step = stepper(task, sizes)
-    draws = torch.Generator().manual_seed(seed)
-    for number in range(steps):
-        torch.manual_seed(1_000_003 * seed + number)
-        step(torch.randint(task.rows, (sizes.batch,), generator=draws), number, steps)
+    task.module.load_state_dict(load_file(task_start(arm.task, sizes, folder)))
+    _train(task, sizes, seed, sizes.steps[arm.task])
     task.module.eval()
     return {
         "fingerprint": plan.fingerprint(name, seed),
@@ -70,6 +86,14 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
         **task.evaluate(),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _train(task: Task, sizes: Sizes, seed: int, steps: int) -> None:
+    step = stepper(task, sizes)
+    draws = torch.Generator().manual_seed(seed)
+    for number in range(steps):
+        torch.manual_seed(1_000_003 * seed + number)
+        step(torch.randint(task.rows, (sizes.batch,), generator=draws), number, steps)
 
 
 def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
