@@ -45,7 +45,7 @@ class Sizes(_Room):
     start_steps: dict[str, int] = Field(
         {"vqa": 2000, "pretrain": 1000}, description="of the whole model on a task with all patches: where arms start"
     )
-    steps: dict[str, int] = Field({"vqa": 300, "pretrain": 200}, description="of an arm, from there")
+    steps: dict[str, int] = Field({"vqa": 500, "pretrain": 200}, description="of an arm, from there")
     lr_image: float = 2e-4
     lr_text: float = 1e-3
     warmup: int = 50
