@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starting import losses as losses_of
+from starting import start
 from torch import Tensor, nn
 
 from sacl_ds.config import ModelConfig, PatchSelectionConfig
 from sacl_ds.errors import UserError
 from sacl_ds.model.patch_selection import kept_count, select
 from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.saved import load_model
 from sacl_ds.model.vision import ImageEncoder
 from sacl_ds.training.objectives import PretrainObjective, Targets
 
@@ -347,3 +351,17 @@ def test_what_cannot_select_says_so(changes: dict, line: str) -> None:
     with pytest.raises(UserError, match=line) as error:
         SaclModel(ModelConfig.model_validate(values | changes), 50, pretrained=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("placement", "ranks", "stage"), [("tower", 2, 3), ("published", 1, 2)])
+def test_a_run(placement: str, ranks: int, stage: int, tmp_path: Path) -> None:
+    """Trained, evaluated and loaded again; a caption that chooses before ITC is warned of."""
+    settings = [f"model.patch_selection.{each}" for each in (f"placement={placement}", "layers=[1]", "keep_rate=0.5")]
+    done = start(tmp_path / "run", *settings, "teacher.steps=0", "train.steps=4", ranks=ranks, stage=stage)
+    assert all(map(math.isfinite, losses_of(tmp_path / "run")))
+    assert ("ITC, which can find the pair" in " ".join(done.stdout.split())) == (placement == "published")
+    model, run, _ = load_model(tmp_path / "run", "output_dir")
+    assert run.model.patch_selection.placement == placement
+    batch = pixels(2, run.model.image_size)
+    kept = model.image_encoder(batch, torch.randn(2, 32)).places
+    assert kept.shape == (2, 5)  # of 9

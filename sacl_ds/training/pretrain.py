@@ -169,11 +169,8 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         features = _stored(run, phase, teacher) if teacher and run.teacher.features else None
         model, begun = _model(phase, tokenizer)
         evaluator = job.evaluator(run)
-        if first and (warning := _check_space(run, folder, model)):
-            progress.print(f"warning: {warning}")
-        if first and begun and begun.sources:
-            progress.print(Text(str(begun)))
-            (folder / START).write_text(f"{begun}\n")
+        if first:
+            _announce(run, folder, model, begun, progress)
     if engine_config.fused_norm:
         use_fused_layer_norm(model)
     canonical = View(CanonicalView(run.model.image_size), tokenizer)
@@ -237,6 +234,21 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
     engine.destroy()
     barrier()
     return result, progress
+
+
+def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport | None, progress: RunProgress) -> None:
+    """What is to be known before training: room on the disk, what the model starts from, a leak. For rank 0."""
+    if warning := _check_space(run, folder, model):
+        progress.print(f"warning: {warning}")
+    if model.captions_choose:
+        progress.print(
+            "warning: model.patch_selection.placement=published: each image's patches are chosen by its own caption "
+            "before ITC, "
+            "which can find the pair by what was chosen; retrieval without captions has no such help"
+        )
+    if begun and begun.sources:
+        progress.print(Text(str(begun)))
+        (folder / START).write_text(f"{begun}\n")
 
 
 def _stored(run: RunConfig, phase: Phase, teacher: Teacher) -> FeatureReader:
