@@ -176,19 +176,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [[*head, *(["peak GB"] if memory else [])], ["---", "---:", "---", *["---:"] * (len(head) - 3 + memory)]]
     for row in rows:
         spread = f"{row['slowest']:.2f}–{row['fastest']:.2f}" if row["placement"] != "none" else ""
-        cells = [
-            row["use"],
-            str(row["size"]),
-            row["placement"],
-            f"{row['pairs_per_second']:.3g}",
-            f"{row['speed']:.2f}",
-        ]
+        cells = [row["use"], str(row["size"]), row["placement"], f"{row['pairs_per_second']:.3g}"]
+        cells.append(f"{row['speed']:.2f}")
         cells += [spread, f"{row['gflops']:.3g}" if row["gflops"] < 100 else f"{row['gflops']:.0f}"]
         lines.append([*cells, f"{row['promised']:.2f}", *([f"{row['bytes'] / 1e9:.2f}"] if memory else [])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], heading: str, path: Path) -> None:
     """Speed beside none's, a panel for each use; a mark where FLOPs alone would put it."""
     import matplotlib
 
@@ -204,23 +199,42 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     for axis, use in zip(axes[0], uses, strict=True):
         for number, size in enumerate(sizes):
             here = {row["placement"]: row for row in rows if (row["use"], row["size"]) == (use, size)}
-            places = [place + (number - (len(sizes) - 1) / 2) * wide for place in range(len(names))]
-            speeds = [here[name]["speed"] for name in names]
-            low = [here[name]["speed"] - here[name]["slowest"] for name in names]
-            high = [here[name]["fastest"] - here[name]["speed"] for name in names]
+            shown = [here[name] for name in names if name in here]  # none where the run was stopped before it
+            left = (number - (len(sizes) - 1) / 2) * wide
+            places = [names.index(row["placement"]) + left for row in shown]
+            speeds = [row["speed"] for row in shown]
+            low = [row["speed"] - row["slowest"] for row in shown]
+            high = [row["fastest"] - row["speed"] for row in shown]
             colour = plt.get_cmap("viridis")(0.15 + 0.6 * number / max(1, len(sizes) - 1))
             axis.bar(places, speeds, 0.9 * wide, color=colour, yerr=(low, high), ecolor="#999999", label=f"{size} px")
-            promised = [here[name]["promised"] for name in names]
-            axis.scatter(
-                places, promised, marker="_", s=160, color="#d62728", zorder=3, label=None if number else "by FLOPs"
-            )
+            promised, said = [row["promised"] for row in shown], None if number else "by FLOPs"
+            axis.scatter(places, promised, marker="_", s=160, color="#d62728", zorder=3, label=said)
         axis.axhline(1, color="#555555", linewidth=0.8)
         axis.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
         axis.set_title(use, fontsize=10)
     axes[0, 0].set_ylabel("pairs/s, of none")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=8, color="#555555")
+    figure.suptitle(heading, fontsize=8, color="#555555")
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def title(options: argparse.Namespace, device: torch.device) -> str:
+    threads = f"{platform.machine()}, {options.threads} CPU threads"
+    on = torch.cuda.get_device_name() if device.type == "cuda" else threads
+    return f"{on}, torch {torch.__version__}, {options.dtype}, batch {options.batch}, median of {options.rounds}"
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace, device: torch.device) -> str:
+    return f"{title(options, device)}\n\n{table(rows)}"
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace, device: torch.device) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {"settings": vars(options), "rows": rows}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1, default=str))
+    (options.out / "table.md").write_text(report(rows, options, device) + "\n")
+    plot(rows, title(options, device), options.out / "plot.png")
 
 
 def arguments() -> argparse.Namespace:
@@ -265,23 +279,11 @@ def main() -> None:
         batch = random_batch(options.batch, options.text_tokens, size, vocabulary, predicted, device)
         for use in options.uses:
             rows += rows_of(size, use, measure(models, use, batch, options), costs, options.batch)
+            rows.sort(key=lambda row: USES.index(row["use"]))
+            if options.out:  # after each, for runs that are stopped
+                write(rows, options, device)
             print(f"{use} at {size} px: done", file=sys.stderr, flush=True)
-    rows.sort(key=lambda row: USES.index(row["use"]))
-    on = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()}, {options.threads} CPU threads"
-    )
-    title = f"{on}, torch {torch.__version__}, {options.dtype}, batch {options.batch}, median of {options.rounds}"
-    text = f"{title}\n\n{table(rows)}"
-    print(text)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(
-            json.dumps({"settings": vars(options), "rows": rows}, indent=1, default=str)
-        )
-        (options.out / "table.md").write_text(text + "\n")
-        plot(rows, title, options.out / "plot.png")
+    print(report(rows, options, device))
 
 
 if __name__ == "__main__":
