@@ -199,7 +199,9 @@ def plot(rows: list[dict[str, Any]], heading: str, path: Path) -> None:
     for axis, use in zip(axes[0], uses, strict=True):
         for number, size in enumerate(sizes):
             here = {row["placement"]: row for row in rows if (row["use"], row["size"]) == (use, size)}
-            shown = [here[name] for name in names if name in here]  # none where the run was stopped before it
+            shown = [here[name] for name in names if name in here]
+            if not shown:  # the run was stopped before it
+                continue
             left = (number - (len(sizes) - 1) / 2) * wide
             places = [names.index(row["placement"]) + left for row in shown]
             speeds = [row["speed"] for row in shown]
@@ -213,7 +215,8 @@ def plot(rows: list[dict[str, Any]], heading: str, path: Path) -> None:
         axis.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
         axis.set_title(use, fontsize=10)
     axes[0, 0].set_ylabel("pairs/s, of none")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    labelled = {label: of for axis in axes[0] for of, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(labelled.values()), list(labelled), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(heading, fontsize=8, color="#555555")
     figure.savefig(path, dpi=130)
     plt.close(figure)
