@@ -41,6 +41,7 @@ study-quick: venv
 
 docs: venv
 	python -m sacl_ds.config_help docs/configuration.md
+	python -m sacl_ds.model.cost_page docs/presets.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

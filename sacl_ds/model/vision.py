@@ -42,6 +42,19 @@ class ImageStates(NamedTuple):
         return ImageStates(tokens, Scored(tokens, keys, query, self.scored.fused))
 
 
+class Choice(NamedTuple):
+    """One selection. scores: float, rows sum to 1. What a later one chooses from has a last score, the fused token's.
+
+    layer: from 1. among, places: (n, patches) and (n, kept) int64, the patches chosen from and those kept, by their
+    place in the picture. scores: (n, patches) or (n, patches + 1).
+    """
+
+    layer: int
+    among: Tensor
+    scores: Tensor
+    places: Tensor
+
+
 class ImageEncoder(nn.Module):
     """(b, 3, H, W) uint8 -> `ImageStates`. Pixels are normalised here, on the device."""
 
@@ -75,11 +88,11 @@ class ImageEncoder(nn.Module):
         self.selection = selection
         self.layers = _selecting_layers(self.vit, name, selection)
 
-    def forward(self, images: Tensor, guide: Tensor | None = None) -> ImageStates:
+    def forward(self, images: Tensor, guide: Tensor | None = None, record: list[Choice] | None = None) -> ImageStates:
         """guide: (b, width) [CLS] states of texts to choose the patches by, already here.
 
         With placement `tower` or `published`, and for `output` too where it is given; without a guide no text takes
-        part in the result.
+        part in the result. record: gets every selection that is made, in order.
         """
         pixels = (images - self.mean) / self.std
         if not self.layers:
@@ -91,7 +104,7 @@ class ImageEncoder(nn.Module):
         scored = self._attended(vit.blocks[first - 1], x, fused=False)
         in_tower = self.selection.placement != "output"
         if in_tower and (guide is not None or self.selection.guide != "text"):
-            tokens, places = self._selected(scored, guide)
+            tokens, places = self._selected(scored, guide, record)
             return ImageStates(tokens, None, places)
         x = self._run(_second_half(vit.blocks[first - 1]), scored.tokens)
         for block in vit.blocks[first:]:
@@ -100,33 +113,40 @@ class ImageEncoder(nn.Module):
         if self.selection.placement == "published":
             return ImageStates(tokens)
         states = ImageStates(tokens, scored if in_tower else scored._replace(tokens=tokens))
-        return states if guide is None else self.guided(states, guide)
+        return states if guide is None else self.guided(states, guide, record=record)
 
-    def guided(self, states: ImageStates, guide: Tensor, images: Tensor | None = None) -> ImageStates:
+    def guided(
+        self, states: ImageStates, guide: Tensor, images: Tensor | None = None, record: list[Choice] | None = None
+    ) -> ImageStates:
         """Images as n texts are to see them. guide: (n, width), [CLS] states of the texts. images: (n,) places in the
         batch, None for one text each, in order. Nothing is left to choose in what is returned."""
         if images is not None:
             states = states.at(images)
         if states.scored is None:
             return states
-        tokens, places = self._selected(states.scored, guide)
+        tokens, places = self._selected(states.scored, guide, record)
         return ImageStates(tokens, None, places)
 
-    def _selected(self, scored: Scored, guide: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _selected(
+        self, scored: Scored, guide: Tensor | None, record: list[Choice] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """From the attention of the first selecting layer on: (n, P', width) and the places of the patches kept."""
         vit, rate = self.vit, self.selection.keep_rate
         places: Tensor | None = None
         last = self.layers[-1]
 
-        def chosen(scored: Scored, block: Block) -> Tensor:
+        def chosen(scored: Scored, number: int) -> Tensor:
             nonlocal places
-            keep = kept_count(scored.patches, rate)
-            tokens, among = select(scored.tokens, self._scores(scored, block.attn, guide), keep, scored.fused)
-            places = among if places is None else places.gather(1, among)
+            keep, scores = kept_count(scored.patches, rate), self._scores(scored, vit.blocks[number - 1].attn, guide)
+            tokens, best = select(scored.tokens, scores, keep, scored.fused)
+            before, places = places, best if places is None else places.gather(1, best)
+            if record is not None:
+                everywhere = torch.arange(scored.patches, device=best.device).expand(len(best), -1)
+                record.append(Choice(number, everywhere if before is None else before, scores, places))
             return tokens
 
         first = self.layers[0]
-        x = chosen(scored, vit.blocks[first - 1])
+        x = chosen(scored, first)
         if self.selection.placement != "output":
             x = self._run(_second_half(vit.blocks[first - 1]), x)
             for number, block in enumerate(vit.blocks[first:], first + 1):
@@ -134,7 +154,7 @@ class ImageEncoder(nn.Module):
                     x = self._run(block, x)
                     continue
                 fused = x.shape[1] > 1 + (scored.patches if places is None else places.shape[1])
-                x = self._run(_second_half(block), chosen(self._attended(block, x, fused), block))
+                x = self._run(_second_half(block), chosen(self._attended(block, x, fused), number))
             x = vit.norm(x)
         assert places is not None
         return x, places
