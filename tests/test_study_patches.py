@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from sacl_ds.data.scene_language import COLOUR, COLOURS, PLACE, SHAPE, SHAPES
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.errors import UserError
 from sacl_ds.study.patches.plan import Plan, read_plan
 from sacl_ds.study.patches.start import cells_of_patches
-from sacl_ds.study.patches.summary import speed_table, write_table
+from sacl_ds.study.patches.summary import draw_kept, speed_table, write_table
 from sacl_ds.study.patches.tasks import Pretraining, QuestionAnswering, build
-from sacl_ds.study.patches.trial import finished, run_plan, speeds
+from sacl_ds.study.patches.trial import finished, run_plan, speeds, trained
 
 SELECTED = {"placement": "tower", "layers": [1, 2]}
 TINY = {
@@ -108,6 +109,16 @@ def test_what_is_asked_about(study: tuple[Plan, Path]) -> None:
             assert [task.held_out.places[row]] == named
             row += 1
     assert row == len(task.held_out.answer)
+
+
+def test_the_picture(study: tuple[Plan, Path], tmp_path: Path) -> None:
+    """Two questions of each scene, about two objects."""
+    plan, folder = study
+    task = trained(plan, "text", 0, folder)
+    assert isinstance(task, QuestionAnswering)
+    draw_kept(task, "kept", tmp_path / "kept.png", (0, 1))
+    width, height = Image.open(tmp_path / "kept.png").size
+    assert width > height > 300
 
 
 def test_patches_lie_in_their_cells() -> None:

@@ -22,18 +22,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds of the plan")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--speed", action="store_true", help="time a training step of each arm, in turn, and no more")
+    parser.add_argument(
+        "--picture", metavar="ARM", help="train an arm of questions and draw --out/ARM.png, and no more"
+    )
     parser.add_argument("--summary", action="store_true", help="run nothing; the table of what is there")
     options = parser.parse_args()
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes {options.processes}: at least 1")
 
     from sacl_ds.study.patches.plan import read_plan
-    from sacl_ds.study.patches.summary import speed_table, write_table
-    from sacl_ds.study.patches.trial import finished, run_plan, speeds
+    from sacl_ds.study.patches.summary import draw_kept, speed_table, write_table
+    from sacl_ds.study.patches.tasks import QuestionAnswering
+    from sacl_ds.study.patches.trial import finished, run_plan, speeds, trained
 
     plan = read_plan(options.plan).only(options.arms, options.seeds)
     if options.speed:
         print(speed_table(plan, speeds(plan, options.out)))
+        return
+    if options.picture:
+        plan = plan.only([options.picture], None)
+        task = trained(plan, options.picture, plan.seeds[0], options.out)
+        if not isinstance(task, QuestionAnswering) or not task.model.image_encoder.layers:
+            raise UserError(f"--picture {options.picture}: an arm of questions that leaves patches out has one")
+        path = options.out / f"{options.picture}.png"
+        draw_kept(task, f"{options.picture}, seed {plan.seeds[0]}, held-out scenes", path)
+        print(path)
         return
     if not options.summary:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

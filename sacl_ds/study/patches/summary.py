@@ -7,7 +7,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from sacl_ds.analysis.patches import draw, look
 from sacl_ds.study.patches.plan import Plan
+from sacl_ds.study.patches.tasks import QuestionAnswering
 from sacl_ds.study.patches.trial import Trial
 
 Results = Mapping[Trial, Mapping[str, Any]]
@@ -50,6 +52,20 @@ def _table(plan: Plan, results: Results, task: str) -> str:
             cells.append(f"{100 * fmean(results[name, seed]['by_kind'][kind] for seed in plan.seeds):.1f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw_kept(task: QuestionAnswering, title: str, path: Path, scenes: tuple[int, ...] = (3, 10, 19)) -> None:
+    """Write a PNG: what the task's model keeps of held-out scenes for two questions about different objects of each."""
+    looked = []
+    for scene in scenes:
+        rows = [row for row, index in enumerate(task.held_out.scene.tolist()) if index == scene]
+        other = next(row for row in rows if task.held_out.places[row] != task.held_out.places[rows[0]])
+        questions = [question for _, question, _ in task.questions(task.scenes, scene)]
+        picture = task.held_out_images[scene]
+        said = [questions[row - rows[0]] for row in (rows[0], other)]
+        looked.append(look(task.model, task.tokenizer, picture.expand(2, -1, -1, -1), said))
+    vit = task.model.image_encoder.vit
+    draw(looked, vit.patch_embed.patch_size[0], title, path)
 
 
 def speed_table(plan: Plan, seconds: dict[str, float]) -> str:

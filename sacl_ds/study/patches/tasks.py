@@ -71,13 +71,14 @@ class QuestionAnswering(Task):
 
     def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
-        asked = [self._questions(training, index) for index in range(len(training))]
+        asked = [self.questions(training, index) for index in range(len(training))]
         known = Scenes(_WORDS_FROM, _WORDS_SEED)
-        examples = [one for index in range(len(known)) for one in self._questions(known, index)]
+        examples = [one for index in range(len(known)) for one in self.questions(known, index)]
         self.answers = sorted({answer for _, _, answer in examples})
         tokenizer = _tokenizer([question for _, question, _ in examples], sizes, arm)
+        self.tokenizer = tokenizer
         self.training = self._asked(training, asked, tokenizer)
-        self.held_out = self._asked(held_out, [self._questions(held_out, i) for i in range(len(held_out))], tokenizer)
+        self.held_out = self._asked(held_out, [self.questions(held_out, i) for i in range(len(held_out))], tokenizer)
         self.scenes, self.cells = held_out, cells_of_patches(sizes)
         self.images, self.held_out_images = pictures(training, folder), pictures(held_out, folder)
         torch.manual_seed(seed)
@@ -87,7 +88,8 @@ class QuestionAnswering(Task):
         self.rows = len(self.training.answer)
 
     @staticmethod
-    def _questions(scenes: Scenes, index: int) -> list[tuple[str, str, str]]:
+    def questions(scenes: Scenes, index: int) -> list[tuple[str, str, str]]:
+        """(kind, question, answer) of those about one object."""
         return [one for one in scenes.questions(index) if one[0] in _ABOUT_ONE]
 
     def _asked(self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer) -> _Asked:

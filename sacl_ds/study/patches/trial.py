@@ -72,20 +72,21 @@ def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
 
 
 def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Go on from the task's start with the arm's way of choosing patches, on scenes of the seed."""
+    """Figures of an arm on held-out scenes, and how long it took."""
     start = time.perf_counter()
+    figures = trained(plan, name, seed, folder).evaluate()
+    seconds = time.perf_counter() - start
+    return {"fingerprint": plan.fingerprint(name, seed), "arm": name, "seed": seed, **figures, "seconds": seconds}
+
+
+def trained(plan: Plan, name: str, seed: int, folder: Path) -> Task:
+    """In eval mode: gone on from the task's start with the arm's way of choosing patches, on scenes of the seed."""
     arm, sizes = plan.arms[name], plan.sizes
     task = build(arm, sizes, seed, folder)
     task.module.load_state_dict(load_file(task_start(arm.task, sizes, folder)))
     _train(task, sizes, seed, sizes.steps[arm.task])
     task.module.eval()
-    return {
-        "fingerprint": plan.fingerprint(name, seed),
-        "arm": name,
-        "seed": seed,
-        **task.evaluate(),
-        "seconds": time.perf_counter() - start,
-    }
+    return task
 
 
 def _train(task: Task, sizes: Sizes, seed: int, steps: int) -> None:
