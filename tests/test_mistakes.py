@@ -184,6 +184,12 @@ def test_an_albef_without_its_tokenizer(tmp_path: Path) -> None:
     documented(said(start(tmp_path / "run", f"model.start={tmp_path}/ALBEF.pth", check=False), tmp_path))
 
 
+@pytest.mark.parametrize("more", [[], ["model.patch_selection.layers=[1]", "model.text_width=64"]])
+def test_patches_that_cannot_be_selected(more: list[str], tmp_path: Path) -> None:
+    arguments = ["model.patch_selection.placement=tower", *more, "teacher.steps=0"]
+    documented(said(start(tmp_path / "run", *arguments, check=False), tmp_path))
+
+
 def test_a_misspelt_hostfile(tmp_path: Path) -> None:
     options = (f"--hostfile={tmp_path}/hots",)
     documented(said(launch("--ds_config", "ds_configs/zero2.json", *SMALL, options=options), tmp_path))

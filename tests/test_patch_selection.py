@@ -338,7 +338,10 @@ def test_compiles_into_one_graph(placement: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"patch_selection": {"placement": "tower", "layers": [9]}}, "layers=.9., but it has 2 layers"),
+        (
+            {"patch_selection": {"placement": "tower", "layers": [9]}},
+            r"no layer 9 in its 2; set model.patch_selection.layers, counted from 1, e.g. \[1\]",
+        ),
         ({"text_width": 48}, "model.text_width=48, vit_tiny_patch16_224 has 32"),
         ({"image_encoder": "eva02_tiny_patch14_224"}, "Eva cannot select; choose a VisionTransformer"),
         ({"image_encoder": "vit_relpos_base_patch16_clsgap_224"}, "cannot select; choose"),

@@ -221,7 +221,10 @@ def _selecting_layers(vit: nn.Module, name: str, selection: PatchSelectionConfig
     depth = len(vit.blocks)
     layers = [depth] if selection.placement == "output" else sorted(set(selection.layers))
     if layers[-1] > depth:
-        raise UserError(f"{here}: model.patch_selection.layers={layers}, but it has {depth} layers, from 1 on")
+        raise UserError(
+            f"{here}: no layer {layers[-1]} in its {depth}; set model.patch_selection.layers, counted from 1, e.g. "
+            f"[{max(1, depth // 2)}]"
+        )
     for number in layers:
         block = vit.blocks[number - 1]
         if type(block) is not Block or type(block.attn) is not Attention:
