@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,6 +15,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.study.dual_encoder import Shape
 from sacl_ds.study.recognition import StemSettings
 
+_Kind = TypeVar("_Kind", bound=BaseModel)
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NaturalFloat = Annotated[float, Field(ge=0)]
@@ -169,8 +170,13 @@ class Plan(BaseModel):
 
 def read_plan(path: Path) -> Plan:
     """Raises UserError with one line."""
+    return read_validated(path, Plan)
+
+
+def read_validated(path: Path, kind: type[_Kind]) -> _Kind:
+    """A plan of any study from its YAML. Raises UserError with one line."""
     try:
-        return Plan.model_validate(yaml.safe_load(path.read_text()))
+        return kind.model_validate(yaml.safe_load(path.read_text()))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:

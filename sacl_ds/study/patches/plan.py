@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from sacl_ds.config import ModelConfig, PatchSelectionConfig
 from sacl_ds.data.scenes import VERSION
 from sacl_ds.errors import UserError
+from sacl_ds.study.plan import read_validated
 
 
 class _Room(BaseModel):
@@ -100,15 +100,7 @@ class Plan(_Room):
 
 def read_plan(path: Path) -> Plan:
     """Raises UserError with one line."""
-    try:
-        return Plan.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return read_validated(path, Plan)
 
 
 def _digest(told: dict[str, Any]) -> str:
