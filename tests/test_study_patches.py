@@ -148,7 +148,7 @@ def test_bad_plans_are_one_line(tmp_path: Path, root: Path) -> None:
         read_plan(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_plan(tmp_path / "none.yaml")
-    shipped = read_plan(root / "launch/configs/study_patches.yaml")
+    shipped = read_plan(root / "launch/configs/patches_study.yaml")
     with pytest.raises(UserError, match="no arm of the plan is called 'vqa'"):
         shipped.only(["vqa"], None)
     done = subprocess.run(
