@@ -75,7 +75,7 @@ def test_the_batch_predicts_so_many_tokens(root: Path) -> None:
     [
         (["--batch", "1"], "--batch 1 --rounds 5: at least 2 pairs"),
         (["--width", "31"], "model.text_width=31 must be a multiple of"),
-        (["--layers", "9"], "layers=.9., but it has 3 layers"),
+        (["--layers", "9"], "no layer 9 in its 3; set model.patch_selection.layers"),
         (["--keep-rate", "0"], "keep_rate=0.0 keeps no patch"),
     ],
 )

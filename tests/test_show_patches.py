@@ -89,7 +89,7 @@ def test_later_layers_choose_among_what_earlier_ones_kept() -> None:
     ("arguments", "line"),
     [
         (["--scenes", 1], "without patch selection .placement=none.*--placement tower --layers 1, of its 1 layers"),
-        (["--scenes", 1, "--placement", "tower"], "layers=.5, 10., but it has 1 layers"),
+        (["--scenes", 1, "--placement", "tower"], "no layer 10 in its 1; set model.patch_selection.layers"),
         (["--scenes", 900, "--placement", "output"], "--scenes 900: there are 500"),
         (["--placement", "output"], "no picture to look at; name some"),
         (["--image", "missing.jpg", "--captions", "a", "--placement", "output"], "--image missing.jpg: No such file"),
