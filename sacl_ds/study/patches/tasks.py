@@ -208,10 +208,13 @@ class Pretraining(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Held out, in per one. ITC alone: mAP and any_R@1 (any picture that the caption is true of), own_R@1 (the very
-        picture), with images that no text guides; told_R@1: the same with every image guided by its own first caption,
-        which is what `published` trains. reranked_any_R@1: the best 8 of ITC put in order by ITM, for a caption a scene. mlm: accuracy.
-        itc_training, itc_held_out: the loss on batches of the same size, the first from the last steps."""
+        """Held out, in per one.
+
+        ITC alone, of images that no text guides: mAP, any_R@1 (any picture that the caption is true of), own_R@1 (the
+        very picture). told_R@1: the same of the first captions, every image guided by its own, which is what
+        `published` trains. reranked_any_R@1: the best 8 of ITC put in order by ITM, for a caption a scene. mlm:
+        accuracy. itc_training, itc_held_out: the loss on batches of one size, the first from the last steps.
+        """
         data, model = self.held_out, self.model
         texts = [self._texts(rows) for rows in torch.arange(len(data.ids)).split(_PART)]
         text = torch.cat([features for _, features in texts])
