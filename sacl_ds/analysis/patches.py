@@ -60,6 +60,7 @@ def load_selecting(folder: Path, settings: Sequence[str]) -> tuple[SaclModel, To
     return model.eval().requires_grad_(False), tokenizer
 
 
+@torch.no_grad()
 def look(model: SaclModel, tokenizer: Tokenizer, pictures: Tensor, captions: Sequence[str]) -> list[Looked]:
     """Caption i looks at picture i. pictures: (n, 3, H, W) uint8, on the model's device."""
     ids = tokenizer.ids(captions)
