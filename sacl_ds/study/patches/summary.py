@@ -54,18 +54,21 @@ def _table(plan: Plan, results: Results, task: str) -> str:
     return "\n".join(lines)
 
 
-def draw_kept(task: QuestionAnswering, title: str, path: Path, scenes: tuple[int, ...] = (3, 10, 19)) -> None:
-    """Write a PNG: what the task's model keeps of held-out scenes for two questions about different objects of each."""
+def draw_kept(task: QuestionAnswering, title: str, path: Path, count: int = 3) -> None:
+    """Write a PNG: what the task's model keeps of the first `count` held-out scenes that have questions about two
+    objects, for one question about each."""
     looked = []
-    for scene in scenes:
+    for scene in range(len(task.scenes)):
         rows = [row for row, index in enumerate(task.held_out.scene.tolist()) if index == scene]
-        other = next(row for row in rows if task.held_out.places[row] != task.held_out.places[rows[0]])
+        others = [row for row in rows if task.held_out.places[row] != task.held_out.places[rows[0]]]
+        if not others:
+            continue
         questions = [question for _, question, _ in task.questions(task.scenes, scene)]
-        picture = task.held_out_images[scene]
-        said = [questions[row - rows[0]] for row in (rows[0], other)]
-        looked.append(look(task.model, task.tokenizer, picture.expand(2, -1, -1, -1), said))
-    vit = task.model.image_encoder.vit
-    draw(looked, vit.patch_embed.patch_size[0], title, path)
+        said = [questions[row - rows[0]] for row in (rows[0], others[0])]
+        looked.append(look(task.model, task.tokenizer, task.held_out_images[scene].expand(2, -1, -1, -1), said))
+        if len(looked) == count:
+            break
+    draw(looked, task.model.image_encoder.vit.patch_embed.patch_size[0], title, path)
 
 
 def speed_table(plan: Plan, seconds: dict[str, float]) -> str:
