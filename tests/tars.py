@@ -15,7 +15,7 @@ from PIL import Image
 from sacl_ds.config import DataConfig
 from sacl_ds.data.batch import Batch, TrainingView
 from sacl_ds.data.collate import Collator
-from sacl_ds.data.loader import PairLoader
+from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.source import ShardSource
@@ -70,11 +70,11 @@ def loader(
     start: int = 0,
     streams: int = 4,
     **data: Any,
-) -> PairLoader:
+) -> BatchLoader:
     settings = DataConfig.model_validate({"source": "shards", "shards": pattern, **data})
     source = ShardSource(index_shards(pattern, several=settings.weights is not None), settings)
     order = GlobalOrder(source.sets, batch, 1, streams, 20, source.weights)
-    return PairLoader(source, order, collator(), rank=rank, world=world, workers=workers, start_step=start)
+    return BatchLoader(source, order, collator(), rank=rank, world=world, workers=workers, start_step=start)
 
 
 def batches(pattern: str | list[str], steps: int, **options: Any) -> list[Batch]:

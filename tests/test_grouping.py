@@ -19,7 +19,7 @@ from tars import collator, write_tars
 from sacl_ds.config import DataConfig
 from sacl_ds.data.batch import duplicates
 from sacl_ds.data.grouping import Grouping
-from sacl_ds.data.loader import PairLoader
+from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.source import ShardSource
@@ -46,7 +46,7 @@ def excluded(pattern: str, grouping: Grouping | None, workers: int = 0) -> set[t
     """Keys that share an id in a batch of all 24 samples."""
     source = ShardSource(index_shards(pattern), DataConfig(source="shards", shards=pattern))
     order = GlobalOrder(source.sets, 24, 1, 4, 20, None)
-    loader = PairLoader(
+    loader = BatchLoader(
         source, order, replace(collator(), duplicates="none", grouping=grouping), rank=0, world=1, workers=workers
     )
     (batch,) = islice(iter(loader), 1)

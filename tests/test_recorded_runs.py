@@ -13,7 +13,7 @@ from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
 from sacl_ds.data.collate import Collator
-from sacl_ds.data.loader import PairLoader
+from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.sources import global_order, training_source
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
@@ -34,7 +34,7 @@ def batch_of(run: RunConfig, folder: Path, step: int) -> Batch:
     source = training_source(run, None)
     view = TrainingView(CanonicalView(run.model.image_size), Tokenizer.load(folder / "tokenizer", run.model.max_tokens))
     order = global_order(run, source)
-    loader = PairLoader(source, order, Collator(view, run.seed, None), rank=0, world=1, workers=0, start_step=step)
+    loader = BatchLoader(source, order, Collator(view, run.seed, None), rank=0, world=1, workers=0, start_step=step)
     return next(islice(iter(loader), 1))
 
 

@@ -35,7 +35,7 @@ def ours(shards: str, options: SimpleNamespace) -> Iterator[int]:
     from sacl_ds.config import DataConfig
     from sacl_ds.data.batch import TrainingView
     from sacl_ds.data.collate import Collator
-    from sacl_ds.data.loader import PairLoader
+    from sacl_ds.data.loader import BatchLoader
     from sacl_ds.data.order import GlobalOrder
     from sacl_ds.data.shards.index import index_shards
     from sacl_ds.data.shards.source import ShardSource
@@ -47,7 +47,7 @@ def ours(shards: str, options: SimpleNamespace) -> Iterator[int]:
     tokenizer = Tokenizer(train_wordpiece(source.captions(1000), 4000), 32)
     view = TrainingView(TrainView(options.image_size, (0.9, 1.0), flip=False), tokenizer)
     collator = Collator(view, 0, mlm_probability=0.15)
-    loader = PairLoader(source, order, collator, rank=0, world=1, workers=options.workers)
+    loader = BatchLoader(source, order, collator, rank=0, world=1, workers=options.workers)
     return (len(batch) for batch in loader)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from sacl_ds.data.batch import Batch, TrainingView, View
+from sacl_ds.data.batch import Batch, TrainingView, View, concatenate
 from sacl_ds.data.captions import normalised
 from sacl_ds.data.draws import words
 from sacl_ds.data.faults import BadSample, Fault
@@ -108,6 +108,10 @@ class Collator:
             mask = torch.from_numpy(attention_mask(rows))
             batch = replace(batch, teacher_input_ids=ids, teacher_attention_mask=mask)
         return batch
+
+    def join(self, parts: Sequence[Batch]) -> Batch:
+        teacher = self.teacher or self.view
+        return concatenate(parts, self.view.tokenizer.pad_id, teacher.tokenizer.pad_id)
 
     @property
     def id_columns(self) -> int:

@@ -8,7 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far."""
+    """kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far.
+    shard: '' for an example of a list, whose key says what it is."""
 
     kind: Literal["bad", "filtered"]
     shard: str
@@ -16,6 +17,8 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
+        if not self.shard:
+            return f"{self.key}: {self.reason}"
         return f"shard {self.shard}{', sample ' + self.key if self.key else ''}: {self.reason}"
 
 

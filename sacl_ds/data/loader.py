@@ -6,30 +6,63 @@ which samples a global batch holds depends on `GlobalOrder` alone, with any numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sacl_ds.data.batch import Batch, concatenate
-from sacl_ds.data.collate import Collator
+from sacl_ds.data.faults import Fault
 from sacl_ds.data.feed import Feed
-from sacl_ds.data.order import GlobalOrder
+from sacl_ds.data.order import GlobalOrder, Place
 from sacl_ds.data.sample import Source
 from sacl_ds.errors import UserError
 
 _PREFETCHED = 4  # pieces a worker makes ahead
 
+Made = TypeVar("Made", bound="Loadable")
 
-class PairLoader:
+
+class Loadable(Protocol):
+    """A batch as the loader makes it and the training loop takes it: tensors whose first dimension are its rows."""
+
+    @property
+    def pair_ids(self) -> Tensor:
+        """(b, k) int64: who its rows are, in numbers that are the same in every run."""
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Samples that others of this batch stand in for."""
+
+    def __len__(self) -> int: ...
+
+    def to(self: Made, device: torch.device) -> Made: ...
+
+    def pin_memory(self: Made) -> Made:
+        """In page-locked memory, from which copies to a GPU do not wait."""
+
+
+class Collates(Protocol[Made]):
+    """From decoded samples to batches, in two steps: one sample at a time, then all of a piece."""
+
+    def item(self, sample: Any, place: Place) -> Any:
+        """What the batch is made of. Raises BadSample."""
+
+    def __call__(self, items: Sequence[Any], faults: Sequence[Fault] = ()) -> Made: ...
+
+    def join(self, parts: Sequence[Made]) -> Made:
+        """The rows of several batches, in order."""
+
+
+class BatchLoader(Generic[Made]):
     """Iterates over this rank's batches from `start_step` on, for ever."""
 
     def __init__(
         self,
         source: Source,
         order: GlobalOrder,
-        collator: Collator,
+        collator: Collates[Made],
         *,
         rank: int,
         world: int,
@@ -50,19 +83,17 @@ class PairLoader:
             persistent_workers=bool(workers),
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        pad_id = self.collator.view.tokenizer.pad_id
-        teacher = self.collator.teacher or self.collator.view
+    def __iter__(self) -> Iterator[Made]:
         # DataLoader takes one item from each worker in turn, so `pieces` items in a row make up a step
         pieces = iter(self._loader)
         while True:
-            parts: list[Batch] = []
+            parts: list[Made] = []
             for _ in range(self.pieces):
                 part = next(pieces)
                 if isinstance(part, str):
                     raise UserError(part)
                 parts.append(part)
-            batch = concatenate(parts, pad_id, teacher.tokenizer.pad_id)
+            batch = self.collator.join(parts)
             yield batch.pin_memory() if self.pin_memory else batch
 
 
@@ -70,12 +101,12 @@ class _Pieces(IterableDataset[Any]):
     """Endless pieces of this rank's batches: one worker's slots of each step."""
 
     def __init__(
-        self, source: Source, order: GlobalOrder, collator: Collator, first_slot: int, slots: int, start_step: int
+        self, source: Source, order: GlobalOrder, collator: Collates[Any], first_slot: int, slots: int, start_step: int
     ) -> None:
         self.source, self.order, self.collator = source, order, collator
         self.first_slot, self.slots, self.start_step = first_slot, slots, start_step
 
-    def __iter__(self) -> Iterator[Batch | str]:
+    def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         number, count = (info.id, info.num_workers) if info else (0, 1)
         if info:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,19 @@ class Samples(Protocol):
     def __next__(self) -> Any | Fault: ...
 
     def close(self) -> None: ...
+
+
+class Numbers:
+    """Samples that are made from their numbers alone, as `Samples`."""
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._numbers = iter(numbers)
+
+    def __next__(self) -> int:
+        return next(self._numbers)
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 class Source(Protocol):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from sacl_ds.data.order import Block
 from sacl_ds.data.pictures import Picture
-from sacl_ds.data.sample import Sample
+from sacl_ds.data.sample import Numbers, Sample
 from sacl_ds.data.scenes import Scenes
 
 
@@ -21,11 +21,11 @@ class SceneSource:
         self.scenes = scenes
         self.sets = [[len(scenes)]]
 
-    def read(self, blocks: Iterator[Block]) -> Indices:
-        return Indices(place.offset for block in blocks for place in block.places)
+    def read(self, blocks: Iterator[Block]) -> Numbers:
+        return Numbers(place.offset for block in blocks for place in block.places)
 
-    def head(self, shard: int, count: int) -> Indices:
-        return Indices(range(min(count, len(self.scenes))))
+    def head(self, shard: int, count: int) -> Numbers:
+        return Numbers(range(min(count, len(self.scenes))))
 
     def decode(self, raw: int) -> Sample:
         item = self.scenes[raw]
@@ -45,16 +45,3 @@ class SceneSource:
     def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
         for index in range(rank, min(len(self.scenes), limit or len(self.scenes)), world):
             yield self.decode(index)
-
-
-class Indices:
-    """Numbers of scenes as `Samples`."""
-
-    def __init__(self, indices: Iterable[int]) -> None:
-        self._indices = iter(indices)
-
-    def __next__(self) -> int:
-        return next(self._indices)
-
-    def close(self) -> None:
-        """There is nothing to close."""

@@ -17,7 +17,7 @@ from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import TrainingView, View
 from sacl_ds.data.collate import Collator
 from sacl_ds.data.grouping import Grouping
-from sacl_ds.data.loader import PairLoader
+from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.shards.index import ShardIndex
 from sacl_ds.data.sources import data_fingerprint, global_order, training_index, training_source
 from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
@@ -185,7 +185,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         grouping,
     )
     if run.loss.false_share is not None and teacher:
-        beginning = PairLoader(source, order, collator, rank=rank(), world=world, workers=0)
+        beginning = BatchLoader(source, order, collator, rank=rank(), world=world, workers=0)
         run, said = with_falling_weights(run, iter(beginning), teacher, job.device)
         progress.print(said)
     if first:
@@ -199,7 +199,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         records = WeightRecords(folder, start if resume else None) if first else None
     if note:
         progress.print(f"warning: --resume: {note}")
-    loader = PairLoader(
+    loader = BatchLoader(
         source,
         order,
         collator,

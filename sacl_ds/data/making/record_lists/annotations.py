@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from sacl_ds.data.json_files import read_json
 from sacl_ds.data.making.record import ImageFile, Record, no_image
 from sacl_ds.errors import UserError
 
@@ -17,7 +17,7 @@ def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record
 
     Raises UserError for a file that cannot be read, and for an empty split (naming those there are).
     """
-    document = _read_json(annotations)
+    document = read_json(annotations)
     try:
         entries = document["images"]
         wanted = {split, "restval"} if split == "train" else {split}
@@ -46,7 +46,7 @@ def coco_records(annotations: Path, images: Path) -> list[Record]:
     A caption whose image_id no image has becomes a broken record at the end. Raises UserError for a file that cannot
     be read.
     """
-    document = _read_json(annotations)
+    document = read_json(annotations)
     captions: dict[Any, list[str]] = defaultdict(list)
     try:
         for annotation in document["annotations"]:
@@ -69,14 +69,3 @@ def coco_records(annotations: Path, images: Path) -> list[Record]:
         where, problem = f"{annotations}, image_id {image_id}", "caption of an image that 'images' lacks"
         records.append(Record(f"{len(records):09d}", orphans, no_image, {"image_id": image_id}, where, problem))
     return records
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None

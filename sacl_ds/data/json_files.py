@@ -1,0 +1,53 @@
+"""Annotation files: JSON, and JSON lines; what is wrong with one is a line with its name and place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sacl_ds.errors import UserError
+
+Made = TypeVar("Made")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where it cannot be read or is no JSON, with its line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, object) of each line that is not empty. Raises UserError as `read_json`."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {number}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def each_entry(entries: Iterable[Any], where: Callable[[int], str], make: Callable[[Any], Made]) -> list[Made]:
+    """make(entry) of each. Raises UserError, with where(number from 0), at the first that lacks a field or has another
+    type there."""
+    made = []
+    for number, entry in enumerate(entries):
+        try:
+            made.append(make(entry))
+        except KeyError as error:
+            raise UserError(f"{where(number)}: {error} is missing") from None
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{where(number)}: not as expected: {error}") from None
+    return made

@@ -1,0 +1,86 @@
+"""Evaluating many examples on all ranks: every rank takes its part once, and all run equally many passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, NamedTuple, TypeVar
+
+from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.distributed import gather_objects, rank, world_size
+from sacl_ds.errors import SharedError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_READERS = 4  # threads; decoding lets go of the interpreter's lock
+
+
+class Rounds(NamedTuple, Generic[Result]):
+    """results: one an example, in order, equal on all ranks; None where it could not be read. faults: why not."""
+
+    results: list[Result | None]
+    faults: list[Fault]
+
+
+def in_rounds(
+    count: int,
+    batch_size: int,
+    read: Callable[[int], Item],
+    run: Callable[[Sequence[Item]], Sequence[Result]],
+    filler: Item,
+    done: Callable[[int], None] = lambda examples: None,
+) -> Rounds[Result]:
+    """What `run` makes of examples 0 .. count - 1, each of which one rank reads and runs; every rank calls it.
+
+    read(number) raises BadSample for an example that cannot be used. run: a batch of at most batch_size to one result
+    each, which must not depend on what else is in the batch. Under ZeRO 3 a pass is collective, so ranks with fewer
+    batches run `filler`, and what comes of it is thrown away. done(n): n examples more are done on this rank.
+    """
+    mine = range(rank(), count, world_size())
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    rounds = -(-len(range(0, count, world_size())) // batch_size)
+    results: list[tuple[int, Result]] = []
+    faults: list[Fault] = []
+
+    def attempt(number: int) -> Item | Fault:
+        try:
+            return read(number)
+        except BadSample as error:
+            return error.fault
+
+    with ThreadPoolExecutor(_READERS) as pool:
+
+        def start(turn: int) -> list[Future[Item | Fault]]:
+            return [pool.submit(attempt, number) for number in batches[turn]] if turn < len(batches) else []
+
+        coming = start(0)
+        for turn in range(rounds):
+            read_now, coming = coming, start(turn + 1)
+            told = [each.result() for each in read_now]
+            numbers = batches[turn] if turn < len(batches) else range(0)
+            good = [(n, each) for n, each in zip(numbers, told, strict=True) if not isinstance(each, Fault)]
+            faults += [each for each in told if isinstance(each, Fault)]
+            given = run([each for _, each in good] or [filler])
+            if good:
+                results += zip((number for number, _ in good), given, strict=True)
+            done(len(told))
+    merged: list[Result | None] = [None] * count
+    all_faults: list[Fault] = []
+    for part, wrong in gather_objects((results, faults)):
+        all_faults += wrong
+        for number, result in part:
+            merged[number] = result
+    return Rounds(merged, all_faults)
+
+
+def require_few(faults: Sequence[Fault], count: int, most: float, setting: str = "data.max_bad_share") -> str | None:
+    """A line that counts and names examples that could not be used, None where there is none. Raises SharedError, on
+    every rank alike, where they are more than the share `most` of `count`."""
+    if not faults:
+        return None
+    named = "; ".join(map(str, faults[:3])) + ("; ..." if len(faults) > 3 else "")
+    line = f"{len(faults)} of {count} examples cannot be used: {named}"
+    if len(faults) > most * count:
+        raise SharedError(f"{line}; that is more than {setting}={most:g}: put the files there, or raise it")
+    return line
