@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -34,13 +35,14 @@ class SceneSource:
         return Sample(item.key, picture, item.captions, list(range(len(item.captions))), item.key.encode())
 
     def captions(self, limit: int) -> Iterator[str]:
-        given = 0
+        """With what else is said about each scene, for the tasks that follow pre-training: no word shall be unknown."""
+        return islice(self._texts(), limit)
+
+    def _texts(self) -> Iterator[str]:
         for index in range(len(self.scenes)):
-            for caption in self.scenes.captions(index):
-                if given >= limit:
-                    return
-                yield caption.text
-                given += 1
+            yield from (caption.text for caption in self.scenes.captions(index))
+            yield from (text for _, question, answer in self.scenes.questions(index) for text in (question, answer))
+            yield self.scenes.pair_statement(index, (index + 1) % len(self.scenes))[0]
 
     def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
         for index in range(rank, min(len(self.scenes), limit or len(self.scenes)), world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+_ALWAYS = set(string.ascii_lowercase + string.digits)  # any English text of a later task can be spelled
 _LETTERS = 1000  # at most so many different ones are kept, the most frequent
 IGNORED = -100  # label of a token that MLM does not predict, as in torch's cross_entropy
 
@@ -46,7 +48,10 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     for word, count in found.items():
         letters.update({letter: times * count for letter, times in Counter(word).items()})
     kept = {letter for letter, _ in sorted(letters.items(), key=lambda pair: (-pair[1], pair[0]))[:_LETTERS]}
-    inside = sorted({f"##{letter}" for word in found for letter in word[1:] if letter in kept})
+    kept |= _ALWAYS
+    inside = sorted(
+        {f"##{letter}" for word in found for letter in word[1:] if letter in kept} | {f"##{each}" for each in _ALWAYS}
+    )
     special = list(SPECIAL.values())
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
