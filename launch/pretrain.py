@@ -17,10 +17,11 @@ def main() -> None:
     ds = read_ds_config(options.ds_config)
     from sacl_ds.evaluation.held_out import held_out_evaluator
     from sacl_ds.training.engine import start_process
-    from sacl_ds.training.pretrain import Job, pretrain
+    from sacl_ds.training.job import Job
+    from sacl_ds.training.pretrain import pretrain
 
     device, machine = start_process()
-    pretrain(run, Job(ds, options.ds_config, held_out_evaluator, device, machine, options.resume))
+    pretrain(run, Job(ds, options.ds_config, device, machine, options.resume), held_out_evaluator)
 
 
 if __name__ == "__main__":

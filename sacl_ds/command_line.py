@@ -13,7 +13,7 @@ from typing import NoReturn
 import yaml
 
 from sacl_ds.config import RunConfig
-from sacl_ds.config_file import load_config
+from sacl_ds.config_file import Config, load_config
 from sacl_ds.config_help import explain
 from sacl_ds.errors import SharedError, UserError
 
@@ -37,40 +37,71 @@ class Parser(argparse.ArgumentParser):
             print(self.format_help(), end="", flush=True)
 
 
-def training_parser(purpose: str, example: str) -> Parser:
-    """--ds_config, --config, --resume, --print_config and key=value. example: one command line."""
-    parser = Parser(
-        prog=f"deepspeed {os.path.relpath(sys.argv[0])}" if sys.argv[0] else None,
-        usage="%(prog)s --ds_config FILE [--config FILE] [--resume] [--print_config] [key=value ...]",
-        description=purpose,
-        epilog=_HELP.lstrip("\n") + example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+def training_parser(purpose: str, example: str, task: bool = False) -> Parser:
+    """--ds_config, --config, --resume, --print_config and key=value. example: one command line. task: --task too."""
+    parser = _parser(
+        f"{'--task TASK ' if task else ''}--ds_config FILE [--config FILE] [--resume] [--print_config] [key=value ...]",
+        purpose,
+        example,
     )
     files = parser.add_argument_group("files")
     files.add_argument("--ds_config", metavar="FILE", help="DeepSpeed's own JSON (required)")
     files.add_argument("--config", metavar="FILE", help="run configuration, YAML (default: the built-in run)")
     run = parser.add_argument_group("run")
+    if task:
+        run.add_argument("--task", metavar="TASK", help="retrieval, vqa or nlvr2")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
-    run.add_argument("--print_config", action="store_true", help="print the resolved run configuration and stop")
-    run.add_argument("-h", "--help", action="help", help="print this and stop")
-    run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    _add_questions(run)
+    return parser
+
+
+def evaluation_parser(purpose: str, example: str) -> Parser:
+    """--task, --config, --print_config and key=value."""
+    parser = _parser("[--task TASK] [--config FILE] [--print_config] checkpoint=RUN [key=value ...]", purpose, example)
+    parser.add_argument("--config", metavar="FILE", help="run configuration, YAML (default: that of the run)")
+    parser.add_argument("--task", metavar="TASK", help="retrieval, vqa or nlvr2 (default: what RUN was fine-tuned for)")
+    _add_questions(parser)
+    return parser
+
+
+def _parser(usage: str, purpose: str, example: str) -> Parser:
+    parser = Parser(
+        prog=f"deepspeed {os.path.relpath(sys.argv[0])}" if sys.argv[0] else None,
+        usage=f"%(prog)s {usage}",
+        description=purpose,
+        epilog=_HELP.lstrip("\n") + example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     return parser
 
 
-def read_options(parser: Parser) -> tuple[argparse.Namespace, RunConfig | None]:
-    """Options and run configuration; None where the command line only asked something, now answered."""
+def _add_questions(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--print_config", action="store_true", help="print the resolved run configuration and stop")
+    group.add_argument("-h", "--help", action="help", help="print this and stop")
+    group.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+
+
+def read_options(
+    parser: Parser,
+    resolved: Callable[[argparse.Namespace], Config] = lambda options: load_config(options.config, options.overrides),
+    root: type[Config] = RunConfig,
+) -> tuple[argparse.Namespace, Config | None]:
+    """Options and run configuration; None where the command line only asked something, now answered.
+
+    resolved: options to the configuration, of the type `root`.
+    """
     options = parser.parse_intermixed_args()  # key=value may stand before and after options
     questions = [a.removesuffix("=?").removesuffix("?") for a in options.overrides if a == "?" or a.endswith("=?")]
     if questions:
-        _say(explain(questions))
+        _say(explain(questions, root))
         return options, None
-    run = load_config(options.config, options.overrides)
+    run = resolved(options)
     if options.print_config:
         _say(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).rstrip())
         return options, None
-    if options.ds_config is None:
+    if getattr(options, "ds_config", "") is None:
         raise UserError("--ds_config is missing, e.g. --ds_config ds_configs/zero2.json; see --help")
     check_hostfile()
     return options, run

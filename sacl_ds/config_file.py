@@ -5,36 +5,53 @@ What is wrong becomes one line that names the key, where it was set, and the nea
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sacl_ds.config import RunConfig
+from sacl_ds.config import RunConfig, TrainingConfig
 from sacl_ds.errors import UserError, nearest
+
+Layer = tuple[str, dict[str, Any]]  # where it was set, for error lines, and what
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def load_config(file: str | Path | None, overrides: list[str]) -> RunConfig:
-    """Defaults, then the YAML file, then key=value arguments such as 'train.steps=500'.
+    """Of pre-training: defaults, then the YAML file, then key=value arguments such as 'train.steps=500'.
 
     Raises UserError, one line, for what cannot be read or is not valid.
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if file is not None:
-        layers.append((f"in {file}", _read_yaml(Path(file))))
-    for argument in overrides:
-        layers.append((f"in argument {argument!r}", _parse_override(argument)))
-    merged: dict[str, Any] = {}
+    return resolve_layers(read_layers(file, overrides), RunConfig)
+
+
+def read_layers(file: str | Path | None, overrides: list[str]) -> list[Layer]:
+    """What the YAML file and each key=value argument set. Raises UserError."""
+    layers = [] if file is None else [(f"in {file}", read_yaml(Path(file)))]
+    return layers + [(f"in argument {argument!r}", _parse_override(argument)) for argument in overrides]
+
+
+def merged(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Later layers over earlier ones."""
+    values: dict[str, Any] = {}
     for _, layer in layers:
-        _merge(merged, layer)
+        _merge(values, layer)
+    return values
+
+
+def resolve_layers(layers: Sequence[Layer], root: type[Config]) -> Config:
+    """Raises UserError, one line that says where the value was set."""
     try:
-        return RunConfig.model_validate(merged)
+        return root.model_validate(merged(layers))
     except ValidationError as error:
-        raise UserError(_explain(error, layers)) from None
+        raise UserError(_explain(error, layers, root)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file as it stands. Raises UserError."""
     try:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -80,16 +97,16 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = value
+            into[key] = copy.deepcopy(value)
 
 
-def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) -> str:
+def _explain(error: ValidationError, layers: Sequence[Layer], root: type[BaseModel]) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     where = _where(path, layers)
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} {where}{_hint(path)}".replace("  ", " ")
+        return f"unknown key {key!r} {where}{_hint(path, root)}".replace("  ", " ")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{message} ({where})" if where else message
@@ -98,20 +115,20 @@ def _explain(error: ValidationError, layers: list[tuple[str, dict[str, Any]]]) -
     return f"{key} {where}: {message[0].lower()}{message[1:]}{shown}".replace("  ", " ")
 
 
-def _hint(path: list[str]) -> str:
+def _hint(path: list[str], root: type[BaseModel]) -> str:
     """The nearest valid key beside the unknown one, else the same name in other rooms, else what there is."""
-    valid = _keys_at(path[:-1])
+    valid = _keys_at(path[:-1], root)
     close = nearest(path[-1], valid)
     if close:
         return f" (did you mean {_full(path[:-1], close)!r}?)"
-    known = [(room, name) for room in [[], *_rooms()] for name in _keys_at(room)]
+    known = [(room, name) for room in [[], *_rooms(root)] for name in _keys_at(room, root)]
     close = nearest(path[-1], {name for _, name in known})
     if close:
         return f" (did you mean {' or '.join(repr(_full(room, name)) for room, name in known if name == close)}?)"
     return f"; here are: {', '.join(valid)}"
 
 
-def _where(path: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:
+def _where(path: list[str], layers: Sequence[Layer]) -> str:
     """The last layer that sets the key, or one above it."""
     for place, layer in reversed(layers):
         value: Any = layer
@@ -124,8 +141,8 @@ def _where(path: list[str], layers: list[tuple[str, dict[str, Any]]]) -> str:
     return ""
 
 
-def _model_at(path: list[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = RunConfig
+def _model_at(path: list[str], root: type[BaseModel]) -> type[BaseModel] | None:
+    model = root
     for part in path:
         field = model.model_fields.get(part)
         found = [t for t in (field.annotation, *get_args(field.annotation)) if _is_room(t)] if field else []
@@ -139,17 +156,17 @@ def _is_room(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    model = _model_at(path)
+def _keys_at(path: list[str], root: type[BaseModel]) -> list[str]:
+    model = _model_at(path, root)
     return list(model.model_fields) if model else []
 
 
-def _rooms(path: tuple[str, ...] = ()) -> list[list[str]]:
+def _rooms(root: type[BaseModel], path: tuple[str, ...] = ()) -> list[list[str]]:
     found: list[list[str]] = []
-    for key in _keys_at(list(path)):
+    for key in _keys_at(list(path), root):
         inner = [*path, key]
-        if _model_at(inner) is not None:
-            found += [inner, *_rooms(tuple(inner))]
+        if _model_at(inner, root) is not None:
+            found += [inner, *_rooms(root, tuple(inner))]
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sacl_ds.config import PRESETS, ModelConfig, RunConfig
+from sacl_ds.config import PRESETS, FinetuneConfig, ModelConfig, RunConfig
 from sacl_ds.errors import UserError, nearest
 
 
@@ -27,14 +27,14 @@ class Setting:
         return f"{self.key} = {self.default}\n    {self.kind}; {self.description}"
 
 
-def settings() -> list[Setting]:
-    """Every setting of a run, in the order of the code."""
-    return list(_walk(RunConfig, ""))
+def settings(root: type[BaseModel] = RunConfig) -> list[Setting]:
+    """Every setting of a run, in the order of the code. root: the kind of run."""
+    return list(_walk(root, ""))
 
 
-def explain(keys: list[str]) -> str:
+def explain(keys: list[str], root: type[BaseModel] = RunConfig) -> str:
     """The answer to `key=?` for each key, a room or a setting; "" stands for all. Raises UserError for neither."""
-    known = settings()
+    known = settings(root)
     parts = []
     for key in keys:
         inside = [s for s in known if not key or s.key == key or s.key.startswith(f"{key}.")]
@@ -46,11 +46,15 @@ def explain(keys: list[str]) -> str:
     return "\n".join(parts)
 
 
-def markdown() -> str:
-    """Tables of all settings, one a room."""
+def markdown(root: type[BaseModel] = RunConfig) -> str:
+    """Tables of all settings, one a room; those that a kind of run has as pre-training has them are left out of its."""
     lines: list[str] = []
     room = None
-    for setting in settings():
+    known = settings(root)
+    if root is not RunConfig:
+        same = set(settings())
+        known = [setting for setting in known if setting not in same]
+    for setting in known:
         here, _, name = setting.key.rpartition(".")
         if here != room:
             lines += ["", f"### {here or 'run'}", "", "| key | takes | default | |", "|---|---|---|---|"]
@@ -77,7 +81,7 @@ def _is_room(annotation: Any) -> bool:
 def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
     if model is ModelConfig and field.is_required():
         return f"by preset: {', '.join(f'{preset} {_shown(values[name])}' for preset, values in PRESETS.items())}"
-    return _shown(field.default)
+    return "by --task" if field.is_required() else _shown(field.default)
 
 
 def _shown(value: Any) -> str:
@@ -128,12 +132,15 @@ def _bounds(metadata: list[Any]) -> dict[str, Any]:
 
 
 _GENERATED = "## Settings\n"
+_TASKS = """Of `launch/finetune.py` and `launch/evaluate.py`, where they are not as above. Defaults of `optim`, `train`
+and `augment` follow the task and `data.source`: [downstream.md](downstream.md)."""
 
 
 def write_tables(path: Path) -> None:
     """Replace what follows the heading "Settings" in a page by `markdown()`."""
     text = path.read_text()
-    path.write_text(text[: text.index(_GENERATED)] + _GENERATED + "\n" + markdown())
+    tasks = f"## Settings of downstream tasks\n\n{_TASKS}\n\n{markdown(FinetuneConfig)}"
+    path.write_text(text[: text.index(_GENERATED)] + _GENERATED + "\n" + markdown() + "\n" + tasks)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sacl_ds.config import RunConfig
+from sacl_ds.config import TrainingConfig
 from sacl_ds.errors import UserError
 from sacl_ds.machine import Machine, has_package
 
@@ -45,7 +45,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def resolve(
-    ds: dict[str, Any], run: RunConfig, world: int, machine: Machine, *, name: str = "ds_config", folder: str = "."
+    ds: dict[str, Any], run: TrainingConfig, world: int, machine: Machine, *, name: str = "ds_config", folder: str = "."
 ) -> EngineConfig:
     """The engine's configuration for `world` ranks.
 
@@ -100,7 +100,7 @@ def _accumulation(out: dict[str, Any], name: str) -> None:
     out["gradient_accumulation_steps"] = 1
 
 
-def _apex(run: RunConfig, machine: Machine, notes: list[str]) -> bool:
+def _apex(run: TrainingConfig, machine: Machine, notes: list[str]) -> bool:
     """Whether NVIDIA's apex is used."""
     asked = run.kernels.apex
     if asked == "off":
@@ -118,7 +118,7 @@ def _apex(run: RunConfig, machine: Machine, notes: list[str]) -> bool:
 
 
 def _optimizer(
-    out: dict[str, Any], run: RunConfig, machine: Machine, use_apex: bool, name: str, notes: list[str]
+    out: dict[str, Any], run: TrainingConfig, machine: Machine, use_apex: bool, name: str, notes: list[str]
 ) -> Literal["PyTorch", "DeepSpeed", "apex"]:
     """AdamW with betas, eps and weight decay always explicit: implementations differ in their defaults.
 
@@ -201,7 +201,7 @@ def _monitors(out: dict[str, Any], name: str, folder: str) -> None:
                 section[key] = value
 
 
-def _precision(out: dict[str, Any], run: RunConfig, machine: Machine, name: str) -> None:
+def _precision(out: dict[str, Any], run: TrainingConfig, machine: Machine, name: str) -> None:
     """bf16 through DeepSpeed's torch_autocast, which keeps parameters, among them the logit scale, in fp32."""
     for kind in ("bf16", "fp16"):
         enabled = out.get(kind, {}).get("enabled", False)

@@ -10,7 +10,7 @@ import pytest
 # each room may import those named here (and the standard library and what is installed)
 ALLOWED = {
     "errors": set(),
-    "config": {"errors"},
+    "config": {"config", "errors"},
     "config_file": {"config", "errors"},
     "config_help": {"config", "errors"},
     "machine": set(),
@@ -25,6 +25,10 @@ ALLOWED = {
     "analysis": {
         "analysis", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors", "evaluation",
         "losses", "machine", "model", "telemetry", "training",
+    },
+    "tasks": {
+        "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation", "losses", "model",
+        "tasks", "telemetry", "training",
     },
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "training": {

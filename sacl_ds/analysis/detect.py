@@ -149,7 +149,7 @@ def _examined(options: argparse.Namespace) -> Examined:
         count = run.data.scenes.eval_count if options.scenes is None else options.scenes
         if count < 2:
             raise UserError(f"--scenes {count}: at least 2")
-        source = SceneSource(Scenes(count, run.data.scenes.seed + HELD_OUT, scene_size(run)))
+        source = SceneSource(Scenes(count, run.data.scenes.seed + HELD_OUT, scene_size(run.model.image_size)))
         with progress("features", count, "scenes") as done:
             pairs = read_pairs(subject, source, None, batch_size=batch_of(subject), progress=done)
     return kept(Examined(options.path, pairs, run, subject.step), options)

@@ -132,6 +132,13 @@ class View:
 
 @dataclass(frozen=True)
 class TrainingView(View):
-    """How the model that is trained sees it: its tokenizer can also mask."""
+    """How the model that is trained sees it: its tokenizer can also mask.
+
+    for_text: the view of a picture of which this text speaks, where that is not always `image`.
+    """
 
     tokenizer: Tokenizer
+    for_text: Callable[[str], ImageView] | None = None
+
+    def image_with(self, caption: str) -> ImageView:
+        return self.for_text(caption) if self.for_text else self.image

@@ -62,7 +62,7 @@ class Collator:
         caption = sample.captions[which]
         look = self.teacher is not None and not self.teacher.same_images(self.view)
         try:
-            image = self.view.image(sample.picture, (*draw, _IMAGE))
+            image = self.view.image_with(caption)(sample.picture, (*draw, _IMAGE))
             teacher_image = self.teacher.image(sample.picture, (*draw, _IMAGE)) if self.teacher and look else None
         except BadImage as error:
             raise BadSample(sample.fault(f"the image cannot be decoded: {error}")) from None

@@ -32,7 +32,7 @@ def training_source(run: RunConfig, index: ShardIndex | None) -> Source:
     if index is not None:
         return ShardSource(index, run.data)
     scenes = run.data.scenes
-    return SceneSource(Scenes(scenes.count, scenes.seed, scene_size(run), scenes.detail))
+    return SceneSource(Scenes(scenes.count, scenes.seed, scene_size(run.model.image_size), scenes.detail))
 
 
 def global_order(run: RunConfig, source: Source) -> GlobalOrder:
@@ -49,9 +49,9 @@ def data_fingerprint(order: GlobalOrder, index: ShardIndex | None) -> str:
 
 def held_out_scenes(run: RunConfig) -> Scenes:
     """Scenes that no training run of this seed sees, with partial captions."""
-    return Scenes(run.data.scenes.eval_count, run.data.scenes.seed + HELD_OUT, scene_size(run))
+    return Scenes(run.data.scenes.eval_count, run.data.scenes.seed + HELD_OUT, scene_size(run.model.image_size))
 
 
-def scene_size(run: RunConfig) -> int:
+def scene_size(image_size: int) -> int:
     """Scenes are drawn on a grid of 3x3 cells of 16 pixels or a multiple; the view then resizes them."""
-    return -(-run.model.image_size // 48) * 48
+    return -(-image_size // 48) * 48

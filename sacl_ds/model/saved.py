@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sacl_ds.config import RunConfig
-from sacl_ds.config_file import load_config
+from sacl_ds.config import ModelConfig, RunConfig, TrainingConfig
+from sacl_ds.config_file import load_config, read_yaml, resolve_layers
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel
@@ -44,7 +44,7 @@ def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, 
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         if not (folder / name).exists():
             raise UserError(f"{setting}={folder}: no {name} there; give the directory of a finished run")
-    run = load_config(folder / CONFIG, [])
+    run = _run_config(folder, setting)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     model = SaclModel(run.model, tokenizer.size, pretrained=False)
     try:
@@ -53,6 +53,22 @@ def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, 
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{setting}={folder}: {WEIGHTS} does not fit its {CONFIG}: {reason}") from None
     return model, run, tokenizer
+
+
+def saved_model_config(folder: Path) -> ModelConfig:
+    """The room `model` of the run in `folder`, of whatever kind it is. Raises UserError."""
+    values = read_yaml(folder / CONFIG)
+    return resolve_layers([(f"in {folder / CONFIG}", {"model": values.get("model", {})})], TrainingConfig).model
+
+
+def _run_config(folder: Path, setting: str) -> RunConfig:
+    """Of a pre-training run, or of one that was fine-tuned for retrieval, whose model is the same."""
+    task = read_yaml(folder / CONFIG).get("task")
+    if task is None:
+        return load_config(folder / CONFIG, [])
+    if task != "retrieval":
+        raise UserError(f"{setting}={folder}: a run fine-tuned for {task}; give one of pre-training or retrieval")
+    return RunConfig(model=saved_model_config(folder))
 
 
 def identity_of(model: nn.Module, *more: str) -> str:

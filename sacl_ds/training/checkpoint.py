@@ -51,9 +51,14 @@ class RunState:
 
 
 def save(
-    engine: DeepSpeedEngine, run_folder: Path, step: int, identity: Identity, momentum: Momentum | None = None
+    engine: DeepSpeedEngine,
+    run_folder: Path,
+    step: int,
+    identity: Identity,
+    momentum: Momentum | None = None,
+    keep: int | None = None,
 ) -> None:
-    """Save after `step` steps; every rank calls it."""
+    """Save after `step` steps; every rank calls it. keep: so many stay, the newest; None: all."""
     folder = run_folder / FOLDER
     tag = f"step_{step:08d}"
     # what DeepSpeed's conversion to another number of ranks asks for
@@ -65,7 +70,14 @@ def save(
         state = RunState(step, world_size(), zero_stage(engine.config), identity.vocabulary, identity.data)
         _write(folder / tag / STATE, json.dumps(asdict(state), indent=2))
         _write(folder / LATEST, tag)
+        for old in _complete(folder)[: -keep if keep else 0]:
+            shutil.rmtree(old)
     barrier()
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints, the oldest first."""
+    return sorted(state.parent for state in folder.glob(f"step_*/{STATE}"))
 
 
 def latest(run_folder: Path) -> RunState | None:

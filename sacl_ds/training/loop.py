@@ -1,4 +1,4 @@
-"""The training loop: targets, losses, backward, update, record."""
+"""The training loop: losses, backward, update, record; what the losses are is the work's."""
 
 from __future__ import annotations
 
@@ -7,60 +7,75 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from sacl_ds.config import RunConfig
-from sacl_ds.data.batch import Batch, duplicates
-from sacl_ds.distributed import gather_rows, rank, row_counts, same_error, sum_over_ranks, world_size
+from sacl_ds.config import TrainingConfig
+from sacl_ds.data.batch import duplicates
+from sacl_ds.data.loader import Loadable
+from sacl_ds.distributed import gather_rows, rank, row_counts, sum_over_ranks, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
-from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
-from sacl_ds.training.cautions import Cautions
-from sacl_ds.training.engine import set_learning_rates, whole_parameters
+from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.ledger import Ledger
-from sacl_ds.training.momentum_targets import momentum_targets
-from sacl_ds.training.objectives import Targets, step_regulation
-from sacl_ds.training.records import StepWeights, is_recorded
-from sacl_ds.training.schedules import alpha, learning_rate_factor, soft_weight
+from sacl_ds.training.schedules import learning_rate_factor
 
-Evaluate = Callable[[int], dict[str, tuple[float, float]]]  # steps done -> {name: (value, chance)}
+Figures = dict[str, tuple[float, float]]  # {name: (value, chance)}
+Evaluate = Callable[[int], Figures]  # of the steps done
+
+
+class Work(Protocol):
+    """What one kind of training does at a step."""
+
+    rows: str  # what a row of its batches is called: pairs, questions
+
+    @property
+    def momentum(self) -> Momentum | None:
+        """What checkpoints keep beside the engine's state."""
+
+    def losses(
+        self, engine: DeepSpeedEngine, step: int, batch: Any, generator: torch.Generator, logged: bool
+    ) -> dict[str, Tensor]:
+        """Forward: 0-dim tensors, of which `loss` is minimised. generator: on the device, of this step and rank."""
+
+    def after(self, engine: DeepSpeedEngine, step: int, batch: Any) -> str | None:
+        """Behind the optimizer's step, on every rank. A line for the user where there is something to say."""
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Where the schedules stand at `step`, for the log."""
+
+    def caution(self, done: int, figures: dict[str, Any]) -> str | None:
+        """A line for the user where logged figures ask for one."""
 
 
 @dataclass
 class Loop:
-    """One phase of training. `log` and `records` are None on every rank but the first."""
+    """One phase of training. `log` is None on every rank but the first."""
 
-    run: RunConfig
+    run: TrainingConfig
     folder: Path
     identity: checkpoint.Identity  # kept with checkpoints
     engine: DeepSpeedEngine
-    batches: Iterator[Batch]
+    batches: Iterator[Loadable]
     device: torch.device
-    teacher: Teacher | None
-    momentum: Momentum | None
-    epoch_pairs: int  # of the data, once through
+    work: Work
     evaluate: Evaluate | None
     log: MetricLog | None
-    records: WeightRecords | None
     progress: RunProgress
+    max_bad_share: float  # of the data
 
-    def __post_init__(self) -> None:
-        self.cautions = Cautions(self.run)
-
-    def train(self, start: int) -> dict[str, tuple[float, float]]:
+    def train(self, start: int) -> Figures:
         """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none)."""
         train = self.run.train
-        result: dict[str, tuple[float, float]] = {}
+        result: Figures = {}
         clock, since, waited = time.perf_counter(), start, 0.0
-        ledger = Ledger(train.global_batch_size, self.run.data.max_bad_share, self.device)
+        ledger = Ledger(train.global_batch_size, self.max_bad_share, self.device)
         self.engine.train()
         for step in range(start, train.steps):
             before = time.perf_counter()
@@ -69,11 +84,8 @@ class Loop:
             ledger.add(batch.faults)
             done = step + 1
             logged = done % train.log_every == 0 or done == train.steps or step == start
-            recorded = is_recorded(done, train.steps, self.run.records)
-            losses, weights = self._step(step, batch, logged, recorded)
+            losses = self._step(step, batch, logged)
             self.progress.advance(done)
-            if weights is not None:
-                self._record_weights(done, weights, batch)
             if logged:
                 now = time.perf_counter()
                 data = self._account(done, batch, ledger)
@@ -83,48 +95,28 @@ class Loop:
                 result = self._evaluate(done)
                 clock = time.perf_counter()
             if _due(done, train.save_every) or done == train.steps:
-                checkpoint.save(self.engine, self.folder, done, self.identity, self.momentum)
+                checkpoint.save(
+                    self.engine, self.folder, done, self.identity, self.work.momentum, train.keep_checkpoints
+                )
                 clock = time.perf_counter()
         return result
 
-    def _step(
-        self, step: int, batch: Batch, logged: bool, recorded: bool
-    ) -> tuple[dict[str, Tensor], StepWeights | None]:
-        """Its losses, and what a record needs where one is due."""
+    def _step(self, step: int, batch: Any, logged: bool) -> dict[str, Tensor]:
         run = self.run
         # what is random in a step follows from (seed, step, rank): a resumed run needs no random state
         seed = _mix(run.seed, step, rank())
         torch.manual_seed(seed)
         generator = torch.Generator(device=self.device).manual_seed(seed)
         set_learning_rates(self.engine, run.optim, learning_rate_factor(step, run.train.steps, run.optim))
-        teacher = teacher_features(self.teacher, batch) if self.teacher else None
-        share = alpha(step, run) if teacher else 0.0
-        weights = None
         try:
-            believed = None
-            if self.momentum:
-                believed = momentum_targets(self.momentum, batch, run, soft_weight(step, run, self.epoch_pairs))
-            targets = Targets(teacher, share, generator, logged or recorded, recorded, believed)
-            losses = self.engine(batch, targets)
-            if recorded:
-                losses, features = losses
-                weights = StepWeights(features, teacher, step_regulation(run.loss, targets)[0], losses)
+            losses = self.work.losses(self.engine, step, batch, generator, logged)
             self.engine.backward(losses["loss"])
             self.engine.step()
-            if self.momentum and believed:
-                self.momentum.update(whole_parameters(self.engine, self.engine.module.model))
-                self.momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, teacher)
+            said = self.work.after(self.engine, step, batch)
         except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(run, step, len(batch), world_size(), error)) from None
-        return losses, weights
-
-    def _record_weights(self, done: int, weights: StepWeights, batch: Batch) -> None:
-        """Every rank takes part, the first writes."""
-        figures, lowest = weights.record(batch, self.run.records.lowest)
-        with same_error():
-            if self.records:
-                self.records.write(done, figures, lowest)
-        self._caution(done, self.cautions.of_weights(done, weights.regulation.alpha, figures))
+            raise UserError(out_of_memory(run, step, len(batch), world_size(), error, self.work.rows)) from None
+        self._caution(step + 1, said)
+        return losses
 
     def _caution(self, done: int, line: str | None) -> None:
         if line is not None:
@@ -132,7 +124,7 @@ class Loop:
             if self.log:
                 self.log.write({"step": done, "caution": line})
 
-    def _account(self, done: int, batch: Batch, ledger: Ledger) -> dict[str, int | str]:
+    def _account(self, done: int, batch: Loadable, ledger: Ledger) -> dict[str, int | str]:
         """What the data of this step and of those since the last one were like; the same on all ranks.
 
         `batch_digest` is equal for equal global batches: of runs that were resumed, or had other ranks or workers.
@@ -144,7 +136,7 @@ class Loop:
             self.log.write({"step": done, "faults": settled.faults})
         ids = gather_rows(batch.pair_ids, row_counts(batch.pair_ids))
         digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
-        return {**settled.figures, "duplicate_pairs": duplicates(ids), "batch_digest": digest}
+        return {**settled.figures, f"duplicate_{self.work.rows}": duplicates(ids), "batch_digest": digest}
 
     def _record(
         self, done: int, losses: dict[str, Tensor], data: dict[str, int | str], step_seconds: float, waited: float
@@ -162,22 +154,18 @@ class Loop:
             "lr_text": factor * optim.lr_text,
             "grad_norm": None if norm is None else float(norm),
             "step_seconds": step_seconds,
-            "pairs_per_second": run.train.global_batch_size / step_seconds,
+            f"{self.work.rows}_per_second": run.train.global_batch_size / step_seconds,
             "data_wait_share": waited,
             **data,
+            **self.work.figures(done - 1),
         }
-        if self.teacher:
-            figures["alpha"] = alpha(done - 1, run)
-        if self.momentum:
-            figures["momentum_weight"] = soft_weight(done - 1, run, self.epoch_pairs)
-            figures["queue_fill"] = self.momentum.fill
         if self.log:
             self.log.write(figures)
         self._monitor("train", figures, done)
         self.progress.update(done, figures, (run.train.steps - done) * step_seconds)
-        self._caution(done, self.cautions.of_scale(done, figures.get("alpha", 0.0), figures["logit_scale"]))
+        self._caution(done, self.work.caution(done, figures))
 
-    def _evaluate(self, done: int) -> dict[str, tuple[float, float]]:
+    def _evaluate(self, done: int) -> Figures:
         if self.evaluate is None:
             return {}
         figures = self.evaluate(done)
@@ -195,14 +183,16 @@ class Loop:
             self.engine.monitor.write_events([(f"{room}/{name}", value, done) for name, value in numbers])
 
 
-def out_of_memory(run: RunConfig, step: int, pairs: int, world: int, error: BaseException) -> str:
+def out_of_memory(
+    run: TrainingConfig, step: int, count: int, world: int, error: BaseException, rows: str = "pairs"
+) -> str:
     """What ran out, where, and what lowers it, as one line."""
     advice = [f"train.global_batch_size (now {run.train.global_batch_size})"]
     if run.train.precision == "fp32":
         advice.append("train.precision=bf16")
     advice += [f"more than {world} rank{'s' if world > 1 else ''}", "ds_configs/zero3_offload.json"]
     reason = ". ".join(str(error).split(". ")[:2])
-    return f"out of GPU memory at step {step} with {pairs} pairs a rank ({reason}); try a lower {', or '.join(advice)}"
+    return f"out of GPU memory at step {step} with {count} {rows} a rank ({reason}); try a lower {', or '.join(advice)}"
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from rich.text import Text
@@ -24,8 +24,6 @@ from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
-from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
-from sacl_ds.machine import Machine
 from sacl_ds.model.fused_norm import use_fused_layer_norm
 from sacl_ds.model.momentum import Momentum, saved_bytes
 from sacl_ds.model.sacl import SaclModel
@@ -38,10 +36,12 @@ from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
 from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
-from sacl_ds.training.engine import build_engine, cores, local_ranks, whole_state
+from sacl_ds.training.engine import build_engine, whole_state
 from sacl_ds.training.false_share import with_falling_weights
-from sacl_ds.training.loop import Loop
+from sacl_ds.training.job import Job, describe_start
+from sacl_ds.training.loop import Figures, Loop
 from sacl_ds.training.objectives import PretrainObjective
+from sacl_ds.training.pretrain_work import PretrainWork
 from sacl_ds.training.run_folder import TEACHER, check_space, open_run_folder, with_saved_positions
 
 START = "start.txt"  # what the model started from
@@ -49,23 +49,11 @@ _VOCABULARY_CAPTIONS = 100_000
 
 
 class Evaluator(Protocol):
-    def __call__(self, model: SaclModel, view: View, device: torch.device) -> dict[str, tuple[float, float]]:
+    def __call__(self, model: SaclModel, view: View, device: torch.device) -> Figures:
         """{name: (value, chance)}; every rank calls it."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What stays the same over the phases of one start."""
-
-    ds: dict[str, Any]
-    ds_name: str
-    evaluator: Callable[[RunConfig], Evaluator | None]
-    device: torch.device
-    machine: Machine
-    resume: bool
-
-    def engine_config(self, run: RunConfig, folder: Path) -> EngineConfig:
-        return resolve(self.ds, run, world_size(), self.machine, name=self.ds_name, folder=str(folder))
+Evaluators = Callable[[RunConfig], Evaluator | None]
 
 
 def teacher_phase(run: RunConfig) -> RunConfig:
@@ -83,8 +71,11 @@ def teacher_phase(run: RunConfig) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def pretrain(run: RunConfig, job: Job) -> Path:
-    """Train to the end and return the run directory. Raises UserError, the same on every rank."""
+def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
+    """Train to the end and return the run directory. evaluators: what a phase is judged by.
+
+    Raises UserError, the same on every rank.
+    """
     started = time.monotonic()
     opened = None  # with the lock, which is held while this function runs
     with same_error():
@@ -111,11 +102,11 @@ def pretrain(run: RunConfig, job: Job) -> Path:
             going_on = job.resume and checkpoint.latest(inner) is not None
             first = teacher_phase(run)
             own = _index(first) if run.teacher.shards else index
-            _phase(Phase(first, inner, "teacher", own, resume=going_on), job)
+            _phase(Phase(first, inner, "teacher", own, resume=going_on), job, evaluators)
         teacher_folder = str(inner)
     resume = job.resume and checkpoint.latest(folder) is not None
     phase = Phase(run, folder, "training", index, teacher_folder if run.uses_teacher else None, resume)
-    result, progress = _phase(phase, job)
+    result, progress = _phase(phase, job, evaluators)
     if rank() == 0:
         plots = plot_run(folder)
         if result:
@@ -125,18 +116,6 @@ def pretrain(run: RunConfig, job: Job) -> Path:
     if opened:
         opened[1].close()
     return folder
-
-
-def describe_start(job: Job, plan: EngineConfig) -> str:
-    """One line on what trains, and one for each thing that is not as it could be."""
-    precision = "bf16 autocast" if "torch_autocast" in plan.values else "fp32"
-    ranks = f"{world_size()} rank{'s' if world_size() > 1 else ''} on {job.machine.device_name}"
-    line = f"{ranks}, ZeRO {zero_stage(plan.values)}, {precision}, AdamW of {plan.adam}"
-    if plan.adam == "DeepSpeed":
-        line += " (compiled at its first use, which takes minutes)"
-    if job.machine.cannot_compile:
-        line += f"; {job.machine.cannot_compile} here, so DeepSpeed's own operators stay off"
-    return "\n".join([line, *(f"note: {note}" for note in plan.notes)])
 
 
 def _trains_teacher(run: RunConfig) -> bool:
@@ -155,7 +134,7 @@ class Phase:
     resume: bool = False
 
 
-def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunProgress]:
+def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, RunProgress]:
     """Build everything of one phase, train, and leave the finished run in its directory."""
     run, folder, resume = phase.run, phase.folder, phase.resume
     first, world = rank() == 0, world_size()
@@ -168,7 +147,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         grouping = Grouping.load(Path(run.data.grouping)) if run.data.grouping else None
         features = _stored(run, phase, teacher) if teacher and run.teacher.features else None
         model, begun = _model(phase, tokenizer)
-        evaluator = job.evaluator(run)
+        evaluator = evaluators(run)
         if first:
             _announce(run, folder, model, begun, progress)
     if engine_config.fused_norm:
@@ -205,7 +184,7 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         collator,
         rank=rank(),
         world=world,
-        workers=_workers(run, job.machine.on_cpu),
+        workers=job.workers(run.data.workers),
         start_step=start,
         pin_memory=not job.machine.on_cpu,
     )
@@ -216,13 +195,11 @@ def _phase(phase: Phase, job: Job) -> tuple[dict[str, tuple[float, float]], RunP
         engine=engine,
         batches=iter(loader),
         device=job.device,
-        teacher=teacher,
-        momentum=momentum,
-        epoch_pairs=sum(map(sum, source.sets)),
+        work=PretrainWork(run, teacher, momentum, sum(map(sum, source.sets)), records),
         evaluate=(lambda step: evaluator(model, canonical, job.device)) if evaluator else None,
         log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
-        records=records,
         progress=progress,
+        max_bad_share=run.data.max_bad_share,
     )
     try:
         result = loop.train(start)
@@ -277,14 +254,6 @@ def _training_view(run: RunConfig) -> CanonicalView | TrainView:
     if run.data.crops or run.data.flip:
         return TrainView(run.model.image_size, run.data.crop_scale if run.data.crops else (1.0, 1.0), run.data.flip)
     return CanonicalView(run.model.image_size)
-
-
-def _workers(run: RunConfig, on_cpu: bool) -> int:
-    """data.workers, or what suits the machine: on a CPU with two cores a rank, a worker only stalls the maths."""
-    if run.data.workers is not None:
-        return run.data.workers
-    spare = cores() // local_ranks() - (2 if on_cpu else 1)
-    return min(8, max(0 if on_cpu else 1, spare))
 
 
 def _model(phase: Phase, tokenizer: Tokenizer) -> tuple[SaclModel, StartReport | None]:

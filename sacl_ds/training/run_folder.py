@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from sacl_ds.config import ModelConfig, RunConfig
+from sacl_ds.config import ModelConfig, TrainingConfig
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import CONFIG, WEIGHTS
 from sacl_ds.training import checkpoint
@@ -22,7 +22,7 @@ _LOCK = ".lock"
 _BYTES_WEIGHTS, _BYTES_CHECKPOINT = 4, 16  # a parameter: fp32; fp32 in both module and optimizer, and two moments
 
 
-def open_run_folder(run: RunConfig, resume: bool) -> tuple[Path, IO[str]]:
+def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
     """The directory of this run, made and locked until the file that comes with it is closed. For rank 0.
 
     Raises UserError where there is nothing to resume, a run to be overwritten, a run of another model, or another
@@ -69,12 +69,12 @@ def check_space(folder: Path, parameters: int, checkpoints: int, momentum_bytes:
     return None
 
 
-def _numbered(run: RunConfig, resume: bool) -> Path:
-    """runs/SOURCE-NNN: the next one, or the last one to be resumed."""
+def _numbered(run: TrainingConfig, resume: bool) -> Path:
+    """runs/TITLE-NNN: the next one, or the last one to be resumed."""
     base = Path("runs")
-    used = [int(m[1]) for p in base.glob(f"{run.data.source}-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
+    used = [int(m[1]) for p in base.glob(f"{run.title}-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
     number = max(used, default=0)
-    return base / f"{run.data.source}-{max(1, number if resume else number + 1):03d}"
+    return base / f"{run.title}-{max(1, number if resume else number + 1):03d}"
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -96,7 +96,7 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _same_model(run: RunConfig, folder: Path) -> None:
+def _same_model(run: TrainingConfig, folder: Path) -> None:
     """The weights to be resumed are those of this configuration's model."""
     saved = _saved_model(folder)
     if saved is None:

@@ -18,7 +18,7 @@ class SceneTruth:
     """Of the scenes that a run is trained on or judged by."""
 
     def __init__(self, run: RunConfig) -> None:
-        self._size, self._first = scene_size(run), run.data.scenes.detail
+        self._size, self._first = scene_size(run.model.image_size), run.data.scenes.detail
         self._captions = lru_cache(4096)(self._find_caption)
 
     def picture(self, key: str) -> Image.Image | None:

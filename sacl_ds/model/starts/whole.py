@@ -12,11 +12,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from sacl_ds.config import ModelConfig
-from sacl_ds.config_file import load_config
 from sacl_ds.errors import UserError
 from sacl_ds.model.heads import MAX_LOGIT_SCALE
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, saved_model_config
 from sacl_ds.model.starts.image import PART, Computation, image_tower, load_vit
 from sacl_ds.model.starts.placing import place, require_shapes
 from sacl_ds.model.starts.report import SourceReport
@@ -103,15 +102,25 @@ def _bert_name(name: str) -> str:
 
 def _load_run(model: SaclModel, config: ModelConfig, folder: Path) -> SourceReport:
     label = f"{SETTING}={folder}"
-    theirs = load_config(folder / CONFIG, []).model
-    for key in _SIZES:
-        there, here = getattr(theirs, key), getattr(config, key)
-        if there != here:
-            raise UserError(f"{label}: a model with model.{key}={there}, not {here}; set model.{key}={there}")
     try:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{label}: {WEIGHTS} cannot be read: {error}") from None
+    return place_run(model, config, folder, state, label)
+
+
+def place_run(
+    model: SaclModel, config: ModelConfig, folder: Path, state: dict[str, Tensor], label: str
+) -> SourceReport:
+    """Copy the weights `state` of the run in `folder` into the model, with image positions for its resolution.
+
+    label: what error lines call their source. Raises UserError where they are of a model of another size.
+    """
+    theirs = saved_model_config(folder)
+    for key in _SIZES:
+        there, here = getattr(theirs, key), getattr(config, key)
+        if there != here:
+            raise UserError(f"{label}: a model with model.{key}={there}, not {here}; set model.{key}={there}")
     notes = []
     for key in ("image_encoder", "image_encoder_arguments", "image_mean", "image_std"):
         there, here = getattr(theirs, key), getattr(config, key)
@@ -120,7 +129,9 @@ def _load_run(model: SaclModel, config: ModelConfig, folder: Path) -> SourceRepo
     state, interpolated = _resampled(model, state)
     require_shapes(model, state, label, f"set model.image_encoder and model.image_size as in {folder / CONFIG}")
     loaded, left_over = place(model, state)
-    return SourceReport(SETTING, str(folder), ("",), loaded, left_over, state.keys(), (*notes, *interpolated))
+    return SourceReport(
+        label.partition("=")[0], str(folder), ("",), loaded, left_over, state.keys(), (*notes, *interpolated)
+    )
 
 
 def _resampled(model: SaclModel, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

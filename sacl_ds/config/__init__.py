@@ -1,0 +1,31 @@
+"""The configuration of runs: one strict model per room."""
+
+from sacl_ds.config.data import CaptionFilter, DataConfig, Detail, ScenesConfig
+from sacl_ds.config.finetune import TASKS, FinetuneConfig, TaskName, task_defaults
+from sacl_ds.config.loss import LossConfig, MomentumConfig, TeacherConfig
+from sacl_ds.config.model import PRESETS, ModelConfig, PatchSelectionConfig
+from sacl_ds.config.run import RecordsConfig, RunConfig
+from sacl_ds.config.training import KernelsConfig, OptimConfig, TrainConfig, TrainingConfig
+
+__all__ = [
+    "PRESETS",
+    "TASKS",
+    "CaptionFilter",
+    "DataConfig",
+    "Detail",
+    "FinetuneConfig",
+    "KernelsConfig",
+    "LossConfig",
+    "ModelConfig",
+    "MomentumConfig",
+    "OptimConfig",
+    "PatchSelectionConfig",
+    "RecordsConfig",
+    "RunConfig",
+    "ScenesConfig",
+    "TaskName",
+    "TeacherConfig",
+    "TrainConfig",
+    "TrainingConfig",
+    "task_defaults",
+]

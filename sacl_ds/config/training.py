@@ -1,0 +1,85 @@
+"""How anything is trained: optimizer, steps, batch, precision."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator
+
+from sacl_ds.config.model import ModelConfig
+from sacl_ds.config.room import Fraction, Natural, NaturalFloat, Positive, PositiveFloat, Room
+from sacl_ds.errors import UserError
+
+
+class OptimConfig(Room):
+    lr_image: PositiveFloat = Field(1e-3, description="peak learning rate of the image encoder")
+    lr_text: PositiveFloat = Field(1e-3, description="peak learning rate of everything else")
+    weight_decay: NaturalFloat = Field(0.01, description="decoupled; on matrices only")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="AdamW")
+    eps: PositiveFloat = Field(1e-8, description="AdamW")
+    warmup_steps: Natural = Field(100, description="linear, from 0")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    final_lr: Fraction = Field(0.01, description="share of the peak learning rate where cosine ends")
+    clip_norm: NaturalFloat = Field(1.0, description="global gradient norm; 0: no clipping")
+
+
+class TrainConfig(Room):
+    steps: Natural = Field(500, description="optimizer steps")
+    global_batch_size: Positive = Field(128, description="pairs contrasted with each other in a step, over all ranks")
+    micro_batch_size: Positive | None = Field(None, description="pairs a rank; null: global_batch_size / ranks")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters and losses stay fp32")
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")
+    save_every: Positive | None = Field(None, description="steps between checkpoints; null: only at the end")
+    keep_checkpoints: Positive | None = Field(None, description="remove all checkpoints but the newest; null: keep all")
+
+
+class KernelsConfig(Room):
+    apex: Literal["auto", "on", "off"] = Field(
+        "auto", description="NVIDIA apex's FusedAdam and FusedLayerNorm; auto: where it is installed and there is a GPU"
+    )
+
+    @field_validator("apex", mode="before")
+    @classmethod
+    def _on_and_off(cls, value: Any) -> Any:
+        """YAML reads on and off as truth values."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class TrainingConfig(Room):
+    """Of a run of any kind: pre-training, or a downstream task."""
+
+    output_dir: str | None = Field(
+        None, description="run directory; null: runs/scenes-001, -002 and so on, or the last of them with --resume"
+    )
+    seed: Natural = Field(0, description="of initial weights, data order, masking and dropout")
+    model: ModelConfig = ModelConfig.model_validate({})
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    kernels: KernelsConfig = KernelsConfig()
+
+    @property
+    def title(self) -> str:
+        """What numbered run directories are called after."""
+        raise NotImplementedError
+
+    def micro_batch_size(self, world: int) -> int:
+        """Pairs a rank, after checking that the global batch divides over `world` ranks in one pass."""
+        total, micro = self.train.global_batch_size, self.train.micro_batch_size
+        if total % world:
+            raise UserError(
+                f"train.global_batch_size={total} does not divide over {world} ranks; "
+                f"take {math.ceil(total / world) * world}, or another number of ranks"
+            )
+        if micro is not None and micro * world != total:
+            raise UserError(
+                f"train.micro_batch_size={micro} on {world} ranks makes {micro * world} pairs a step, not "
+                f"train.global_batch_size={total}; gradient accumulation is not supported yet: leave it out"
+            )
+        return total // world
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))

@@ -1,0 +1,1 @@
+"""Downstream tasks: fine-tuning and evaluation, from a configuration to a table."""

@@ -1,0 +1,57 @@
+"""The best weights of a run, kept as its model.safetensors, and what they reached."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from sacl_ds.distributed import barrier, rank
+from sacl_ds.errors import UserError
+from sacl_ds.model.saved import WEIGHTS, save_weights
+from sacl_ds.training.loop import Figures
+
+FILE = "best.json"
+
+
+class Best:
+    """The same on all ranks, since the figures are."""
+
+    def __init__(self, folder: Path, main: str, resumed_at: int | None) -> None:
+        """resumed_at: go on from what the folder holds, if it is not of a later step (that one will come again).
+
+        Raises UserError where best.json cannot be read.
+        """
+        self.folder, self.main = folder, main
+        self.step, self.value = 0, -math.inf
+        file = folder / FILE
+        if resumed_at is None or not file.exists():
+            return
+        try:
+            kept = json.loads(file.read_text())
+            step, value, figure = int(kept["step"]), float(kept["value"]), str(kept["figure"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--resume: {file} cannot be read: {error}; remove it, and the next best is kept") from None
+        if step <= resumed_at and figure == main and (folder / WEIGHTS).exists():
+            self.step, self.value = step, value
+
+    def offer(self, step: int, figures: Figures, state: Callable[[], dict[str, Tensor]]) -> bool:
+        """Keep the weights if `figures` are the best so far; every rank calls it. state: collective, whole on rank 0."""
+        value = figures[self.main][0]
+        if not value > self.value and self.step:
+            return False
+        self.step, self.value = step, value
+        weights = state()
+        if rank() == 0:
+            save_weights(weights, self.folder, step)
+            temporary = self.folder / f".{FILE}.writing"
+            said = {name: figure[0] for name, figure in figures.items()}
+            temporary.write_text(
+                json.dumps({"step": step, "figure": self.main, "value": value, "figures": said}, indent=2)
+            )
+            temporary.replace(self.folder / FILE)
+        barrier()
+        return True

@@ -1,0 +1,104 @@
+"""The configuration of a task: its defaults, what the checkpoint's run says, the YAML file, the arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sacl_ds.config import TASKS, FinetuneConfig, task_defaults
+from sacl_ds.config_file import Layer, merged, read_layers, read_yaml, resolve_layers
+from sacl_ds.errors import UserError, nearest
+
+CONFIG = "config.yaml"
+_CHECKPOINTS = "checkpoints"
+# of a fine-tuned run, what an evaluation of it takes over
+_TAKEN_OVER = ("model", "seed", "data", "loss", *TASKS, "evaluation")
+# where the model came from; its weights now come from the checkpoint
+_ORIGIN: dict[str, Any] = {"start": None, "image_weights": None, "image_pretrained": False}
+
+
+def finetune_config(task: str | None, file: str | None, overrides: list[str]) -> FinetuneConfig:
+    """task: what --task says. Raises UserError."""
+    given = read_layers(file, overrides)
+    said = merged(given)
+    name = _task(task, said.get("task"))
+    layers = _defaults(name, said)
+    if said.get("checkpoint") is not None:
+        layers.append(_model_of(run_of(str(said["checkpoint"]))))
+    return resolve_layers([*layers, *given], FinetuneConfig)
+
+
+def evaluation_config(task: str | None, file: str | None, overrides: list[str]) -> FinetuneConfig:
+    """Of what is to be evaluated: a fine-tuned run with its own settings underneath, or a pre-training run for
+    retrieval. Raises UserError."""
+    given = read_layers(file, overrides)
+    said = merged(given)
+    if said.get("checkpoint") is None:
+        raise UserError(
+            "checkpoint is missing: checkpoint=RUN, the directory of a finished run, or RUN/checkpoints/step_N"
+        )
+    folder = run_of(str(said["checkpoint"]))
+    theirs = read_yaml(folder / CONFIG)
+    if "task" in theirs:
+        name = _task(task, said.get("task") or theirs["task"])
+        if name != theirs["task"]:
+            raise UserError(
+                f"--task {name}, but {folder} was fine-tuned for {theirs['task']}; evaluate that, or give another checkpoint"
+            )
+        before: list[Layer] = [(f"in {folder / CONFIG}", {key: theirs[key] for key in _TAKEN_OVER if key in theirs})]
+        source = said.get("data", {}).get("source", theirs["data"]["source"])
+        if source != theirs["data"]["source"]:
+            before = []  # its files or scenes are not those that are asked for
+    else:
+        name = _task(task, said.get("task"))
+        if name != "retrieval":
+            raise UserError(
+                f"{folder} is a pre-training run, which answers nothing yet; fine-tune it first: "
+                f"launch/finetune.py --task {name} checkpoint={folder}"
+            )
+        before = []
+    layers = [*_defaults(name, said), *before, _model_of(folder)]
+    return resolve_layers([*layers, *given], FinetuneConfig)
+
+
+def run_of(checkpoint: str) -> Path:
+    """The run that `checkpoint` is, or is one of. Raises UserError."""
+    path = Path(checkpoint).expanduser()
+    folder = path.parent.parent if path.parent.name == _CHECKPOINTS else path
+    if path.is_file():
+        raise UserError(
+            f"checkpoint={checkpoint} is a file; give the directory of a run, or weights of elsewhere as model.start"
+        )
+    if not path.is_dir():
+        raise UserError(f"checkpoint={checkpoint}: no such folder; correct the path")
+    if not (folder / CONFIG).exists():
+        raise UserError(
+            f"checkpoint={checkpoint}: no {CONFIG} there; give the directory of a run, or its {_CHECKPOINTS}/step_N"
+        )
+    return folder
+
+
+def _defaults(task: str, said: dict[str, Any]) -> list[Layer]:
+    data = said.get("data")
+    source = data.get("source", "scenes") if isinstance(data, dict) else "scenes"
+    return [(f"in the defaults of {task}", task_defaults(task, source)), ("by --task", {"task": task})]
+
+
+def _model_of(folder: Path) -> Layer:
+    """The model of a run, to start from."""
+    theirs = read_yaml(folder / CONFIG).get("model")
+    if not isinstance(theirs, dict):
+        raise UserError(f"{folder / CONFIG} has no room 'model'; give the directory of a run")
+    return f"in {folder / CONFIG}", {"model": {**theirs, **_ORIGIN}}
+
+
+def _task(option: str | None, said: Any) -> str:
+    if option is not None and said is not None and option != said:
+        raise UserError(f"--task {option}, but the configuration says task: {said}; leave one of them out")
+    name = option if option is not None else said
+    if name is None:
+        raise UserError(f"--task is missing: {' or '.join(TASKS)}")
+    if name not in TASKS:
+        close = nearest(str(name), TASKS)
+        raise UserError(f"--task {name}: choose {', '.join(TASKS)}{f' (did you mean {close}?)' if close else ''}")
+    return str(name)

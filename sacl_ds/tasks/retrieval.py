@@ -1,0 +1,130 @@
+"""Image-text retrieval: trained with SACL by the model's own similarity and ITM, judged by features and re-ranked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sacl_ds.config import FinetuneConfig
+from sacl_ds.data.batch import Batch, TrainingView, View
+from sacl_ds.data.collate import Collator
+from sacl_ds.data.downstream.examples import ExampleSource
+from sacl_ds.data.downstream.retrieval import CaptionedImage, TrainingPairs, karpathy_images
+from sacl_ds.data.sample import Sample
+from sacl_ds.data.scene_source import SceneSource
+from sacl_ds.data.text import Tokenizer
+from sacl_ds.errors import UserError
+from sacl_ds.evaluation.gallery import draw_gallery
+from sacl_ds.evaluation.retrieval import (
+    RetrievalResult,
+    RetrievalSet,
+    evaluate_retrieval,
+    pictures_of,
+    retrieval_set,
+)
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.tasks.files import images_folder, scenes_of
+from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.training.objectives import PretrainObjective, Targets
+
+
+class RetrievalOutcome:
+    """figures, notes, and what is written: rankings.jsonl, and gallery.png."""
+
+    def __init__(self, result: RetrievalResult, data: RetrievalSet, gallery: int) -> None:
+        self.figures, self.notes = result.figures, result.notes
+        self._ranking, self._data, self._gallery = result.ranking, data, gallery
+
+    def write(self, folder: Path) -> list[Path]:
+        rankings = folder / "rankings.jsonl"
+        temporary = folder / f".{rankings.name}.writing"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self._ranking.lines()))
+        temporary.replace(rankings)
+        if not self._gallery:
+            return [rankings]
+        picture = folder / "gallery.png"
+        draw_gallery(self._ranking, lambda numbers: pictures_of(self._data, numbers), picture, count=self._gallery)
+        return [rankings, picture]
+
+
+class RetrievalTask(Task):
+    rows = "pairs"
+
+    def __init__(self, run: FinetuneConfig) -> None:
+        super().__init__(run)
+        self._images = cache(self._read)
+
+    @property
+    def main(self) -> str:
+        figure = "text_to_image_any_R@1" if self._scenes else "mean_recall"
+        return f"reranked_{figure}" if self.run.retrieval.rerank else figure
+
+    @property
+    def _scenes(self) -> bool:
+        return self.run.data.source == "scenes"
+
+    def count(self, split: str) -> int:
+        if self._scenes:
+            return len(scenes_of(self.run, split))
+        if self.run.retrieval.annotations is None:
+            return 0
+        return len(TrainingPairs(self._images(split))) if split == "train" else len(self._images(split))
+
+    def _read(self, split: str) -> Sequence[CaptionedImage]:
+        """Of the Karpathy JSON; none where val or test is a split that it lacks."""
+        settings = self.run.retrieval
+        name = {"train": settings.train_split, "val": settings.val_split, "test": settings.test_split}[split]
+        assert settings.annotations is not None
+        file = Path(settings.annotations).expanduser()
+        folder = images_folder(self.run)
+        if split != "train" and name not in karpathy_splits(file):
+            return []
+        return karpathy_images(file, folder, name)
+
+    def texts(self) -> Iterator[str]:
+        if self._scenes:
+            return SceneSource(scenes_of(self.run, "train")).captions(100_000)
+        return (caption for image in self._images("train") for caption in image.captions)
+
+    def training(self, tokenizer: Tokenizer) -> tuple[Any, Collator]:
+        view = self.training_view()
+        collator = Collator(TrainingView(view, tokenizer, view.for_text), self.run.seed, None)
+        if self._scenes:
+            return SceneSource(scenes_of(self.run, "train")), collator
+        pairs: Sequence[Sample] = TrainingPairs(self._images("train"))
+        return ExampleSource(pairs), collator
+
+    def model(self, start: SaclModel, tokenizer: Tokenizer) -> SaclModel:
+        return start
+
+    def objective(self, model: SaclModel) -> nn.Module:
+        return PretrainObjective(model, self.run.loss)
+
+    def losses(self, engine: Any, batch: Batch, generator: torch.Generator, logged: bool) -> dict[str, Tensor]:
+        """No teacher: the model's own similarity regulates (the paper's fine-tuning)."""
+        losses: dict[str, Tensor] = engine(batch, Targets(None, 0.0, generator, statistics=logged))
+        return losses
+
+    def evaluate(self, model: SaclModel, split: str, seen: Seen) -> Outcome:
+        data = self._set(split, seen.limit)
+        view = View(self.held_out_view(), seen.tokenizer)
+        settings = self.run.retrieval
+        result = evaluate_retrieval(model, data, view, seen.device, self.run.batch_size, settings.rerank, seen.done)
+        return RetrievalOutcome(result, data, settings.gallery)
+
+    def _set(self, split: str, limit: int | None) -> RetrievalSet:
+        if self._scenes:
+            scenes = scenes_of(self.run, split)
+            count = min(len(scenes), limit or len(scenes))
+            satisfying = scenes.relevance() == 1
+            return RetrievalSet(SceneSource(scenes), count, satisfying[: count * scenes.captions_per_scene, :count])
+        images = self._images(split)
+        if not images:
+            raise UserError(f"retrieval.annotations={self.run.retrieval.annotations} has no split for {split}")
+        return retrieval_set(images[:limit], self.run.data.max_bad_share)

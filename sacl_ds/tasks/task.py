@@ -1,0 +1,138 @@
+"""What a downstream task is: examples, a model, an objective, and what it is judged by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sacl_ds.config import FinetuneConfig
+from sacl_ds.data.augment import FinetuneView
+from sacl_ds.data.downstream.examples import ExampleSource
+from sacl_ds.data.loader import Collates
+from sacl_ds.data.text import Tokenizer
+from sacl_ds.data.transforms import CanonicalView
+from sacl_ds.distributed import rank, world_size
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.training.loop import Figures
+
+Done = Callable[[str, int, int], None]  # (stage, done of it, all of it) on this rank
+
+
+class Outcome(Protocol):
+    """What came out of an evaluation; the same on every rank."""
+
+    figures: Figures
+    notes: list[str]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Predictions and pictures, in the task's own formats."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation needs beside the model. limit: at most so many examples."""
+
+    tokenizer: Tokenizer
+    device: torch.device
+    limit: int | None = None
+    done: Done = lambda stage, count, total: None
+
+    def counted(self, stage: str, count: int) -> Callable[[int], None]:
+        """For an evaluation of `count` examples over all ranks that tells how many more are done on this one."""
+        total, so_far = len(range(rank(), count, world_size())), 0
+
+        def more(examples: int) -> None:
+            nonlocal so_far
+            so_far += examples
+            self.done(stage, so_far, total)
+
+        return more
+
+
+class Task(ABC):
+    """Annotation files are read when a split is first asked for. Raises UserError, with file and place."""
+
+    rows: str  # what a row of a batch is called
+
+    def __init__(self, run: FinetuneConfig) -> None:
+        self.run = run
+
+    @property
+    @abstractmethod
+    def main(self) -> str:
+        """The figure that decides which weights are kept; larger is better."""
+
+    @abstractmethod
+    def count(self, split: str) -> int:
+        """Examples of a split; 0 where the configuration names none."""
+
+    @abstractmethod
+    def texts(self) -> Iterator[str]:
+        """Of the training examples: what a vocabulary is trained on where nothing brings one."""
+
+    def tokenizer(self, begin: Tokenizer) -> Tokenizer:
+        """What the run reads and writes texts with, from that of what it starts from."""
+        return begin
+
+    @abstractmethod
+    def training(self, tokenizer: Tokenizer) -> tuple[ExampleSource, Collates[Any]]: ...
+
+    def training_view(self) -> FinetuneView:
+        """How training pictures are seen; `for_text` says which of them are mirrored."""
+        augment = self.run.augment
+        return FinetuneView(
+            self.run.model.image_size, augment.crop_scale, augment.flip, augment.operations, augment.magnitude
+        )
+
+    def held_out_view(self) -> CanonicalView:
+        """How pictures are seen that are not trained on."""
+        return CanonicalView(self.run.model.image_size)
+
+    @abstractmethod
+    def model(self, start: SaclModel, tokenizer: Tokenizer) -> nn.Module:
+        """The task's model out of a pre-trained one; what is new in it comes from torch's random state."""
+
+    @abstractmethod
+    def objective(self, model: Any) -> nn.Module:
+        """A batch in, a dict of losses out; `model` lies in its attribute of that name."""
+
+    def losses(self, engine: Any, batch: Any, generator: torch.Generator, logged: bool) -> dict[str, Tensor]:
+        """Of one step."""
+        return engine(batch)
+
+    @abstractmethod
+    def evaluate(self, model: Any, split: str, seen: Seen) -> Outcome:
+        """Every rank calls it, and gets the same."""
+
+    def keep(self, folder: Path) -> None:
+        """Leave in the run directory what an evaluation needs of the training examples."""
+
+    def take(self, folder: Path) -> None:
+        """What `keep` left."""
+
+
+class TaskWork:
+    """A `Work` of the loop."""
+
+    momentum = None
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.rows = task, task.rows
+
+    def losses(self, engine: Any, step: int, batch: Any, generator: torch.Generator, logged: bool) -> dict[str, Tensor]:
+        return self.task.losses(engine, batch, generator, logged)
+
+    def after(self, engine: Any, step: int, batch: Any) -> str | None:
+        return None
+
+    def figures(self, step: int) -> dict[str, float]:
+        return {}
+
+    def caution(self, done: int, figures: dict[str, Any]) -> str | None:
+        return None
