@@ -1,0 +1,137 @@
+"""Batches of questions with their weighted answers, to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sacl_ds.data.batch import ImageView, TextView
+from sacl_ds.data.collate import stacked
+from sacl_ds.data.downstream.vqa import Question, answer_weights
+from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.grouping import hash64
+from sacl_ds.data.images import BadImage
+from sacl_ds.data.order import Place
+from sacl_ds.data.text import attention_mask, pad
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """b questions with A answers in all. L, La: tokens of the longest question and answer, [CLS] and [SEP] included."""
+
+    keys: list[str]
+    images: Tensor  # (b, 3, H, W) uint8
+    input_ids: Tensor  # (b, L) int64
+    attention_mask: Tensor  # (b, L) int64
+    answer_ids: Tensor  # (A, La) int64
+    answer_mask: Tensor  # (A, La) int64
+    answer_weight: Tensor  # (A,) float32
+    answer_question: Tensor  # (A,) int64: the row that it answers
+    pair_ids: Tensor  # (b, 1) int64
+    faults: list[Fault] = field(default_factory=list)  # questions that others of this batch stand in for
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> QuestionBatch:
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> QuestionBatch:
+        """In page-locked memory, from which copies to a GPU do not wait."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> QuestionBatch:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionItem:
+    """A question as the collator's views see it."""
+
+    key: str
+    image: Tensor  # (3, H, W) uint8
+    question: str
+    answers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class QuestionCollator:
+    """From questions to batches. What is random about a question is drawn from (seed, epoch, its key).
+
+    image_view: from the question and all its answers to a view, which may leave mirroring out where they speak of left
+    or right. Questions reach the tokenizer as they are: it lower-cases them, and sets punctuation apart as it did with
+    the captions of pre-training (ALBEF, whose captions were stripped of it, strips its questions as well).
+    """
+
+    tokenizer: TextView
+    image_view: Callable[[str], ImageView]
+    seed: int
+
+    def item(self, question: Question, place: Place) -> QuestionItem:
+        """Raises BadSample where the image is missing or damaged, or no answer is known."""
+        answers = answer_weights(question)
+        if not answers:
+            raise BadSample(Fault("bad", "", question.key, "no answers to train on: it has no labels"))
+        view = self.image_view(" ".join([question.question, *answers]))
+        entropy = (self.seed, place.epoch, hash64(question.key.encode()))
+        return QuestionItem(question.key, pixels(question, view, entropy), question.question, answers)
+
+    def __call__(self, items: Sequence[QuestionItem], faults: Sequence[Fault] = ()) -> QuestionBatch:
+        """faults: questions that some of these stand in for."""
+        asked = self.tokenizer.ids([item.question for item in items])
+        said = self.tokenizer.ids([answer for item in items for answer in item.answers])
+        keys = [item.key for item in items]
+        return QuestionBatch(
+            keys=keys,
+            images=stacked([item.image for item in items]),
+            input_ids=torch.from_numpy(pad(asked, self.tokenizer.pad_id)),
+            attention_mask=torch.from_numpy(attention_mask(asked)),
+            answer_ids=torch.from_numpy(pad(said, self.tokenizer.pad_id)),
+            answer_mask=torch.from_numpy(attention_mask(said)),
+            answer_weight=torch.tensor([weight for item in items for weight in item.answers.values()]),
+            answer_question=torch.tensor([row for row, item in enumerate(items) for _ in item.answers]),
+            pair_ids=torch.from_numpy(np.array([[hash64(key.encode())] for key in keys], np.uint64).view(np.int64)),
+            faults=list(faults),
+        )
+
+    def join(self, parts: Sequence[QuestionBatch]) -> QuestionBatch:
+        """The rows of several batches, in order, padded to the longest of them."""
+        if len(parts) == 1:
+            return parts[0]
+        first_rows = np.cumsum([0, *map(len, parts)])
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("images", "answer_weight")}
+        for name, fill in (
+            ("input_ids", self.tokenizer.pad_id),
+            ("attention_mask", 0),
+            ("answer_ids", self.tokenizer.pad_id),
+            ("answer_mask", 0),
+        ):
+            each = [getattr(part, name) for part in parts]
+            longest = max(part.shape[1] for part in each)
+            joined[name] = torch.cat(
+                [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in each]
+            )
+        return QuestionBatch(
+            keys=[key for part in parts for key in part.keys],
+            answer_question=torch.cat(
+                [part.answer_question + int(first) for part, first in zip(parts, first_rows[:-1], strict=True)]
+            ),
+            pair_ids=torch.cat([part.pair_ids for part in parts]),
+            faults=[fault for part in parts for fault in part.faults],
+            **joined,
+        )
+
+
+def pixels(question: Question, view: ImageView, entropy: tuple[int, ...]) -> Tensor:
+    """(3, size, size) uint8. Raises BadSample where the image is missing or damaged."""
+    try:
+        return view(question.image.picture(), entropy)
+    except BadImage as error:
+        reason = f"the image cannot be decoded: {error}"
+        raise BadSample(Fault("bad", "", question.key, reason)) from None

@@ -1,0 +1,219 @@
+"""Questions about images with people's answers: the official VQA v2 files, and Visual Genome's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from sacl_ds.data.downstream.answers import normalise_answer
+from sacl_ds.data.downstream.examples import ImageFile
+from sacl_ds.data.json_files import each_entry, read_json
+from sacl_ds.data.pictures import Picture
+from sacl_ds.errors import UserError
+
+VISUAL_GENOME_WEIGHT = 0.5  # of an answer that only one person gave, as in ALBEF
+
+
+class PictureOf(Protocol):
+    """An image that is read only where it is looked at."""
+
+    @property
+    def key(self) -> str:
+        """What names it in error lines."""
+
+    def picture(self) -> Picture:
+        """Raises BadSample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about one image.
+
+    answers: what people answered, ten in VQA v2; [] where labels are absent. kind: the official question_type, "" where
+    none is told. answer_type: "yes/no", "number" or "other"; "" likewise. chosen: the official multiple_choice_answer,
+    "" where none is told. weight: what training's weights of the answers add up to.
+    """
+
+    image: PictureOf
+    question: str
+    question_id: int
+    answers: list[str]
+    kind: str = ""
+    answer_type: str = ""
+    chosen: str = ""
+    weight: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """Who it is, in this and in any other list of questions."""
+        return f"{self.image.key}, question {self.question_id}"
+
+
+def answer_weights(question: Question) -> dict[str, float]:
+    """Each distinct answer with its share of the given ones times the question's weight; {} without labels.
+
+    ALBEF's: 1 / n for each of n given answers, 0.5 for Visual Genome's one. Spelt as the answers of `answer_list`, so
+    that what is learned can be chosen.
+    """
+    given = Counter(map(_spelt, question.answers))
+    return {answer: question.weight * count / len(question.answers) for answer, count in given.items()}
+
+
+def answer_list(questions: Iterable[Question], at_least: int) -> list[str]:
+    """The closed list of answers to choose from: the official answer of each question, if of so many questions or more.
+
+    That is the multiple_choice_answer where the file tells it, otherwise the most frequent one (ties: the first by the
+    alphabet), normalised. Sorted by frequency, then by the alphabet. With at_least=9, the train and val questions of
+    VQA v2 give the list that is in common use, of some 3,130 answers (ALBEF's has 3,128).
+    """
+    counts: Counter[str] = Counter()
+    for question in questions:
+        if question.chosen:
+            counts[_spelt(question.chosen)] += 1
+        elif question.answers:
+            given = Counter(map(_spelt, question.answers))
+            counts[min(given, key=lambda answer: (-given[answer], answer))] += 1
+    return sorted((each for each in counts if counts[each] >= at_least), key=lambda each: (-counts[each], each))
+
+
+def vqa_questions(questions: Path, annotations: Path | None, images: Path) -> list[Question]:
+    """Of an official questions file (v2_OpenEnded_mscoco_*_questions.json), with the answers of its annotations file.
+
+    annotations: None where labels are absent (test sets). images: the folder that holds COCO's images,
+    COCO_val2014_000000000042.jpg and the like, itself or in a folder val2014; 000000000042.jpg, 42.jpg and 42.png are
+    found as well. Whether they are there shows where they are read. Raises UserError with file and entry.
+    """
+    content = read_json(questions)
+    entries = _entries(content, "questions", questions)
+    subset = content.get("data_subtype", "")
+    if not isinstance(subset, str):
+        raise UserError(f"{questions}: data_subtype is not a text; give an official questions file of VQA v2")
+
+    def make(entry: Any) -> Question:
+        image_id, question_id = _number(entry["image_id"]), _number(entry["question_id"])
+        return Question(_coco_image(images, subset, image_id), _text(entry["question"]), question_id, [])
+
+    made = each_entry(entries, lambda number: f"{questions} questions[{number}]", make)
+    _no_duplicates(((number, each.question_id) for number, each in enumerate(made)), f"{questions} questions")
+    return made if annotations is None else list(_labelled(made, questions, annotations))
+
+
+def visual_genome_questions(file: Path, images: Path) -> list[Question]:
+    """Of Visual Genome's question_answers.json, each with its one answer at half weight, as ALBEF trains on them.
+
+    images: the folder that holds VG_100K/ID.jpg, VG_100K_2/ID.jpg or ID.jpg. Raises UserError with file and entry.
+    """
+
+    def make(entry: Any) -> Question:
+        places = tuple(images / folder / f"{_number(entry['image_id'])}.jpg" for folder in ("VG_100K", "VG_100K_2", ""))
+        image = ImageFile(f"Visual Genome image {entry['image_id']}", places)
+        text, number, answer = _text(entry["question"]), _number(entry["qa_id"]), _text(entry["answer"])
+        return Question(image, text, number, [answer], weight=VISUAL_GENOME_WEIGHT)
+
+    content = read_json(file)
+    if not isinstance(content, list):
+        raise UserError(f"{file}: not a list of images; give Visual Genome's question_answers.json")
+    lists = each_entry(content, lambda number: f"{file} [{number}]", lambda entry: _list(entry["qas"]))
+    made: list[Question] = []
+    for outer, entries in enumerate(lists):
+        made += each_entry(entries, lambda number, outer=outer: f"{file} [{outer}].qas[{number}]", make)  # type: ignore[misc]
+    _no_duplicates(((number, each.question_id) for number, each in enumerate(made)), f"{file}, question")
+    return made
+
+
+class _Labels(NamedTuple):
+    question_id: int
+    image_id: int
+    answers: list[str]
+    kind: str
+    answer_type: str
+    chosen: str
+
+
+def _labelled(made: Sequence[Question], questions: Path, annotations: Path) -> Iterator[Question]:
+    def make(entry: Any) -> _Labels:
+        return _Labels(
+            _number(entry["question_id"]),
+            _number(entry["image_id"]),
+            [_text(each["answer"]) for each in _list(entry["answers"])],
+            _text(entry.get("question_type", "")),
+            _text(entry.get("answer_type", "")),
+            _text(entry.get("multiple_choice_answer", "")),
+        )
+
+    entries = _entries(read_json(annotations), "annotations", annotations)
+    found = each_entry(entries, lambda number: f"{annotations} annotations[{number}]", make)
+    _no_duplicates(((number, each.question_id) for number, each in enumerate(found)), f"{annotations} annotations")
+    labels = {each.question_id: each for each in found}
+    for number, question in enumerate(made):
+        own = labels.get(question.question_id)
+        here = f"question_id {question.question_id} ({questions} questions[{number}])"
+        if own is None:
+            raise UserError(f"{annotations}: no labels for {here}; give the annotations of the same split")
+        if not own.answers:
+            raise UserError(f"{annotations}: no answers in the labels of {here}")
+        if question.image.key != _image_key(own.image_id):
+            raise UserError(
+                f"{annotations}: {here} is about {question.image.key}, its labels about {_image_key(own.image_id)}; "
+                f"give the annotations of the same split"
+            )
+        yield Question(
+            question.image, question.question, own.question_id, own.answers, own.kind, own.answer_type, own.chosen
+        )
+
+
+def _coco_image(images: Path, subset: str, image_id: int) -> ImageFile:
+    # test-dev's questions are about images of the whole test set
+    subsets = [each for each in dict.fromkeys((subset, subset.replace("test-dev", "test"))) if each]
+    full = [f"COCO_{each}_{image_id:012d}.jpg" for each in subsets]
+    names = [*full, f"{image_id:012d}.jpg", f"{image_id}.jpg", f"{image_id}.png"]
+    places = [images / folder / name for name in names for folder in ("", *subsets)]
+    return ImageFile(_image_key(image_id), tuple(places))
+
+
+def _image_key(image_id: int) -> str:
+    return f"image {image_id}"
+
+
+def _spelt(answer: str) -> str:
+    """Normalised; as it stands, in lower case, where nothing would be left of it, such as of the answer 'a'."""
+    return normalise_answer(answer) or " ".join(answer.lower().split())
+
+
+def _entries(content: Any, field: str, file: Path) -> list[Any]:
+    found = content.get(field) if isinstance(content, dict) else None
+    if not isinstance(found, list):
+        raise UserError(f"{file}: no list {field!r} in it; give an official {field} file of VQA v2")
+    return found
+
+
+def _no_duplicates(numbered: Iterable[tuple[int, int]], where: str) -> None:
+    first: dict[int, int] = {}
+    for number, question_id in numbered:
+        if question_id in first:
+            raise UserError(
+                f"{where}[{number}]: the id {question_id} stands at [{first[question_id]}] already; every question "
+                f"needs its own"
+            )
+        first[question_id] = number
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} where a whole number belongs")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} where a text belongs")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} where a list belongs")
+    return value

@@ -1,0 +1,159 @@
+"""A VQA model on questions: what it answers, in the official result format, and how often people said the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sacl_ds.data.batch import ImageView, TextView
+from sacl_ds.data.downstream.question_batch import pixels
+from sacl_ds.data.downstream.vqa import Question
+from sacl_ds.data.text import attention_mask, pad
+from sacl_ds.evaluation.rounds import in_rounds, require_few
+from sacl_ds.evaluation.vqa import majority_answer, vqa_accuracy
+from sacl_ds.model.vqa import VqaModel
+
+
+@dataclass(frozen=True)
+class VqaResult:
+    """figures: {name: (value, chance)}, fractions: `accuracy`, and `accuracy/...` for each type of answer and of
+    question; chance is that of the most frequent answer to the type of question, NaN where that is not known. Empty
+    without labels. predictions: {"question_id", "answer"} each, in the questions' order, without those whose image
+    cannot be used. scores: the log-likelihood of each. notes: what a reader of the figures should know.
+    """
+
+    figures: dict[str, tuple[float, float]]
+    predictions: list[dict[str, Any]]
+    scores: list[float]
+    notes: list[str]
+
+    def write_predictions(self, path: Path) -> None:
+        """The official result JSON, atomically. For one rank to call: all hold the same."""
+        temporary = path.with_name(f".{path.name}.writing")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(self.predictions, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+class _Answered(NamedTuple):
+    """A question's outcome. accuracy, chance: NaN where they are not known."""
+
+    question_id: int
+    kinds: tuple[str, ...]
+    answer: str
+    score: float
+    accuracy: float
+    chance: float
+
+
+class _Asked(NamedTuple):
+    question: Question | None
+    image: Tensor
+    ids: list[int]
+
+
+@torch.no_grad()
+def evaluate_questions(
+    model: VqaModel,
+    questions: Sequence[Question],
+    tokenizer: TextView,
+    image_view: ImageView,
+    device: torch.device,
+    batch_size: int,
+    answers: Sequence[str],
+    top: int = 128,
+    done: Callable[[int], None] = lambda examples: None,
+    max_bad_share: float = 0.0,
+    baseline: Mapping[str, str] | None = None,
+) -> VqaResult:
+    """Every rank calls it and gets the same. The best of `answers` to each question, in eval mode, which is restored.
+
+    top: candidates that are ranked by their full likelihood (ALBEF: 128). baseline: from `majority_answers`. done(n): n
+    questions more are done on this rank. Raises SharedError where images of more than the share max_bad_share cannot
+    be used, ValueError without answers to choose from.
+    """
+    if not answers:
+        raise ValueError("no answers to choose from")
+    rows = tokenizer.ids(answers)
+    candidates = torch.from_numpy(pad(rows, tokenizer.pad_id)).to(device)
+    candidate_mask = torch.from_numpy(attention_mask(rows)).to(device)
+
+    def read(number: int) -> _Asked:
+        question = questions[number]
+        return _Asked(question, pixels(question, image_view, ()), tokenizer.ids([question.question])[0])
+
+    def run(asked: Sequence[_Asked]) -> list[_Answered]:
+        ids = [each.ids for each in asked]
+        mask = torch.from_numpy(attention_mask(ids)).to(device)
+        images = torch.stack([each.image for each in asked]).to(device)
+        states = model.encode_question(images, torch.from_numpy(pad(ids, tokenizer.pad_id)).to(device), mask)
+        ranking = model.rank_answers(states, mask, candidates, candidate_mask, top)
+        chosen = zip(ranking.best.tolist(), ranking.scores[:, 0].tolist(), strict=True)
+        return [
+            _judged(each.question, answers[best], score, baseline)
+            for each, (best, score) in zip(asked, chosen, strict=True)
+            if each.question is not None
+        ]
+
+    filler = _Asked(None, torch.zeros(3, image_view.size, image_view.size).byte(), tokenizer.ids([""])[0])
+    was_training = model.training
+    model.eval()
+    try:
+        results, faults = in_rounds(len(questions), batch_size, read, run, filler, done)
+    finally:
+        model.train(was_training)
+    bad = require_few(faults, len(questions), max_bad_share)
+    answered = [each for each in results if each is not None]
+    figures = _figures(answered)
+    notes = [bad] if bad else []
+    notes += _alike(answers, rows)
+    if not figures:
+        notes.append("no labels: no accuracy; the predictions can be judged where the labels are")
+    return VqaResult(
+        figures,
+        [{"question_id": each.question_id, "answer": each.answer} for each in answered],
+        [each.score for each in answered],
+        notes,
+    )
+
+
+def _judged(question: Question, answer: str, score: float, baseline: Mapping[str, str] | None) -> _Answered:
+    accuracy = chance = float("nan")
+    if question.answers:
+        accuracy = vqa_accuracy(answer, question.answers)
+        if baseline is not None:
+            chance = vqa_accuracy(majority_answer(baseline, question.kind), question.answers)
+    kinds = tuple(dict.fromkeys(kind for kind in (question.answer_type, question.kind) if kind))
+    return _Answered(question.question_id, kinds, answer, score, accuracy, chance)
+
+
+def _figures(answered: Sequence[_Answered]) -> dict[str, tuple[float, float]]:
+    """Means over the questions that have labels, overall first."""
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for each in answered:
+        if not np.isnan(each.accuracy):
+            for name in ("accuracy", *(f"accuracy/{kind}" for kind in each.kinds)):
+                groups[name].append((each.accuracy, each.chance))
+    means = {name: np.mean(groups[name], axis=0) for name in sorted(groups)}
+    return {name: (float(value), float(chance)) for name, (value, chance) in means.items()}
+
+
+def _alike(answers: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:
+    """A line where answers of the list have the same tokens, so that only the first of them is ever given."""
+    counts = Counter(map(tuple, rows))
+    alike = [answer for answer, row in zip(answers, rows, strict=True) if counts[tuple(row)] > 1]
+    if not alike:
+        return []
+    named = ", ".join(map(repr, alike[:3])) + (", ..." if len(alike) > 3 else "")
+    return [f"{len(alike)} answers of the list have the same tokens as another and cannot be told apart: {named}"]

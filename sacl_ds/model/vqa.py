@@ -1,0 +1,121 @@
+"""The VQA model: the pre-trained encoders read the question with the image, a decoder writes or ranks answers (ALBEF's).
+
+Facts: models/model_vqa.py of github.com/salesforce/ALBEF.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sacl_ds.config import ModelConfig
+from sacl_ds.model.answer_decoder import AnswerDecoder
+from sacl_ds.model.indexing import take
+from sacl_ds.model.sacl import SaclModel
+
+_CANDIDATES_AT_ONCE = 8  # of each question; independent of the batch, so that all ranks run equally many passes
+
+
+class Ranking(NamedTuple):
+    """best: (b,) int64, the candidate ranked first. scores: (b, top) float32, log-likelihoods, falling.
+    candidates: (b, top) int64, whose they are."""
+
+    best: Tensor
+    scores: Tensor
+    candidates: Tensor
+
+
+class VqaModel(nn.Module):
+    """Shapes: b questions, L tokens of a question, A answers, La tokens of an answer: [CLS], its words, [SEP]."""
+
+    def __init__(self, start: SaclModel, config: ModelConfig, vocab_size: int) -> None:
+        """Takes over start's encoders, not its projections and heads, which VQA has no use for.
+
+        config: start's. vocab_size: of the tokenizer; where that has grown (`data.vocabulary`), the embeddings do.
+        Raises ValueError where it is smaller than start's.
+        """
+        super().__init__()
+        _grow(start, vocab_size)
+        self.image_encoder = start.image_encoder
+        self.text_encoder = start.text_encoder
+        self.fusion_encoder = start.fusion_encoder
+        self.answer_decoder = AnswerDecoder(start, config)
+
+    def encode_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(b, 3, H, W) uint8, (b, L), (b, L) int64 -> (b, L, width). With patch selection, the question chooses."""
+        states = self.text_encoder(input_ids, attention_mask)
+        image_states = self.image_encoder(images, guide=states[:, 0])
+        return self.fusion_encoder(states, attention_mask, image_states.tokens)
+
+    def answer_losses(
+        self, question_states: Tensor, question_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, rows: Tensor
+    ) -> Tensor:
+        """(A,) float32: -log p of each answer's tokens behind [CLS], [SEP] included, summed.
+
+        question_states (b, L, width), question_mask (b, L), answer_ids and answer_mask (A, La), rows (A,) int64: which
+        question each answers.
+        """
+        states = self.answer_decoder(answer_ids[:, :-1], take(question_states, rows), question_mask[rows])
+        predicted = answer_mask[:, 1:].bool()
+        logits = self.answer_decoder.token_logits(states[predicted])
+        losses = torch.zeros(predicted.shape, dtype=logits.dtype, device=logits.device)
+        losses[predicted] = cross_entropy(logits, answer_ids[:, 1:][predicted], reduction="none")
+        return losses.sum(1)
+
+    def rank_answers(
+        self,
+        question_states: Tensor,
+        question_mask: Tensor,
+        candidate_ids: Tensor,
+        candidate_mask: Tensor,
+        top: int,
+        first_token_twice: bool = True,
+    ) -> Ranking:
+        """The most likely of K candidate answers, (K, La) ids and mask, to each question, in ALBEF's two steps.
+
+        The `top` candidates by the probability of their first token get their full likelihood; with as many as there
+        are, it is the likeliest of all. ALBEF adds the first token's log-probability to a likelihood that holds it
+        already; first_token_twice=False leaves that out. Ties go to the candidate that comes first. Memory goes with b,
+        not with K or top, save for the (b, K) probabilities. Under ZeRO 3 all ranks run equally many passes, whatever b
+        is.
+        """
+        b, top = len(question_states), min(top, len(candidate_ids))
+        own = torch.arange(b, device=question_states.device)
+        start = candidate_ids[:1, :1].expand(b, 1)
+        states = self.answer_decoder(start, question_states, question_mask)
+        of_first = self.answer_decoder.token_logits(states[:, 0]).log_softmax(1)[:, candidate_ids[:, 1]]
+        first, chosen = (x[:, :top] for x in of_first.sort(dim=1, descending=True, stable=True))
+        # among equal first tokens the order above is the list's, and so it is in this one among equal scores
+        chosen, order = chosen.sort(dim=1)
+        first = first.gather(1, order)
+        parts = []
+        for part in chosen.split(_CANDIDATES_AT_ONCE, dim=1):
+            flat, rows = part.flatten(), own.repeat_interleave(part.shape[1])
+            ids, mask = candidate_ids[flat], candidate_mask[flat]
+            parts.append(-self.answer_losses(question_states, question_mask, ids, mask, rows).view(b, -1))
+        scores = torch.cat(parts, 1) + (first if first_token_twice else 0)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        candidates = chosen.gather(1, order)
+        return Ranking(candidates[:, 0], scores, candidates)
+
+
+def _grow(model: SaclModel, words: int) -> None:
+    """Give the model's word embeddings and its MLM head rows for so many words; new ones are drawn as at the start."""
+    embeddings, head = model.text_encoder.bert.embeddings, model.mlm_head
+    known, bert = embeddings.word_embeddings, model.text_encoder.bert.config
+    more = words - known.num_embeddings
+    if more < 0:
+        raise ValueError(f"vocab_size={words}: the pre-trained model has {known.num_embeddings} words already")
+    if not more:
+        return
+    grown = nn.Embedding(words, known.embedding_dim, padding_idx=known.padding_idx)
+    with torch.no_grad():
+        nn.init.normal_(grown.weight, std=bert.initializer_range)
+        grown.weight[: known.num_embeddings] = known.weight
+        head.bias = nn.Parameter(torch.cat([head.bias, head.bias.new_zeros(more)]))
+    embeddings.word_embeddings = grown.to(known.weight)
+    for each in (bert, model.fusion_encoder.encoder.config):
+        each.vocab_size = words
