@@ -178,7 +178,8 @@ def test_without_labels(model: Nlvr2Model, tokenizer: Tokenizer, tmp_path: Path)
     result.write_predictions(path)
     assert list(tmp_path.iterdir()) == [path]
     lines = path.read_text().splitlines()
-    assert lines == [f"{s.identifier},{'True' if p > 0.5 else 'False'}" for s, p in zip(statements, result.probabilities, strict=True)]  # fmt: skip
+    verdicts = ["True" if probability > 0.5 else "False" for probability in result.probabilities]
+    assert lines == [f"{s.identifier},{verdict}" for s, verdict in zip(statements, verdicts, strict=True)]
     assert {line.split(",")[1] for line in lines} == {"True", "False"}
     some = evaluated(model, [*statements[:15], *map(unlabelled, statements[15:])], tokenizer)
     assert some.notes == ["5 of 20 statements have no label: they do not count in the figures"]

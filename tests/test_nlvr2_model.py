@@ -74,7 +74,8 @@ def block(weights: dict[str, torch.Tensor], states, mask, image, heads: int) -> 
     states = attention(part("attention."), states, states, heads, mask)
     states = attention(part("crossattention."), states, image, heads)
     inner = gelu(states @ weights["intermediate.dense.weight"].T + weights["intermediate.dense.bias"])
-    return normed(weights, "output.LayerNorm", states + inner @ weights["output.dense.weight"].T + weights["output.dense.bias"])  # fmt: skip
+    outer = inner @ weights["output.dense.weight"].T + weights["output.dense.bias"]
+    return normed(weights, "output.LayerNorm", states + outer)
 
 
 def test_it_starts_as_the_pretrained_layers_twice() -> None:
@@ -221,7 +222,8 @@ def test_objective() -> None:
     expected = (logits.exp().sum(1).log() - of_right).mean()
     assert losses["loss"].item() == pytest.approx(expected.item(), abs=1e-6)
     assert losses["loss"].shape == losses["accuracy"].shape == ()
-    assert losses["accuracy"].item() == pytest.approx(((logits[:, 1] > logits[:, 0]) == batch.labels.bool()).double().mean().item())  # fmt: skip
+    right = (logits[:, 1] > logits[:, 0]) == batch.labels.bool()
+    assert losses["accuracy"].item() == pytest.approx(right.double().mean().item())
     assert not losses["accuracy"].requires_grad
 
 
