@@ -2,13 +2,14 @@
 
 import sys
 
-from sacl_ds.command_line import exit_status, read_options, training_parser
+from sacl_ds.command_line import exit_status, pretraining_config, read_options, training_parser
+from sacl_ds.config import RunConfig
 
 EXAMPLE = "deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2.json train.steps=1000"
 
 
 def main() -> None:
-    options, run = read_options(training_parser(__doc__, EXAMPLE))
+    options, run = read_options(training_parser(__doc__ or "", EXAMPLE), pretraining_config, RunConfig)
     if run is None:
         return
     # after the checks that need no rank: these imports take seconds

@@ -84,9 +84,7 @@ def _add_questions(group: argparse._ActionsContainer) -> None:
 
 
 def read_options(
-    parser: Parser,
-    resolved: Callable[[argparse.Namespace], Config] = lambda options: load_config(options.config, options.overrides),
-    root: type[Config] = RunConfig,
+    parser: Parser, resolved: Callable[[argparse.Namespace], Config], root: type[Config]
 ) -> tuple[argparse.Namespace, Config | None]:
     """Options and run configuration; None where the command line only asked something, now answered.
 
@@ -105,6 +103,10 @@ def read_options(
         raise UserError("--ds_config is missing, e.g. --ds_config ds_configs/zero2.json; see --help")
     check_hostfile()
     return options, run
+
+
+def pretraining_config(options: argparse.Namespace) -> RunConfig:
+    return load_config(options.config, options.overrides)
 
 
 def exit_status(main: Callable[[], None]) -> int:

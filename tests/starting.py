@@ -56,7 +56,7 @@ def start(
     if launcher or device != "cpu":
         done = launch(*line, options=("--num_gpus", str(ranks)), env={**os.environ, "DS_ACCELERATOR": device})
     else:
-        done = _ranks(line, ranks)
+        done = run_script("pretrain", line, ranks, check=False)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -67,7 +67,8 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in read(folder / "metrics.jsonl") if name in line]
 
 
-def _ranks(arguments: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
+def run_script(script: str, arguments: list[str], ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """launch/SCRIPT.py on so many ranks, started from here; stdout and stderr of all ranks together."""
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -76,7 +77,7 @@ def _ranks(arguments: list[str], ranks: int) -> subprocess.CompletedProcess[str]
             env = {}
             if ranks > 1:
                 env |= {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            processes.append(prepared().Process(target=_pretrain, args=(arguments, env, out, err)))
+            processes.append(prepared().Process(target=_run, args=(script, arguments, env, out, err)))
             processes[-1].start()
         while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes):
             time.sleep(0.05)
@@ -85,14 +86,17 @@ def _ranks(arguments: list[str], ranks: int) -> subprocess.CompletedProcess[str]
             process.join()
         codes = [process.exitcode for process in processes]
         code = next((code for code in codes if code > 0), codes[0])
-        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+        done = subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
-def _pretrain(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
-    """In a process of its own: launch/pretrain.py as its command line would run it."""
+def _run(script: str, arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+    """In a process of its own: launch/SCRIPT.py as its command line would run it."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(ROOT)
     os.environ |= env
-    sys.argv = ["launch/pretrain.py", *arguments]
+    sys.argv = [f"launch/{script}.py", *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -165,6 +165,12 @@ class FinetuneConfig(TrainingConfig):
         return f"{self.task}-{self.data.source}"
 
     @property
+    def steps(self) -> int:
+        """Of the run, once the epochs are counted."""
+        assert self.train.steps is not None
+        return self.train.steps
+
+    @property
     def batch_size(self) -> int:
         """Examples of a pass of evaluation."""
         return self.evaluation.batch_size or (256 if self.model.image_size <= 128 else 32)

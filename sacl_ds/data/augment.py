@@ -20,13 +20,13 @@ from torchvision.transforms.v2 import functional
 
 from sacl_ds.data.draws import words
 from sacl_ds.data.pictures import Picture
-from sacl_ds.data.transforms import TrainView
+from sacl_ds.data.transforms import CanonicalView, TrainView
 
 GREATEST = 10  # magnitude
 _FILL = [128.0, 128.0, 128.0]
 _SHEAR, _DEGREES, _FACTOR, _SHIFT = 0.03, 3.0, 0.05, 1 / 384  # a step of magnitude
 _SIDED = re.compile(r"(?<![^\W\d_])(?:left|right)", re.IGNORECASE)  # not in bright, upright, cleft
-_OPERATIONS = 1  # purpose of a draw; a view's crop is drawn from the bare entropy
+_OPERATIONS, _MIRROR = 1, 2  # purpose of a draw; a view's crop is drawn from the bare entropy
 
 Operation = Callable[[Tensor, float], Tensor]
 
@@ -80,11 +80,13 @@ def drawn_operations(count: int, magnitude: int, entropy: tuple[int, ...]) -> li
 class FinetuneView:
     """Random resized crop, mirroring where asked for, then `operations` of `OPERATIONS`; drawn from `entropy` alone.
 
+    scale: share of the picture that a crop keeps; None: always the square in the middle.
+
     magnitude: how strong, 0 to 10; at 0 only autocontrast and equalize still change anything.
     """
 
     size: int
-    scale: tuple[float, float]
+    scale: tuple[float, float] | None
     flip: bool
     operations: int = 2
     magnitude: int = 7
@@ -97,10 +99,16 @@ class FinetuneView:
 
     def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
         """(3, size, size) uint8. Raises BadImage."""
-        pixels = TrainView(self.size, self.scale, self.flip)(picture, entropy)
+        pixels = self._seen(picture, entropy)
         for name, step in drawn_operations(self.operations, self.magnitude, entropy):
             pixels = OPERATIONS[name](pixels, step)
         return pixels
+
+    def _seen(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
+        if self.scale is not None:
+            return TrainView(self.size, self.scale, self.flip)(picture, entropy)
+        pixels = CanonicalView(self.size)(picture, entropy)
+        return pixels.flip(2) if self.flip and words(1, *entropy, _MIRROR)[0] & 1 else pixels
 
     def for_text(self, text: str) -> FinetuneView:
         """This view for a picture of which `text` speaks: never mirrored where that could make the text false.

@@ -39,7 +39,10 @@ class Best:
             self.step, self.value = step, value
 
     def offer(self, step: int, figures: Figures, state: Callable[[], dict[str, Tensor]]) -> bool:
-        """Keep the weights if `figures` are the best so far; every rank calls it. state: collective, whole on rank 0."""
+        """Keep the weights if `figures` are the best so far; every rank calls it.
+
+        state: collective, whole on rank 0.
+        """
         value = figures[self.main][0]
         if not value > self.value and self.step:
             return False

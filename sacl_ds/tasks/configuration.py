@@ -40,10 +40,11 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
     folder = run_of(str(said["checkpoint"]))
     theirs = read_yaml(folder / CONFIG)
     if "task" in theirs:
-        name = _task(task, said.get("task") or theirs["task"])
+        name = _task(task, said.get("task")) if task or "task" in said else str(theirs["task"])
         if name != theirs["task"]:
             raise UserError(
-                f"--task {name}, but {folder} was fine-tuned for {theirs['task']}; evaluate that, or give another checkpoint"
+                f"--task {name}, but {folder} was fine-tuned for {theirs['task']}; evaluate that, or give "
+                "another checkpoint"
             )
         before: list[Layer] = [(f"in {folder / CONFIG}", {key: theirs[key] for key in _TAKEN_OVER if key in theirs})]
         source = said.get("data", {}).get("source", theirs["data"]["source"])

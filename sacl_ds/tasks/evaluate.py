@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from sacl_ds.tasks.configuration import run_of
 from sacl_ds.tasks.kinds import task_of
 from sacl_ds.tasks.task import Outcome, Seen, Task
 from sacl_ds.tasks.weights import saved_state, trained_model
-from sacl_ds.telemetry.progress import RunProgress, counting, duration
+from sacl_ds.telemetry.progress import RunProgress, counting_stages, duration
 
 RESULTS = "results.json"
 
@@ -64,7 +65,7 @@ def evaluated(task: Task, model: Any, tokenizer: Tokenizer, split: str, device: 
     # autocast as in training; parameters stay float32
     with torch.autocast(device.type, torch.bfloat16, enabled=task.run.train.precision == "bf16"):
         if rank() == 0:
-            with counting(f"{task.run.task}, {split}") as done:
+            with counting_stages() as done:
                 outcome = task.evaluate(model, split, Seen(tokenizer, device, done=done))
         else:
             outcome = task.evaluate(model, split, Seen(tokenizer, device))
@@ -94,7 +95,7 @@ def figure_table(title: str, figures: Mapping[str, tuple[float, float]]) -> Tabl
     table.add_column("chance %", justify="right")
     for name, (value, chance) in figures.items():
         label = name.replace("_to_", "→").replace("_", " ")
-        table.add_row(label, f"{100 * value:.1f}", "" if chance != chance else f"{100 * chance:.1f}")
+        table.add_row(label, f"{100 * value:.1f}", "" if math.isnan(chance) else f"{100 * chance:.1f}")
     return table
 
 
@@ -105,8 +106,8 @@ def _split(task: Task) -> str:
         if task.count(split):
             return split
     raise UserError(
-        f"nothing to evaluate on: data.source=files, and the room {task.run.task} names no files of {asked}; give them, "
-        "or data.source=scenes"
+        f"nothing to evaluate on: data.source=files, and the room {task.run.task} names no files of {asked}; give "
+        "them, or data.source=scenes"
     )
 
 

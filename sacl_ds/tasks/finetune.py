@@ -57,7 +57,7 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
             _keep_tokenizer(task, folder, job.resume)
             task.keep(folder)
     resume = job.resume and checkpoint.latest(folder) is not None
-    progress = RunProgress(run.task, run.train.steps, 0, enabled=rank() == 0)
+    progress = RunProgress(run.task, run.steps, 0, enabled=rank() == 0)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     _train(task, tokenizer, folder, job, resume, progress)
     with same_error():
@@ -68,11 +68,11 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
         outcome, seconds = evaluated(task, model, tokenizer, split, job.device)
         with same_error():
             if rank() == 0:
-                best = Best(folder, task.main, run.train.steps)
+                best = Best(folder, task.main, run.steps)
                 about = {"checkpoint": str(folder), "step": best.step}
                 progress.print(report(task, outcome, folder, split, about | {"seconds": round(seconds, 1)}))
     if opened:
-        plots = plot_run(folder)
+        plots = plot_run(folder, run.task)
         spent = duration(time.monotonic() - started)
         progress.print(f"done in {spent}; run directory {folder}, plots {', '.join(p.name for p in plots)}")
         opened[1].close()
@@ -94,12 +94,9 @@ def _with_steps(run: FinetuneConfig, task: Task) -> FinetuneConfig:
         "save_every": train.save_every or epoch,
         "keep_checkpoints": train.keep_checkpoints or 1,
     }
-    optim = run.optim
-    if optim.warmup_steps > steps:
-        raise UserError(
-            f"optim.warmup_steps={optim.warmup_steps} is more than the {steps} steps of the run; set it lower"
-        )
-    return run.model_copy(update={"train": train.model_copy(update=values)})
+    # of a run cut short: the warm-up of the default length would take most of it
+    optim = run.optim.model_copy(update={"warmup_steps": min(run.optim.warmup_steps, steps // 4)})
+    return run.model_copy(update={"train": train.model_copy(update=values), "optim": optim})
 
 
 def _keep_tokenizer(task: Task, folder: Path, resume: bool) -> None:
@@ -126,8 +123,9 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
         if first:
             _announce(run, folder, model, progress)
             if told and told.sources:
-                progress.print(Text(str(told)))
-                (folder / START).write_text(f"{told}\n")
+                said = "\n".join(filter(None, [str(told), task.origin]))
+                progress.print(Text(said))
+                (folder / START).write_text(f"{said}\n")
             run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     if engine_config.fused_norm:
         use_fused_layer_norm(model)
@@ -177,7 +175,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
     finally:
         progress.close()
     if not judged:  # nothing to choose by: the last
-        best.offer(run.train.steps, {task.main: (0.0, 0.0)}, lambda: whole_state(engine, model))
+        best.offer(run.steps, {task.main: (0.0, 0.0)}, lambda: whole_state(engine, model))
     engine.destroy()
     barrier()
 

@@ -39,6 +39,7 @@ class Nlvr2Outcome:
 
 class Nlvr2Task(Task):
     rows = "statements"
+    origin = "both blocks of a fusion layer start as copies of it, classifier.* is new"
     main = "accuracy"
 
     def __init__(self, run: FinetuneConfig) -> None:

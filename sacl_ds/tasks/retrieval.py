@@ -55,6 +55,7 @@ class RetrievalOutcome:
 
 class RetrievalTask(Task):
     rows = "pairs"
+    origin = ""
 
     def __init__(self, run: FinetuneConfig) -> None:
         super().__init__(run)

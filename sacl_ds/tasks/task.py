@@ -59,6 +59,7 @@ class Task(ABC):
     """Annotation files are read when a split is first asked for. Raises UserError, with file and place."""
 
     rows: str  # what a row of a batch is called
+    origin: str  # where the parts of the task's model come from that a pre-trained one does not have
 
     def __init__(self, run: FinetuneConfig) -> None:
         self.run = run
@@ -110,10 +111,10 @@ class Task(ABC):
     def evaluate(self, model: Any, split: str, seen: Seen) -> Outcome:
         """Every rank calls it, and gets the same."""
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, folder: Path) -> None:  # noqa: B027 - most tasks need nothing
         """Leave in the run directory what an evaluation needs of the training examples."""
 
-    def take(self, folder: Path) -> None:
+    def take(self, folder: Path) -> None:  # noqa: B027
         """What `keep` left."""
 
 

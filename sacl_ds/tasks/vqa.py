@@ -44,6 +44,7 @@ class VqaOutcome:
 
 class VqaTask(Task):
     rows = "questions"
+    origin = "answer_decoder.* starts as a copy of the fusion encoder, word embeddings and MLM head"
     main = "accuracy"
 
     def __init__(self, run: FinetuneConfig) -> None:

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from sacl_ds.telemetry.metrics import read
 
 
-def plot_run(run_folder: Path) -> list[Path]:
-    """Write plots/losses.png, and plots/retrieval.png where there was any; returns what was written."""
+def plot_run(run_folder: Path, task: str = "retrieval") -> list[Path]:
+    """Write plots/losses.png, and plots/TASK.png where it was evaluated; returns what was written."""
     lines = read(run_folder / "metrics.jsonl")
     folder = run_folder / "plots"
     folder.mkdir(exist_ok=True)
@@ -24,26 +24,29 @@ def plot_run(run_folder: Path) -> list[Path]:
         written.append(_losses(training, folder / "losses.png"))
     evaluations = [line for line in lines if "evaluation" in line]
     if evaluations:
-        written.append(_retrieval(evaluations, folder / "retrieval.png"))
+        written.append(_held_out(evaluations, folder / f"{task}.png"))
     return written
 
 
 def _losses(lines: list[dict[str, Any]], path: Path) -> Path:
-    shown = [(name, label) for name, label in _TERMS if any(name in line for line in lines)]
-    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(3.4 * (len(shown) + 1), 3.0), layout="constrained")
+    shown = [term for term in _TERMS if any(term[0] in line for line in lines)] or [("loss", "loss")]
+    informed = [each for each in _INFORMATION if each[0] in lines[0]]
+    panels = len(shown) + bool(informed)
+    figure, grid = plt.subplots(1, panels, figsize=(3.4 * panels, 3.0), layout="constrained", squeeze=False)
+    axes = grid[0]
     steps = [line["step"] for line in lines]
     for axis, (name, label) in zip(axes, shown, strict=False):
         values = [float(line[name]) for line in lines]
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
         axis.plot(steps, _smooth(values), color="tab:blue")
         axis.set(title=label, xlabel="step")
-    axis = axes[-1]
-    for name, label in _INFORMATION:
-        if name in lines[0]:
+    if informed:
+        axis = axes[-1]
+        for name, label in informed:
             axis.plot(steps, _smooth([float(line[name]) for line in lines]), label=label)
-    axis.axhline(0, color="grey", linewidth=0.5)
-    axis.set(title="mutual information (nats)", xlabel="step")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.set(title="mutual information (nats)", xlabel="step")
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
@@ -58,7 +61,7 @@ _INFORMATION = (
 )
 
 
-def _retrieval(lines: list[dict[str, Any]], path: Path) -> Path:
+def _held_out(lines: list[dict[str, Any]], path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
     steps = [line["step"] for line in lines]
     names = [name for name in lines[-1]["evaluation"] if not name.endswith("R@5")]
@@ -70,7 +73,7 @@ def _retrieval(lines: list[dict[str, Any]], path: Path) -> Path:
         )
         chance = lines[-1]["chance"][name]
         axis.axhline(100 * chance, color=colour, linestyle=":", linewidth=0.8)
-    axis.set(xlabel="step", ylabel="%  (dotted: chance)", title="held-out retrieval")
+    axis.set(xlabel="step", ylabel="%  (dotted: chance)", title=f"held-out {path.stem}")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)

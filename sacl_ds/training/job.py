@@ -29,7 +29,7 @@ class Job:
         return resolve(self.ds, run, world_size(), self.machine, name=self.ds_name, folder=str(folder))
 
     def workers(self, asked: int | None) -> int:
-        """Loader processes of a rank: `asked`, or what suits the machine: on a CPU with two cores a rank, one only stalls
+        """Loader processes of a rank: `asked`, or what suits: on a CPU with two cores a rank, one only stalls
         the maths."""
         if asked is not None:
             return asked

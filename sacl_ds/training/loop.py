@@ -20,7 +20,7 @@ from sacl_ds.distributed import gather_rows, rank, row_counts, sum_over_ranks, w
 from sacl_ds.errors import UserError
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.telemetry.metrics import MetricLog
-from sacl_ds.telemetry.progress import RunProgress
+from sacl_ds.telemetry.progress import RATE, RunProgress
 from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.ledger import Ledger
@@ -154,7 +154,7 @@ class Loop:
             "lr_text": factor * optim.lr_text,
             "grad_norm": None if norm is None else float(norm),
             "step_seconds": step_seconds,
-            f"{self.work.rows}_per_second": run.train.global_batch_size / step_seconds,
+            f"{self.work.rows}{RATE}": run.train.global_batch_size / step_seconds,
             "data_wait_share": waited,
             **data,
             **self.work.figures(done - 1),

@@ -13,7 +13,7 @@ from sacl_ds.data.order import Block, GlobalOrder
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import Numbers
 
-_SHUFFLED_TOGETHER = 2**20
+_SHUFFLED_TOGETHER = 2**17  # whole epochs of most sets; each loader process holds as many places
 
 
 class ExampleSource:
@@ -46,8 +46,8 @@ class ExampleSource:
 
 
 def example_order(source: ExampleSource, global_batch_size: int, seed: int) -> GlobalOrder:
-    """All examples of an epoch shuffled with each other; neighbours in the list, such as the captions of an image,
-    never stand in one batch."""
+    """Examples shuffled with 130,000 others, in most sets with all; neighbours in the list, such as the captions of an
+    image, never stand in one batch."""
     return GlobalOrder(source.sets, global_batch_size, seed, streams=1, shuffle_buffer=_SHUFFLED_TOGETHER)
 
 
