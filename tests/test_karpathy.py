@@ -93,23 +93,19 @@ def test_an_epoch_is_all_captions(tmp_path: Path) -> None:
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9).filter(str.strip)
+splits = st.sampled_from(["train", "restval", "val", "test"])
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(["train", "restval", "val", "test"]), st.lists(words, min_size=1)), max_size=9)
-)
-def test_any_captions_survive(given_entries: list[tuple[str, list[str]]], tmp_path_factory) -> None:
+@given(drawn=st.lists(st.tuples(splits, st.lists(words, min_size=1)), max_size=9))
+def test_any_captions_survive(drawn: list[tuple[str, list[str]]], tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("k")
     entries = [
-        entry(i, split=split, sentences=[{"raw": each} for each in said])
-        for i, (split, said) in enumerate(given_entries)
+        entry(i, split=split, sentences=[{"raw": each} for each in said]) for i, (split, said) in enumerate(drawn)
     ]
     path = written(folder, entries)
     for split, taken in (("train", ("train", "restval")), ("val", ("val",)), ("test", ("test",))):
-        expected = [
-            (f"{i}.jpg", [c.strip() for c in said]) for i, (of, said) in enumerate(given_entries) if of in taken
-        ]
+        expected = [(f"{i}.jpg", [c.strip() for c in said]) for i, (name, said) in enumerate(drawn) if name in taken]
         if expected:
             found = karpathy_images(path, folder, split)
             assert [(image.key, image.captions) for image in found] == expected
@@ -138,7 +134,7 @@ MISTAKES = {
     "no split": (of(entry(0), {"filename": "x"}), r"k\.json is no Karpathy JSON: images\[1\]: 'split' is missing"),
     "split no text": (of(entry(0, split=3)), r"images\[0\]: not as expected: split is 3, not text"),
     "entry no object": (of(entry(0), [1]), r"images\[1\]: not as expected"),
-    "no filename": (of(entry(0, split="val"), {"split": "train", "sentences": []}), r"images\[1\]: 'filename' is missing"),
+    "no filename": (of(entry(0), {"split": "train", "sentences": []}), r"images\[1\]: 'filename' is missing"),
     "no sentences": (of({"split": "train", "filename": "x"}), r"images\[0\]: 'sentences' is missing"),
     "sentences null": (of(entry(0, sentences=None)), r"images\[0\]: not as expected"),
     "sentence no object": (of(entry(0, sentences=["a"])), r"images\[0\]: not as expected"),
@@ -150,8 +146,8 @@ MISTAKES = {
         r"k\.json: images\[1\] \(1\.jpg\): sentences\[1\] is empty; put it right",
     ),
     "no caption": (of(entry(0, sentences=[])), r"images\[0\] \(0\.jpg\): it has no sentences; put it right"),
-    "twice": (of(entry(0), entry(1), entry(0)), r"images\[2\] \(0\.jpg\): it stands there twice, before as images\[0\]"),
-    "other splits": (of(entry(0, split="val"), entry(1, split="test")), r"no images in split 'train'; there are: test, val"),
+    "twice": (of(entry(0), entry(1), entry(0)), r"images\[2\] \(0\.jpg\): .* twice, before as images\[0\]"),
+    "other splits": (of(entry(0, split="val"), entry(1, split="test")), "there are: test, val"),
 }  # fmt: skip
 
 

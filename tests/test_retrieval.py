@@ -175,7 +175,7 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     assert found.ranking.numbers.tolist() == [0, 1, 3, 4, 6, 7, 8]
     (note,) = found.notes
     assert note.startswith("2 of 9 examples cannot be used: image val2014/2.png: no file ")
-    assert "val2014/5.png: the image cannot be decoded" in note
+    assert "val2014/5.png cannot be read: image file is truncated" in note
     with pytest.raises(UserError, match=r"2 of 9 .*more than data\.max_bad_share=0\.1"):
         result(images, 0.1)
     with pytest.raises(UserError, match=r"none of 2 images can be read with a caption: image val2014/2\.png"):

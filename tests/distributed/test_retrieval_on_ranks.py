@@ -1,6 +1,8 @@
 """Retrieval on 1, 2 and 3 processes, of sets that do not divide among them: the same figures, scores and passes."""
 
+import math
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,18 @@ from sacl_ds.evaluation.retrieval import evaluate_retrieval, retrieval_set
 from sacl_ds.evaluation.retrieval.encoding import encode
 from sacl_ds.evaluation.retrieval.first_stage import rank_candidates
 from sacl_ds.evaluation.retrieval.rerank import match_scores
+from sacl_ds.model.sacl import SaclModel
 
 COUNT, BATCH = 10, 3  # 4 + 3 + 3 images on three ranks, so that two of them have a round less
 MISSING = (0, 3, 6, 9)  # all of the first of three ranks
+
+
+def counting(model: SaclModel) -> Counter[str]:
+    """How often each part of the model runs, from now on."""
+    passes: Counter[str] = Counter()
+    for part in ("image_encoder", "text_encoder", "fusion_encoder"):
+        getattr(model, part).register_forward_hook(lambda *_, part=part: passes.update([part]))
+    return passes
 
 
 def on_rank(rank: int, folder: Path) -> None:
@@ -27,16 +38,7 @@ def on_rank(rank: int, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, selection in (("plain", {}), ("tower", {"placement": "tower", "keep_rate": 0.5, "layers": [1]})):
         model = retrieving.model(seen, selection, torch.float32)
-        passes = dict.fromkeys(("image_encoder", "text_encoder", "fusion_encoder"), 0)
-
-        def count(part: str, passes: dict[str, int] = passes):  # type: ignore[no-untyped-def]
-            def counted(*_: object) -> None:
-                passes[part] += 1
-
-            return counted
-
-        for part in passes:
-            getattr(model, part).register_forward_hook(count(part))
+        passes = counting(model)
         data = retrieving.scenes(COUNT)
         result = evaluate_retrieval(model, data, seen, retrieving.CPU, BATCH, rerank=4)
         counted = dict(passes)
@@ -47,7 +49,7 @@ def on_rank(rank: int, folder: Path) -> None:
             pairs = match_scores(model, data, seen, retrieving.CPU, encoded, tops[0], tops[1], BATCH)
         found[name] = {
             "figures": result.figures, "passes": counted, "image": encoded.image, "text": encoded.text, "tops": tops,
-            "keys": pairs.keys, "values": pairs.values, "ranking": vars(result.ranking), "captions": encoded.captions,
+            "keys": pairs.keys, "values": pairs.values, "ranking": result.ranking, "captions": encoded.captions,
         }  # fmt: skip
     images = karpathy_images(folder / "k.json", folder / "images", "test")
     model = retrieving.model(seen, {}, torch.float32)
@@ -79,6 +81,9 @@ def same(a: Any, b: Any, tolerance: float = 0.0) -> None:
             same(a[key], b[key], tolerance)
     elif hasattr(a, "__dict__"):
         same(vars(a), vars(b), tolerance)
+    elif isinstance(a, list) and isinstance(a[0], np.ndarray):
+        for mine, other in zip(a, b, strict=True):
+            same(mine, other, tolerance)
     elif isinstance(a, np.ndarray) and a.dtype.kind == "f":
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
     else:
@@ -103,7 +108,7 @@ def test_worlds_agree(results: dict[int, list[dict[str, Any]]], world: int) -> N
 
 def test_passes_are_those_of_the_longest_part(results: dict[int, list[dict[str, Any]]]) -> None:
     for world, each in results.items():
-        found, rounds = each[0]["plain"], -(--(-COUNT // world) // BATCH)
+        found, rounds = each[0]["plain"], math.ceil(math.ceil(COUNT / world) / BATCH)
         captions, pairs = len(found["captions"]), found["keys"]
         numbers = pairs // captions
         fuse = 0
@@ -112,11 +117,8 @@ def test_passes_are_those_of_the_longest_part(results: dict[int, list[dict[str, 
                 ((numbers % world == rank) & (numbers // world // BATCH == turn)).sum() for rank in range(world)
             ]
             fuse += max(-(-int(count) // BATCH) for count in of_ranks)
-        expected = {
-            "image_encoder": 2 * rounds,
-            "text_encoder": -(-captions // (BATCH * world)),
-            "fusion_encoder": fuse,
-        }
+        texts = math.ceil(captions / (BATCH * world))
+        expected = {"image_encoder": 2 * rounds, "text_encoder": texts, "fusion_encoder": fuse}
         assert found["passes"] == expected
 
 
