@@ -230,8 +230,8 @@ def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "k.json").write_text("{}")
     for arguments, line in (
         ([run, "--coco", "k.json"], "--coco needs --images"),
-        ([run, "--coco", tmp_path / "none.json", "--images", "."], "none.json cannot be read"),
-        ([run, "--coco", tmp_path / "k.json", "--images", "."], "is not Karpathy's dataset_coco.json"),
+        ([run, "--coco", tmp_path / "none.json", "--images", "."], "none.json: No such file"),
+        ([run, "--coco", tmp_path / "k.json", "--images", "."], "k.json is no Karpathy JSON"),
         ([run, "--scenes", "1"], "--scenes 1: at least 2"),
     ):
         with pytest.raises(UserError) as error:

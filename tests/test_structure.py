@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"config", "data", "errors"},
     "model": {"config", "config_file", "data", "distributed", "errors", "model"},
     "telemetry": {"telemetry", "errors", "config"},
-    "evaluation": {"config", "data", "distributed", "errors", "evaluation", "model"},
+    "evaluation": {"config", "data", "distributed", "errors", "evaluation", "model", "telemetry"},
     "analysis": {
         "analysis", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors", "evaluation",
         "losses", "machine", "model", "telemetry", "training",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from sacl_ds.analysis.subject import Subject
 from sacl_ds.analysis.truth import COCO
 from sacl_ds.data.batch import View
 from sacl_ds.data.images import BadImage
+from sacl_ds.data.karpathy import KarpathyImage, karpathy_split
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import attention_mask, pad
 from sacl_ds.data.transforms import CanonicalView
@@ -34,22 +33,13 @@ class CocoImage:
 
 def coco_images(annotations: Path, images: Path) -> list[CocoImage]:
     """The test split of Karpathy's dataset_coco.json. Raises UserError for another file, or missing images."""
-    try:
-        entries = [entry for entry in json.loads(annotations.read_bytes())["images"] if entry["split"] == "test"]
-        found = [
-            CocoImage(
-                int(entry["cocoid"]),
-                _path(images, entry),
-                [(int(sentence["sentid"]), str(sentence["raw"])) for sentence in entry["sentences"]],
-            )
-            for entry in entries
-        ]
-    except OSError as error:
-        raise UserError(f"--coco {annotations} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--coco {annotations} is not Karpathy's dataset_coco.json ({error}); give that file") from None
-    if not found:
-        raise UserError(f"--coco {annotations}: no image in its test split; give Karpathy's dataset_coco.json")
+    found = []
+    for entry in karpathy_split(annotations, "test"):
+        if entry.cocoid is None or entry.sentids is None:
+            lacks = "cocoid" if entry.cocoid is None else "sentid"
+            raise UserError(f"--coco {annotations} is not Karpathy's dataset_coco.json (no {lacks}); give that file")
+        captions = list(zip(entry.sentids, entry.captions, strict=True))
+        found.append(CocoImage(entry.cocoid, _path(images, entry), captions))
     return found
 
 
@@ -95,14 +85,13 @@ def coco_pairs(
     )
 
 
-def _path(images: Path, entry: dict[str, Any]) -> Path:
-    """Under the folder as the file says (val2014/NAME), or directly in it."""
-    choices = [images / entry.get("filepath", "") / entry["filename"], images / entry["filename"]]
-    for path in choices:
+def _path(images: Path, entry: KarpathyImage) -> Path:
+    places = entry.places(images)
+    for path in places:
         if path.is_file():
             return path
     raise UserError(
-        f"--images {images}: neither {choices[0]} nor {choices[1]} exists; give the folder of COCO's images"
+        f"--images {images}: neither {' nor '.join(map(str, places))} exists; give the folder of COCO's images"
     )
 
 

@@ -29,13 +29,13 @@ def held_out_evaluator(run: RunConfig) -> Evaluator | None:
         source = ShardSource(index, run.data.model_copy(update={"captions": CaptionFilter(), "weights": None}))
         count = min(index.total, run.data.eval_count or index.total)
         photographs = RetrievalSet(source, count)
-        return lambda model, view, device: evaluate_retrieval(model, photographs, view, device, batch_size)
+        return lambda model, view, device: evaluate_retrieval(model, photographs, view, device, batch_size).figures
 
     scenes = held_out_scenes(run)
     data = RetrievalSet(SceneSource(scenes), len(scenes), scenes.relevance() == 1)
 
     def evaluate(model: SaclModel, view: View, device: torch.device) -> dict[str, tuple[float, float]]:
-        figures = evaluate_retrieval(model, data, view, device, batch_size)
+        figures = evaluate_retrieval(model, data, view, device, batch_size).figures
         return figures | {"binding_accuracy": (binding_accuracy(model, scenes, view, device), 0.5)}
 
     return evaluate

@@ -6,24 +6,52 @@ from collections.abc import Sequence
 
 import numpy as np
 
+NEVER = np.iinfo(np.int64).max  # the place of a relevant candidate that there is none of
+
 
 def _check(scores: np.ndarray, relevance: np.ndarray) -> None:
     if scores.ndim != 2 or scores.shape != relevance.shape or relevance.dtype != np.bool_:
         raise ValueError(f"need (n, m) scores and (n, m) bool relevance, got {scores.shape} and {relevance.shape}")
 
 
+def best_relevant_places(scores: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+    """How many irrelevant candidates stand ahead of each query's best relevant one; NEVER where it has none.
+
+    (n, m) scores, (n, m) bool -> (n,) int64. Ties never help: a relevant candidate stands behind every irrelevant one
+    with the same score. NaN scores stand last.
+    """
+    _check(scores, relevance)
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    best = np.where(relevance, scores, -np.inf).max(1, keepdims=True)
+    ahead = ((scores >= best) & ~relevance).sum(1)
+    return np.where(relevance.any(1), ahead, NEVER)
+
+
+def recall_of_places(places: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
+    """`recall_at_k` from what `best_relevant_places` gives."""
+    return {k: float((places < k).mean()) for k in ks}
+
+
 def recall_at_k(scores: np.ndarray, relevance: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
     """Share of queries with a relevant candidate among the k best. (n, m) scores, (n, m) bool -> {k: fraction}.
 
-    Ties never help: a relevant candidate stands behind every irrelevant one with the same score. Queries without a
-    relevant candidate count as missed. NaN scores stand last.
+    Ties never help, as in `best_relevant_places`. Queries without a relevant candidate count as missed.
+    """
+    return recall_of_places(best_relevant_places(scores, relevance), ks)
+
+
+def average_precisions(scores: np.ndarray, relevance: np.ndarray) -> np.ndarray:
+    """Average precision over all relevant candidates of each query; NaN where it has none. Ties never help.
+
+    (n, m) scores, (n, m) bool -> (n,) float64.
     """
     _check(scores, relevance)
-    scores = np.nan_to_num(scores, nan=-np.inf)
-    best = np.where(relevance, scores, -np.inf).max(1, keepdims=True)
-    ahead = ((scores >= best) & ~relevance).sum(1)
-    found = relevance.any(1)
-    return {k: float((found & (ahead < k)).mean()) for k in ks}
+    # stable sort with irrelevant candidates first among equals
+    order = np.lexsort((relevance, -np.where(np.isnan(scores), -np.inf, scores)), axis=1)
+    hits = np.take_along_axis(relevance, order, 1)
+    precision = np.cumsum(hits, 1) / np.arange(1, hits.shape[1] + 1)
+    relevant = hits.sum(1)
+    return np.where(relevant > 0, (precision * hits).sum(1) / np.maximum(relevant, 1), np.nan)
 
 
 def mean_average_precision(scores: np.ndarray, relevance: np.ndarray) -> float:
@@ -31,14 +59,13 @@ def mean_average_precision(scores: np.ndarray, relevance: np.ndarray) -> float:
 
     (n, m) scores, (n, m) bool. Queries without a relevant candidate are left out; NaN where none has one.
     """
-    _check(scores, relevance)
-    # stable sort with irrelevant candidates first among equals
-    order = np.lexsort((relevance, -np.nan_to_num(scores, nan=-np.inf)), axis=1)
-    hits = np.take_along_axis(relevance, order, 1)
-    precision = np.cumsum(hits, 1) / np.arange(1, hits.shape[1] + 1)
-    relevant = hits.sum(1)
-    average = (precision * hits).sum(1)[relevant > 0] / relevant[relevant > 0]
-    return float(average.mean()) if len(average) else float("nan")
+    return mean_known(average_precisions(scores, relevance))
+
+
+def mean_known(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def ndcg(scores: np.ndarray, gains: np.ndarray, k: int) -> float:
@@ -60,15 +87,17 @@ def ndcg(scores: np.ndarray, gains: np.ndarray, k: int) -> float:
 
 def chance_recall_at_k(relevance: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
     """Expected `recall_at_k` of a random ranking without ties."""
-    m = relevance.shape[1]
-    counts = relevance.sum(1)
+    return chance_recall(relevance.sum(1), relevance.shape[1], ks)
+
+
+def chance_recall(counts: np.ndarray, candidates: int, ks: Sequence[int]) -> dict[int, float]:
+    """`chance_recall_at_k` where query i has counts[i] relevant ones among so many candidates."""
+    different, times = np.unique(counts, return_counts=True)
     result: dict[int, float] = {}
     for k in ks:
-        drawn = min(k, m)
-        missed = np.ones(len(counts))
-        for i in range(drawn):
-            missed *= np.clip((m - counts - i) / (m - i), 0, None)
-        result[k] = float((1 - missed).mean())
+        drawn = np.arange(min(k, candidates))
+        missed = np.clip((candidates - different[:, None] - drawn) / (candidates - drawn), 0, None).prod(1)
+        result[k] = float(((1 - missed) * times).sum() / times.sum())
     return result
 
 

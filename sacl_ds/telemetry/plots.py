@@ -63,14 +63,13 @@ _INFORMATION = (
 
 def _held_out(lines: list[dict[str, Any]], path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
-    steps = [line["step"] for line in lines]
     names = [name for name in lines[-1]["evaluation"] if not name.endswith("R@5")]
     for number, name in enumerate(names):
         colour = f"C{number}"
         label = name.replace("_to_", "→").replace("_", " ")
-        axis.plot(
-            steps, [100 * line["evaluation"][name] for line in lines], "o-", markersize=3, color=colour, label=label
-        )
+        known = [line for line in lines if name in line["evaluation"]]  # an older version may have begun the run
+        values = [100 * line["evaluation"][name] for line in known]
+        axis.plot([line["step"] for line in known], values, "o-", markersize=3, color=colour, label=label)
         chance = lines[-1]["chance"][name]
         axis.axhline(100 * chance, color=colour, linestyle=":", linewidth=0.8)
     axis.set(xlabel="step", ylabel="%  (dotted: chance)", title=f"held-out {path.stem}")

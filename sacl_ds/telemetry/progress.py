@@ -75,6 +75,21 @@ def counting(title: str) -> Iterator[Callable[[int, int], None]]:
         yield done
 
 
+@contextmanager
+def counting_stages(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage, which appears with its first call of done(stage, count, total)."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not enabled) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def done(stage: str, count: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=count)
+
+        yield done
+
+
 def describe(figures: Mapping[str, Any]) -> str:
     """'itc 3.912 itm 0.601 mlm 0.902  410 pairs/s  0.312 s/step  α 0.90  scale 14.2': fits into 80 columns."""
     parts = [
@@ -96,6 +111,8 @@ def duration(seconds: float) -> str:
 _NAMES = {
     "text_to_image_any_R@1": "text→image R@1, any image that satisfies the caption",
     "text_to_image_mAP": "text→image mAP over all satisfying images",
+    "image_to_text_any_R@1": "image→text R@1, any caption that the image satisfies",
+    "mean_recall": "mean of the recalls of own pairs",
     "binding_accuracy": "colour bound to shape (own picture against colours exchanged)",
 }
 

@@ -11,9 +11,9 @@ import numpy as np
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report.examples import FindPictures
 from sacl_ds.analysis.report.page import Section, Strip, Table, card, clean, percent, shown
-from sacl_ds.analysis.report.sheet import MARKED, PLAIN, Tile, draw_rows
 from sacl_ds.analysis.report.truth import SceneTruth
 from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
+from sacl_ds.telemetry.sheet import MARKED, PLAIN, Tile, draw_rows
 
 _QUERIES, _TOP = 6, 5
 _KS = (1, 5, 10)

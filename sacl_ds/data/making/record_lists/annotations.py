@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sacl_ds.data.json_files import read_json
+from sacl_ds.data.karpathy import karpathy_split
 from sacl_ds.data.making.record import ImageFile, Record, no_image
 from sacl_ds.errors import UserError
 
@@ -15,29 +16,18 @@ from sacl_ds.errors import UserError
 def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record]:
     """Records of one split of a Karpathy JSON (COCO, Flickr30k, Flickr8k); 'train' takes 'restval' too.
 
-    Raises UserError for a file that cannot be read, and for an empty split (naming those there are).
+    Raises UserError as `karpathy_split`.
     """
-    document = read_json(annotations)
-    try:
-        entries = document["images"]
-        wanted = {split, "restval"} if split == "train" else {split}
-        chosen = [entry for entry in entries if entry["split"] in wanted]
-        splits = sorted({entry["split"] for entry in entries})
-        records = [
-            Record(
-                key=f"{number:09d}",
-                captions=[sentence["raw"] for sentence in entry["sentences"]],
-                load=ImageFile(os.path.join(images, entry.get("filepath", ""), entry["filename"])),
-                meta={"filename": entry["filename"], "imgid": entry.get("imgid", number)},
-                where=f"{annotations}, image {entry['filename']}",
-            )
-            for number, entry in enumerate(chosen)
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{annotations} is no Karpathy JSON: {error} is missing in 'images'") from None
-    if not records:
-        raise UserError(f"{annotations}: no images in split {split!r}; there are: {', '.join(splits)}")
-    return records
+    return [
+        Record(
+            key=f"{number:09d}",
+            captions=entry.captions,
+            load=ImageFile(str(entry.places(images)[0])),
+            meta={"filename": entry.filename, "imgid": number if entry.imgid is None else entry.imgid},
+            where=f"{annotations}, image {entry.filename}",
+        )
+        for number, entry in enumerate(karpathy_split(annotations, split))
+    ]
 
 
 def coco_records(annotations: Path, images: Path) -> list[Record]:

@@ -1,0 +1,78 @@
+"""Karpathy's JSON of COCO, Flickr30k and Flickr8k: images of a split with their sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sacl_ds.data.json_files import each_entry, read_json
+from sacl_ds.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class KarpathyImage:
+    """An entry of a split.
+
+    number: its place in 'images', from 0. imgid, cocoid, sentids (one a sentence): None where the file has none.
+    """
+
+    number: int
+    filename: str
+    filepath: str
+    captions: list[str]
+    imgid: int | None
+    cocoid: int | None
+    sentids: list[int] | None
+
+    def places(self, folder: Path) -> tuple[Path, ...]:
+        """Where the image may lie: in the folder that the file names, or directly in `folder`."""
+        return tuple(dict.fromkeys((folder / self.filepath / self.filename, folder / self.filename)))
+
+
+def karpathy_split(path: Path, split: str) -> list[KarpathyImage]:
+    """The images of one split; 'train' takes 'restval' too.
+
+    Raises UserError for a file that cannot be read, an entry that is not as it should be, and for an empty split
+    (naming those there are).
+    """
+    document = read_json(path)
+    entries = document.get("images") if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{path} is no Karpathy JSON: no list 'images' in it; give a dataset_*.json of his")
+    wanted = {split, "restval"} if split == "train" else {split}
+
+    def where(number: int) -> str:
+        return f"{path} is no Karpathy JSON: images[{number}]"
+
+    splits = each_entry(entries, where, lambda entry: _text(entry, "split"))
+    chosen = [number for number, name in enumerate(splits) if name in wanted]
+    if not chosen:
+        raise UserError(f"{path}: no images in split {split!r}; there are: {', '.join(sorted(set(splits)))}")
+    return each_entry(chosen, lambda place: where(chosen[place]), lambda number: _image(number, entries[number]))
+
+
+def _image(number: int, entry: Any) -> KarpathyImage:
+    sentences = entry["sentences"]
+    ids = [each.get("sentid") for each in sentences]
+    return KarpathyImage(
+        number=number,
+        filename=_text(entry, "filename"),
+        filepath=_text(entry, "filepath") if "filepath" in entry else "",
+        captions=[_text(each, "raw") for each in sentences],
+        imgid=_number(entry, "imgid"),
+        cocoid=_number(entry, "cocoid"),
+        sentids=None if None in ids else [int(each) for each in ids],
+    )
+
+
+def _text(entry: Any, name: str) -> str:
+    value = entry[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.60}, not text")
+    return value
+
+
+def _number(entry: Any, name: str) -> int | None:
+    value = entry.get(name)
+    return None if value is None else int(value)

@@ -1,0 +1,195 @@
+"""What is retrieved: images with their captions, read in rounds, so that never more than two batches are in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from sacl_ds.data.batch import View
+from sacl_ds.data.downstream.examples import ExampleSource
+from sacl_ds.data.downstream.retrieval import CaptionedImage, EvaluationImages
+from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.images import BadImage
+from sacl_ds.data.order import Block, Place
+from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import Sample, Source
+from sacl_ds.distributed import rank, same_error, world_size
+from sacl_ds.errors import UserError
+
+Done = Callable[[str, int, int], None]  # (stage, done of it, all of it) on this rank
+
+_READERS = 4  # threads; decoding lets go of the interpreter's lock
+
+
+def unseen(stage: str, count: int, total: int) -> None:
+    """A `Done` that shows nothing."""
+
+
+@dataclass(frozen=True)
+class CocoIds:
+    """COCO's names of the set, in its order. images: (n,) int64 cocoid; captions: (m,) int64 sentid."""
+
+    images: np.ndarray
+    captions: np.ndarray
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """The first `count` images of a source with all their captions, and which captions are true of which images.
+
+    satisfying: (captions, images) bool, where it is known of all pairs (scenes); None: only a caption's own image is.
+    coco: where the set is of COCO. max_bad_share: of the images, how many may be missing or damaged: they are left
+    out with their captions. setting: what to raise where it is more, '' for a set that must be whole.
+    """
+
+    source: Source
+    count: int
+    satisfying: np.ndarray | None = None
+    coco: CocoIds | None = None
+    max_bad_share: float = 0.0
+    setting: str = ""
+
+    def __post_init__(self) -> None:
+        there = sum(sum(shards) for shards in self.source.sets)
+        if not 1 <= self.count <= there:
+            raise ValueError(f"count={self.count} of a source of {there} images")
+
+    @property
+    def mine(self) -> range:
+        """The numbers of this rank's images: every world-th."""
+        return range(rank(), self.count, world_size())
+
+
+def retrieval_set(
+    images: Sequence[CaptionedImage], max_bad_share: float, setting: str = "data.max_bad_share"
+) -> RetrievalSet:
+    """Of a list of image files; with COCO's names where all of them have some."""
+    sentids = [each.sentids for each in images]
+    cocoids = [each.cocoid for each in images if each.cocoid is not None]
+    coco = None
+    if len(cocoids) == len(images) and all(ids is not None for ids in sentids):
+        coco = CocoIds(np.array(cocoids, np.int64), np.array([i for ids in sentids for i in ids or ()], np.int64))
+    source = ExampleSource(EvaluationImages(images))
+    return RetrievalSet(source, len(images), None, coco, max_bad_share, setting)
+
+
+class Seen(NamedTuple):
+    """An image as the model sees it, (3, size, size) uint8, and where it stands in the source."""
+
+    number: int
+    key: str
+    captions: list[str]
+    image: Tensor
+
+
+@dataclass
+class ImageRounds:
+    """This rank's images in rounds of at most batch_size, equally many on every rank; a round may be empty.
+
+    The next round is read while one is used. What cannot be read is left out, and stands in `faults`. Every rank goes
+    through all rounds; where reading failed altogether on one of them, all raise its UserError at the end, since a
+    rank that stopped in between would leave the others waiting.
+    """
+
+    data: RetrievalSet
+    view: View
+    batch_size: int
+    faults: list[Fault] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return math.ceil(len(range(0, self.data.count, world_size())) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Seen]]:
+        failed: str | None = None
+        parts = self._parts()
+        for _ in range(len(self)):
+            part: list[Seen | Fault] = []
+            if failed is None:
+                try:
+                    part = next(parts)
+                except UserError as error:
+                    failed = str(error)
+            self.faults += [each for each in part if isinstance(each, Fault)]
+            yield [each for each in part if isinstance(each, Seen)]
+        parts.close()
+        with same_error():
+            if failed is not None:
+                raise UserError(failed)
+
+    def _parts(self) -> Generator[list[Seen | Fault], None, None]:
+        mine, view, source = self.data.mine, self.view, self.data.source
+        samples = source.read(_blocks(source, mine))
+
+        def look(number: int, raw: object) -> Seen | Fault:
+            sample = _decoded(source, raw)
+            if isinstance(sample, Fault):
+                return sample
+            try:
+                return Seen(number, sample.key, sample.captions, view.image(sample.picture, ()))
+            except BadImage as error:
+                return sample.fault(f"the image cannot be decoded: {error}")
+
+        def start(turn: int) -> list[Future[Seen | Fault]]:
+            numbers = mine[turn * self.batch_size : (turn + 1) * self.batch_size]
+            return [pool.submit(look, number, next(samples)) for number in numbers]
+
+        try:
+            with ThreadPoolExecutor(_READERS) as pool:
+                coming = start(0)
+                for turn in range(len(self)):
+                    now, coming = coming, start(turn + 1)
+                    yield [each.result() for each in now]
+        finally:
+            samples.close()
+
+
+def pictures_of(data: RetrievalSet, numbers: Sequence[int]) -> dict[int, Image.Image]:
+    """The images of these numbers, whole; without those that cannot be read."""
+    wanted = sorted(set(numbers))
+    samples = data.source.read(_blocks(data.source, wanted))
+    found = {}
+    try:
+        for number in wanted:
+            sample = _decoded(data.source, next(samples))
+            if isinstance(sample, Sample) and (image := _whole(sample.picture)) is not None:
+                found[number] = image
+    finally:
+        samples.close()
+    return found
+
+
+def _whole(picture: Picture) -> Image.Image | None:
+    try:
+        return Image.fromarray(picture.pixels().permute(1, 2, 0).numpy())
+    except BadImage:
+        return None
+
+
+def _decoded(source: Source, raw: object) -> Sample | Fault:
+    if isinstance(raw, Fault):
+        return raw
+    try:
+        return source.decode(raw)
+    except BadSample as error:
+        return error.fault
+
+
+def _blocks(source: Source, numbers: Sequence[int]) -> Iterator[Block]:
+    """Where the samples of these ascending numbers lie, a block a shard."""
+    first, shard, position = 0, 0, 0
+    for counts in source.sets:
+        for count in counts:
+            places = []
+            while position < len(numbers) and numbers[position] < first + count:
+                places.append(Place(0, shard, numbers[position] - first))
+                position += 1
+            if places:
+                yield Block(places, list(range(len(places))))
+            first, shard = first + count, shard + 1
