@@ -67,7 +67,9 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in read(folder / "metrics.jsonl") if name in line]
 
 
-def run_script(script: str, arguments: list[str], ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, arguments: list[str], ranks: int = 1, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """launch/SCRIPT.py on so many ranks, started from here; stdout and stderr of all ranks together."""
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory() as folder:

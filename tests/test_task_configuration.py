@@ -65,7 +65,10 @@ LINES = {
         ["task=vqa", "vqa.rankd=3"],
         "unknown key 'vqa.rankd' in argument 'vqa.rankd=3' (did you mean 'vqa.ranked'?)",
     ),
-    "no such checkpoint": (["task=vqa", "checkpoint=/nowhere"], "checkpoint=/nowhere: no such folder; correct the path"),
+    "no such checkpoint": (
+        ["task=vqa", "checkpoint=/nowhere"],
+        "checkpoint=/nowhere: no such folder; correct the path",
+    ),
     "augmented scenes": (
         ["task=vqa", "augment.flip=true"],
         "crops, flips and RandAugment falsify what is said of scenes; leave the room augment alone "

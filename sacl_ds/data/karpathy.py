@@ -36,20 +36,30 @@ def karpathy_split(path: Path, split: str) -> list[KarpathyImage]:
     Raises UserError for a file that cannot be read, an entry that is not as it should be, and for an empty split
     (naming those there are).
     """
+    entries, splits = _entries(path)
+    wanted = {split, "restval"} if split == "train" else {split}
+    chosen = [number for number, name in enumerate(splits) if name in wanted]
+    if not chosen:
+        raise UserError(f"{path}: no images in split {split!r}; there are: {', '.join(sorted(set(splits)))}")
+    return each_entry(chosen, lambda place: _where(path, chosen[place]), lambda number: _image(number, entries[number]))
+
+
+def karpathy_splits(path: Path) -> set[str]:
+    """The names of those there are. Raises UserError as `karpathy_split`."""
+    return set(_entries(path)[1])
+
+
+def _entries(path: Path) -> tuple[list[Any], list[str]]:
+    """What stands in 'images', and the split of each."""
     document = read_json(path)
     entries = document.get("images") if isinstance(document, dict) else None
     if not isinstance(entries, list):
         raise UserError(f"{path} is no Karpathy JSON: no list 'images' in it; give a dataset_*.json of his")
-    wanted = {split, "restval"} if split == "train" else {split}
+    return entries, each_entry(entries, lambda number: _where(path, number), lambda entry: _text(entry, "split"))
 
-    def where(number: int) -> str:
-        return f"{path} is no Karpathy JSON: images[{number}]"
 
-    splits = each_entry(entries, where, lambda entry: _text(entry, "split"))
-    chosen = [number for number, name in enumerate(splits) if name in wanted]
-    if not chosen:
-        raise UserError(f"{path}: no images in split {split!r}; there are: {', '.join(sorted(set(splits)))}")
-    return each_entry(chosen, lambda place: where(chosen[place]), lambda number: _image(number, entries[number]))
+def _where(path: Path, number: int) -> str:
+    return f"{path} is no Karpathy JSON: images[{number}]"
 
 
 def _image(number: int, entry: Any) -> KarpathyImage:

@@ -16,6 +16,7 @@ from sacl_ds.data.batch import Batch, TrainingView, View
 from sacl_ds.data.collate import Collator
 from sacl_ds.data.downstream.examples import ExampleSource
 from sacl_ds.data.downstream.retrieval import CaptionedImage, TrainingPairs, karpathy_images
+from sacl_ds.data.karpathy import karpathy_splits
 from sacl_ds.data.sample import Sample
 from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.text import Tokenizer

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+RATE = "_per_second"  # behind what rows are called
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -92,14 +93,15 @@ def counting_stages(enabled: bool = True) -> Iterator[Callable[[str, int, int], 
 
 def describe(figures: Mapping[str, Any]) -> str:
     """'itc 3.912 itm 0.601 mlm 0.902  410 pairs/s  0.312 s/step  α 0.90  scale 14.2': fits into 80 columns."""
-    parts = [
-        " ".join(f"{name} {figures[name]:.3f}" for name in ("itc", "itm", "mlm") if name in figures),
-        f"{figures['pairs_per_second']:.0f} pairs/s",
-        f"{figures['step_seconds']:.3f} s/step",
-    ]
+    shown = [name for name in ("itc", "itm", "mlm") if name in figures] or ["loss"]
+    parts = [" ".join(f"{name} {figures[name]:.3f}" for name in shown)]
+    parts += [f"{value:.0f} {name.removesuffix(RATE)}/s" for name, value in figures.items() if name.endswith(RATE)]
+    parts.append(f"{figures['step_seconds']:.3f} s/step")
     if "alpha" in figures:
         parts.append(f"α {figures['alpha']:.2f}")
-    return "  ".join([*parts, f"scale {figures['logit_scale']:.1f}"])
+    if "logit_scale" in figures:
+        parts.append(f"scale {figures['logit_scale']:.1f}")
+    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:
