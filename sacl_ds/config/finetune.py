@@ -39,8 +39,8 @@ _PAPER = {
 }
 _SCENES = {
     "retrieval": _scenes(5e-4, 400, global_batch_size=128),
-    "vqa": _scenes(1e-3, 800),
-    "nlvr2": _scenes(1e-3, 1200),
+    "vqa": _scenes(1e-3, 1000),
+    "nlvr2": _scenes(3e-4, 1000),
 }
 
 
