@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple, Protocol
 
 from sacl_ds.data.downstream.answers import normalise_answer
@@ -142,13 +143,13 @@ class _Labels(NamedTuple):
 
 def _labelled(made: Sequence[Question], questions: Path, annotations: Path) -> Iterator[Question]:
     def make(entry: Any) -> _Labels:
-        return _Labels(
+        return _Labels(  # the same few thousand texts, millions of times
             _number(entry["question_id"]),
             _number(entry["image_id"]),
-            [_text(each["answer"]) for each in _list(entry["answers"])],
-            _text(entry.get("question_type", "")),
-            _text(entry.get("answer_type", "")),
-            _text(entry.get("multiple_choice_answer", "")),
+            [intern(_text(each["answer"])) for each in _list(entry["answers"])],
+            intern(_text(entry.get("question_type", ""))),
+            intern(_text(entry.get("answer_type", ""))),
+            intern(_text(entry.get("multiple_choice_answer", ""))),
         )
 
     entries = _entries(read_json(annotations), "annotations", annotations)
@@ -199,6 +200,7 @@ def _image_key(image_id: int) -> str:
     return f"image {image_id}"
 
 
+@lru_cache(maxsize=2**16)
 def _spelt(answer: str) -> str:
     """Normalised; as it stands, in lower case, where nothing would be left of it, such as of the answer 'a'."""
     return normalise_answer(answer) or " ".join(answer.lower().split())
