@@ -1,4 +1,4 @@
-"""The VQA model: the pre-trained encoders read the question with the image, a decoder writes or ranks answers (ALBEF's).
+"""The VQA model (ALBEF's): pre-trained encoders read the question with the image, a decoder ranks answers.
 
 Facts: models/model_vqa.py of github.com/salesforce/ALBEF.
 """

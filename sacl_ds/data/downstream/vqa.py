@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple, Protocol
 
 from sacl_ds.data.downstream.answers import normalise_answer
@@ -92,9 +94,12 @@ def vqa_questions(questions: Path, annotations: Path | None, images: Path) -> li
     if not isinstance(subset, str):
         raise UserError(f"{questions}: data_subtype is not a text; give an official questions file of VQA v2")
 
+    image = cache(lambda image_id: _CocoImage(images, subset, image_id))
+
     def make(entry: Any) -> Question:
-        image_id, question_id = _number(entry["image_id"]), _number(entry["question_id"])
-        return Question(_coco_image(images, subset, image_id), _text(entry["question"]), question_id, [])
+        return Question(
+            image(_number(entry["image_id"])), _text(entry["question"]), _number(entry["question_id"]), answers=[]
+        )
 
     made = each_entry(entries, lambda number: f"{questions} questions[{number}]", make)
     _no_duplicates(((number, each.question_id) for number, each in enumerate(made)), f"{questions} questions")
@@ -107,11 +112,14 @@ def visual_genome_questions(file: Path, images: Path) -> list[Question]:
     images: the folder that holds VG_100K/ID.jpg, VG_100K_2/ID.jpg or ID.jpg. Raises UserError with file and entry.
     """
 
+    @cache
+    def image(image_id: int) -> ImageFile:
+        places = (images / folder / f"{image_id}.jpg" for folder in ("VG_100K", "VG_100K_2", ""))
+        return ImageFile(f"Visual Genome image {image_id}", tuple(places))
+
     def make(entry: Any) -> Question:
-        places = tuple(images / folder / f"{_number(entry['image_id'])}.jpg" for folder in ("VG_100K", "VG_100K_2", ""))
-        image = ImageFile(f"Visual Genome image {entry['image_id']}", places)
-        text, number, answer = _text(entry["question"]), _number(entry["qa_id"]), _text(entry["answer"])
-        return Question(image, text, number, [answer], weight=VISUAL_GENOME_WEIGHT)
+        about, text, number = image(_number(entry["image_id"])), _text(entry["question"]), _number(entry["qa_id"])
+        return Question(about, text, number, [_text(entry["answer"])], weight=VISUAL_GENOME_WEIGHT)
 
     content = read_json(file)
     if not isinstance(content, list):
@@ -135,13 +143,13 @@ class _Labels(NamedTuple):
 
 def _labelled(made: Sequence[Question], questions: Path, annotations: Path) -> Iterator[Question]:
     def make(entry: Any) -> _Labels:
-        return _Labels(
+        return _Labels(  # the same few thousand texts, millions of times
             _number(entry["question_id"]),
             _number(entry["image_id"]),
-            [_text(each["answer"]) for each in _list(entry["answers"])],
-            _text(entry.get("question_type", "")),
-            _text(entry.get("answer_type", "")),
-            _text(entry.get("multiple_choice_answer", "")),
+            [intern(_text(each["answer"])) for each in _list(entry["answers"])],
+            intern(_text(entry.get("question_type", ""))),
+            intern(_text(entry.get("answer_type", ""))),
+            intern(_text(entry.get("multiple_choice_answer", ""))),
         )
 
     entries = _entries(read_json(annotations), "annotations", annotations)
@@ -165,19 +173,34 @@ def _labelled(made: Sequence[Question], questions: Path, annotations: Path) -> I
         )
 
 
-def _coco_image(images: Path, subset: str, image_id: int) -> ImageFile:
-    # test-dev's questions are about images of the whole test set
-    subsets = [each for each in dict.fromkeys((subset, subset.replace("test-dev", "test"))) if each]
-    full = [f"COCO_{each}_{image_id:012d}.jpg" for each in subsets]
-    names = [*full, f"{image_id:012d}.jpg", f"{image_id}.jpg", f"{image_id}.png"]
-    places = [images / folder / name for name in names for folder in ("", *subsets)]
-    return ImageFile(_image_key(image_id), tuple(places))
+@dataclass(frozen=True, slots=True)
+class _CocoImage:
+    """One of COCO's by its id; the places where it may lie are told only where it is read, of half a million questions
+    they would fill a gigabyte."""
+
+    images: Path
+    subset: str
+    image_id: int
+
+    @property
+    def key(self) -> str:
+        return _image_key(self.image_id)
+
+    def picture(self) -> Picture:
+        """Raises BadSample."""
+        # test-dev's questions are about images of the whole test set
+        subsets = [each for each in dict.fromkeys((self.subset, self.subset.replace("test-dev", "test"))) if each]
+        full = [f"COCO_{each}_{self.image_id:012d}.jpg" for each in subsets]
+        names = [*full, f"{self.image_id:012d}.jpg", f"{self.image_id}.jpg", f"{self.image_id}.png"]
+        places = (self.images / folder / name for name in names for folder in ("", *subsets))
+        return ImageFile(self.key, tuple(places)).picture()
 
 
 def _image_key(image_id: int) -> str:
     return f"image {image_id}"
 
 
+@lru_cache(maxsize=2**16)
 def _spelt(answer: str) -> str:
     """Normalised; as it stands, in lower case, where nothing would be left of it, such as of the answer 'a'."""
     return normalise_answer(answer) or " ".join(answer.lower().split())
