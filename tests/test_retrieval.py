@@ -1,10 +1,12 @@
 """Retrieval: both stages against brute force, figures against metrics of the whole matrix, and what cannot be read."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import retrieving
+import sources
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -180,6 +182,8 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
         result(images, 0.1)
     with pytest.raises(UserError, match=r"none of 2 images can be read with a caption: image val2014/2\.png"):
         result([images[2], images[5]], 1.0)
+    with pytest.raises(UserError, match=r"2 of 9 images .*2\.png: no file .*must be the same everywhere"):
+        evaluate_retrieval(model, retrieval_set(images, 0.0, ""), seen, retrieving.CPU, 4)
     data = retrieval_set(images, 0.3)
     assert sorted(pictures_of(data, [3, 5, 2, 1, 3])) == [1, 3]
     assert pictures_of(data, [3])[3].size == (39, 40)
@@ -221,3 +225,14 @@ def test_sets_that_are_none() -> None:
     wrong = type(data)(data.source, 5, np.ones((3, 5), bool))
     with pytest.raises(ValueError, match="need bool of the 20 captions and 5 images"):
         evaluate_retrieval(retrieving.model(VIEW), wrong, VIEW, retrieving.CPU, 4)
+
+
+def test_the_benchmark(tmp_path: Path) -> None:
+    asked = ["--images", "60", "--captions", "300", "--dim", "16", "--k-images", "100", "--out", tmp_path / "b.json"]
+    done = sources.run("benchmark_retrieval", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "60 images, 300 captions, 16 dimensions" in done.stdout
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["bytes_peak"] > 10**7
+    assert 0 < written["recall"]["text_to_image"]["1"] < written["recall"]["text_to_image"]["10"] <= 1
+    assert sources.error_of(sources.run("benchmark_retrieval", "--dim", "0")) == "error: --dim 0: at least 1"

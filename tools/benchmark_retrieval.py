@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return {
         "images": options.images, "captions": options.captions, "dim": options.dim, "seconds": seconds,
         "k": {"text_to_image": options.k_images, "image_to_text": options.k_captions},
-        "bytes_before": before, "bytes_peak": peak, "recall": recalls, "cpus": len(os.sched_getaffinity(0)),
+        "bytes_before": before, "bytes_peak": peak, "recall": recalls, "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
 
