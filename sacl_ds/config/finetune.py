@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sacl_ds.config.data import ScenesConfig
 from sacl_ds.config.loss import LossConfig
-from sacl_ds.config.room import Fraction, Natural, Positive, PositiveFloat, Room
+from sacl_ds.config.room import Fraction, Natural, NaturalFloat, Positive, PositiveFloat, Room
 from sacl_ds.config.training import OptimConfig, TrainConfig, TrainingConfig
 
 TaskName = Literal["retrieval", "vqa", "nlvr2"]
@@ -121,6 +121,10 @@ class Nlvr2Config(Room):
     test: str | None = Field(None, description="official JSON lines (test1.json); without labels: predictions alone")
 
 
+class TaskLossConfig(LossConfig):
+    mlm_weight: NaturalFloat = Field(0.0, description="must stay 0: fine-tuning has no MLM")
+
+
 class TaskTrainConfig(TrainConfig):
     steps: Natural | None = Field(None, description="optimizer steps; null: train.epochs")  # type: ignore[assignment]
     epochs: PositiveFloat = Field(5, description="times that every training example is seen, where train.steps is null")
@@ -142,7 +146,7 @@ class FinetuneConfig(TrainingConfig):
     )
     data: TaskDataConfig = TaskDataConfig()
     augment: AugmentConfig = AugmentConfig()
-    loss: LossConfig = LossConfig(mlm_weight=0.0)
+    loss: TaskLossConfig = TaskLossConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     vqa: VqaConfig = VqaConfig()
     nlvr2: Nlvr2Config = Nlvr2Config()

@@ -81,7 +81,6 @@ class FinetuneView:
     """Random resized crop, mirroring where asked for, then `operations` of `OPERATIONS`; drawn from `entropy` alone.
 
     scale: share of the picture that a crop keeps; None: always the square in the middle.
-
     magnitude: how strong, 0 to 10; at 0 only autocontrast and equalize still change anything.
     """
 

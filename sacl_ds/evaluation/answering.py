@@ -60,7 +60,7 @@ class _Answered(NamedTuple):
 class _Asked(NamedTuple):
     question: Question | None
     image: Tensor
-    ids: list[int]
+    text: str
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def evaluate_questions(
 
     def read(number: int) -> _Asked:
         question = questions[number]
-        return _Asked(question, pixels(question, image_view, ()), tokenizer.ids([question.question])[0])
+        return _Asked(question, pixels(question, image_view, ()), question.question)
 
     def run(asked: Sequence[_Asked]) -> list[_Answered]:
-        ids = [each.ids for each in asked]
+        ids = tokenizer.ids([each.text for each in asked])  # here, on one thread: a tokenizer bears no more
         mask = torch.from_numpy(attention_mask(ids)).to(device)
         images = torch.stack([each.image for each in asked]).to(device)
         states = model.encode_question(images, torch.from_numpy(pad(ids, tokenizer.pad_id)).to(device), mask)
@@ -106,7 +106,7 @@ def evaluate_questions(
             if each.question is not None
         ]
 
-    filler = _Asked(None, torch.zeros(3, image_view.size, image_view.size).byte(), tokenizer.ids([""])[0])
+    filler = _Asked(None, torch.zeros(3, image_view.size, image_view.size).byte(), "")
     was_training = model.training
     model.eval()
     try:
