@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sacl_ds.data.batch import ImageView, TextView
 from sacl_ds.data.downstream.question_batch import pixels
-from sacl_ds.data.downstream.vqa import Question
+from sacl_ds.data.downstream.vqa import Question, answer_weights
 from sacl_ds.data.text import attention_mask, pad
 from sacl_ds.evaluation.rounds import in_rounds, require_few
 from sacl_ds.evaluation.vqa import majority_answer, vqa_accuracy
@@ -117,7 +117,7 @@ def evaluate_questions(
     answered = [each for each in results if each is not None]
     figures = _figures(answered)
     notes = [bad] if bad else []
-    notes += _alike(answers, rows)
+    notes += [*_alike(answers, rows), *_unknown(answers, questions)]
     if not figures:
         notes.append("no labels: no accuracy; the predictions can be judged where the labels are")
     return VqaResult(
@@ -147,6 +147,18 @@ def _figures(answered: Sequence[_Answered]) -> dict[str, tuple[float, float]]:
                 groups[name].append((each.accuracy, each.chance))
     means = {name: np.mean(groups[name], axis=0) for name in sorted(groups)}
     return {name: (float(value), float(chance)) for name, (value, chance) in means.items()}
+
+
+def _unknown(answers: Sequence[str], questions: Sequence[Question]) -> list[str]:
+    """A line where no answer that people gave to a question is among those to choose from."""
+    known = set(answers)
+    lost = [each for each in questions if each.answers and known.isdisjoint(answer_weights(each))]
+    if not lost:
+        return []
+    named = f"{lost[0].key}, for example, was answered {', '.join(map(repr, sorted(set(lost[0].answers))[:3]))}"
+    return [
+        f"to {len(lost)} of {len(questions)} questions nobody gave an answer of the list, so they are lost: {named}"
+    ]
 
 
 def _alike(answers: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:

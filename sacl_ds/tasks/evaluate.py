@@ -13,7 +13,6 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from sacl_ds.config import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
@@ -61,15 +60,16 @@ def evaluate(run: FinetuneConfig, device: torch.device) -> Path:
 def evaluated(task: Task, model: Any, tokenizer: Tokenizer, split: str, device: torch.device) -> tuple[Outcome, float]:
     """The whole split, with a bar on the first rank, and the seconds it took; every rank calls it."""
     begin = time.monotonic()
-    model = _on(model, device)
-    # autocast as in training; parameters stay float32
-    with torch.autocast(device.type, torch.bfloat16, enabled=task.run.train.precision == "bf16"):
-        if rank() == 0:
-            with counting_stages() as done:
-                outcome = task.evaluate(model, split, Seen(tokenizer, device, done=done))
-        else:
-            outcome = task.evaluate(model, split, Seen(tokenizer, device))
+    model = model.eval().to(device)
+    with counting_stages(enabled=rank() == 0) as done:
+        outcome = judged(task, model, split, Seen(tokenizer, device, done=done))
     return outcome, time.monotonic() - begin
+
+
+def judged(task: Task, model: Any, split: str, seen: Seen) -> Outcome:
+    """In the precision of training; every rank calls it."""
+    with torch.autocast(seen.device.type, torch.bfloat16, enabled=task.run.train.precision == "bf16"):
+        return task.evaluate(model, split, seen)
 
 
 def report(task: Task, outcome: Outcome, folder: Path, split: str, about: Mapping[str, Any]) -> Group:
@@ -109,7 +109,3 @@ def _split(task: Task) -> str:
         f"nothing to evaluate on: data.source=files, and the room {task.run.task} names no files of {asked}; give "
         "them, or data.source=scenes"
     )
-
-
-def _on(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.eval().to(device)

@@ -22,7 +22,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.model.fused_norm import use_fused_layer_norm
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.tasks.best import Best
-from sacl_ds.tasks.evaluate import evaluated, report
+from sacl_ds.tasks.evaluate import evaluated, judged, report
 from sacl_ds.tasks.kinds import task_of
 from sacl_ds.tasks.task import Seen, Task, TaskWork
 from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer, trained_model
@@ -119,7 +119,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
         begun, told = starting_model(run, tokenizer, resume)
         model: Any = task.model(begun, tokenizer)
         source, collator = task.training(tokenizer)
-        judged = task.count("val") > 0
+        has_val = task.count("val") > 0
         if first:
             _announce(run, folder, model, progress)
             if told and told.sources:
@@ -149,7 +149,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
     )
 
     def evaluate(step: int) -> Figures:
-        outcome = task.evaluate(model, "val", Seen(tokenizer, job.device, run.data.eval_count))
+        outcome = judged(task, model, "val", Seen(tokenizer, job.device, run.data.eval_count))
         for line in outcome.notes:
             progress.print(line)
         kept = best.offer(step, outcome.figures, lambda: whole_state(engine, model))
@@ -165,7 +165,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
         batches=iter(loader),
         device=job.device,
         work=TaskWork(task),
-        evaluate=evaluate if judged else None,
+        evaluate=evaluate if has_val else None,
         log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
         progress=progress,
         max_bad_share=run.data.max_bad_share,
@@ -174,7 +174,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
         loop.train(start)
     finally:
         progress.close()
-    if not judged:  # nothing to choose by: the last
+    if not has_val:  # nothing to choose by: the last
         best.offer(run.steps, {task.main: (0.0, 0.0)}, lambda: whole_state(engine, model))
     engine.destroy()
     barrier()
