@@ -18,7 +18,7 @@ def picture(scenes: Scenes, index: int, path: Path) -> None:
     Image.fromarray(scenes.image(index)).save(path)
 
 
-def karpathy(folder: Path) -> list[str]:
+def retrieval(folder: Path) -> list[str]:
     """dataset.json and images/; the settings that name them."""
     entries: list[dict[str, Any]] = []
     for split, (count, seed) in SPLITS.items():

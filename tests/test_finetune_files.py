@@ -74,7 +74,7 @@ def test_missing_images_are_counted_named_and_limited(settings: list[str], pretr
         pretrained, "vqa", tmp_path, *settings, "data.max_bad_share=0.2", "train.steps=24", "vqa.test_questions=null"
     )
     assert "4 of 32 examples cannot be used: image 6002" in done.stdout
-    assert "another sample stands in for image 5003, question 5003" in done.stdout
+    assert "another sample stands in for image 5003: no file" in done.stdout
     lines = read(tmp_path / "run/metrics.jsonl")
     assert [line["bad_samples"] for line in lines if "bad_samples" in line][-1] == 4  # an epoch: each question once
     assert json.loads((tmp_path / "run/results.json").read_text())["notes"][0].startswith("4 of 32 examples")
