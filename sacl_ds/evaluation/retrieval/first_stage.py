@@ -11,7 +11,7 @@ from sacl_ds.distributed import gather_objects, rank, world_size
 from sacl_ds.evaluation.metrics import average_precisions, best_relevant_places
 from sacl_ds.evaluation.retrieval.data import Done, unseen
 
-_SCORES_AT_ONCE = 2**21
+_SCORES_AT_ONCE = 2**19
 
 Relevance = Callable[[slice], np.ndarray]  # of these queries: (rows, m) bool
 
