@@ -54,8 +54,8 @@ class TrainingConfig(Room):
 
     output_dir: str | None = Field(
         None,
-        description="run directory; null: runs/scenes-001, -002 and so on (of a task runs/vqa-scenes-001), or the last of "
-        "them with --resume",
+        description="run directory; null: runs/scenes-001, -002 and so on (a task's: runs/vqa-scenes-001), or the last "
+        "of them with --resume",
     )
     seed: Natural = Field(0, description="of initial weights, data order, masking and dropout")
     model: ModelConfig = ModelConfig.model_validate({})
