@@ -159,6 +159,19 @@ def test_scores_are_those_of_a_double_loop(selection: dict[str, object]) -> None
     assert matches.std() > 1e-3
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_second_order_is_that_of_match_and_similarity(share: float) -> None:
+    """All candidates re-ranked, beside a sort of the whole matrices."""
+    model, data = retrieving.model(VIEW), retrieving.scenes(11)
+    cosines, matches = retrieving.by_hand(model, VIEW, 11)
+    total = matches + share * float(model.logit_scale()) * cosines
+    result = evaluate_retrieval(model, data, VIEW, retrieving.CPU, 4, rerank=44, similarity=share)
+    assert result.ranking.reranked_text_to_image is not None
+    wanted = np.argsort(-total, axis=1)[:, :10]
+    assert (result.ranking.reranked_text_to_image.order == wanted).all()
+    assert (np.argsort(-matches, axis=1)[:, :10] == wanted).all() == (share == 0)
+
+
 def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     images = karpathy_images(retrieving.karpathy(tmp_path, 9), tmp_path / "images", "test")
     seen = retrieving.view([caption for image in images for caption in image.captions])

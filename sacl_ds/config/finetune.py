@@ -91,6 +91,9 @@ class RetrievalConfig(Room):
         128,
         description="candidates of each query that ITM puts in order, as in ALBEF (COCO 256, Flickr30k 128); 0: none",
     )
+    rerank_similarity: NaturalFloat = Field(
+        0.0, description="how much of ITC's logit is added to ITM's log-odds in that order; 0 as in ALBEF, 1 as in BLIP"
+    )
     gallery: Natural = Field(8, description="queries shown in gallery.png with their first images; 0: none")
 
 

@@ -117,7 +117,9 @@ class RetrievalTask(Task):
         data = self._set(split, seen.limit)
         view = View(self.held_out_view(), seen.tokenizer)
         settings = self.run.retrieval
-        result = evaluate_retrieval(model, data, view, seen.device, self.run.batch_size, settings.rerank, seen.done)
+        result = evaluate_retrieval(
+            model, data, view, seen.device, self.run.batch_size, settings.rerank, seen.done, settings.rerank_similarity
+        )
         return RetrievalOutcome(result, data, settings.gallery)
 
     def _set(self, split: str, limit: int | None) -> RetrievalSet:

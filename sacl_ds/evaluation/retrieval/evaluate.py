@@ -14,7 +14,7 @@ from sacl_ds.evaluation.retrieval.encoding import Encoded, check, encode
 from sacl_ds.evaluation.retrieval.figures import Figures, Truth, figures_of
 from sacl_ds.evaluation.retrieval.first_stage import Ranked, rank_candidates
 from sacl_ds.evaluation.retrieval.ranking import LISTED, Ranking, ranking_of
-from sacl_ds.evaluation.retrieval.rerank import candidate_scores, match_scores, reordered
+from sacl_ds.evaluation.retrieval.rerank import candidate_scores, match_scores, reordered, with_similarity
 from sacl_ds.model.sacl import SaclModel
 
 
@@ -36,13 +36,15 @@ def evaluate_retrieval(
     batch_size: int,
     rerank: int = 0,
     done: Done = unseen,
+    similarity: float = 0.0,
 ) -> RetrievalResult:
     """Text to image and image to text in eval mode; the model's mode is restored. Every rank calls it, and gets the
     same.
 
     rerank: how many candidates of each query ITM puts in order, 0 for none; at most batch_size images, captions or
-    pairs are in a forward pass. done(stage, count, total): progress on this rank. Raises SharedError where more images
-    than data.max_bad_share cannot be read.
+    pairs are in a forward pass. done(stage, count, total): progress on this rank. similarity: how much of ITC's logit,
+    the cosine times the logit scale, is added to ITM's log-odds; 0 as in ALBEF, 1 as in BLIP. Raises SharedError where
+    more images than data.max_bad_share cannot be read.
 
     Figures are text_to_image_R@k and image_to_text_R@k of own pairs (k of 1, 5, 10) and their mean, mean_recall; where
     all pairs are known text_to_image_any_R@1, text_to_image_mAP and image_to_text_any_R@1; on COCO's whole test split
@@ -70,6 +72,8 @@ def evaluate_retrieval(
         if rerank > 0:
             images_of, texts_of = to_image.top[:, :rerank], to_text.top[:, :rerank]
             pairs = match_scores(model, data, view, device, encoded, images_of, texts_of, batch_size, done)
+            if similarity:
+                pairs = with_similarity(pairs, encoded, similarity * float(model.logit_scale().detach()))
             scores = list(candidate_scores(pairs, images_of, texts_of))
             second = reordered(to_image, scores[0]), reordered(to_text, scores[1])
             figures |= figures_of(truth, *second, features, (images_of, scores[0]), "reranked_")

@@ -19,6 +19,8 @@ from sacl_ds.evaluation.retrieval.first_stage import Ranked
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.vision import ImageStates
 
+_PAIRS_AT_ONCE = 2**16
+
 
 @dataclass(frozen=True)
 class PairScores:
@@ -99,6 +101,16 @@ def _scores(
     tokens = model.image_tokens(images, states[:, 0], torch.as_tensor(rows, device=device))
     logits = model.match_logits(model.fuse(states, mask, tokens))
     return (logits[:, 1] - logits[:, 0]).cpu().numpy()
+
+
+def with_similarity(pairs: PairScores, encoded: Encoded, factor: float) -> PairScores:
+    """ITM's log-odds and ITC's logits, scaled cosines, added up. factor: of the cosines, in float32."""
+    values = pairs.values.copy()
+    for start in range(0, len(values), _PAIRS_AT_ONCE):
+        some = slice(start, start + _PAIRS_AT_ONCE)
+        images, texts = np.divmod(pairs.keys[some], pairs.texts)
+        values[some] += np.float32(factor) * np.einsum("pd,pd->p", encoded.image[images], encoded.text[texts])
+    return PairScores(pairs.texts, pairs.keys, values)
 
 
 def reordered(ranked: Ranked, scores: np.ndarray) -> Ranked:
