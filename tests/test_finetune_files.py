@@ -95,6 +95,10 @@ MISTAKES = {
     "no such folder": ("nlvr2", ["nlvr2.train={here}/train.json", "data.images={here}/nowhere"]),
     "malformed line": ("nlvr2", ["nlvr2.train={here}/broken.json", "data.images={here}"]),
     "malformed JSON": ("retrieval", ["retrieval.annotations={here}/broken.json", "data.images={here}"]),
+    "no labels to choose by": (
+        "nlvr2",
+        ["nlvr2.train={here}/train.json", "nlvr2.val={here}/test.json", "data.images={here}"],
+    ),
     "questions without annotations": ("vqa", ["vqa.train_questions={here}/q.json", "data.images={here}"]),
 }
 

@@ -46,6 +46,7 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
         task = task_of(run)
         run = _with_steps(run, task)
         task.run = run
+        _require_labels(task)
         plan = job.engine_config(run, Path(run.output_dir or "."))
         if rank() == 0:
             opened = open_run_folder(run, job.resume)
@@ -97,6 +98,16 @@ def _with_steps(run: FinetuneConfig, task: Task) -> FinetuneConfig:
     # of a run cut short: the warm-up of the default length would take most of it
     optim = run.optim.model_copy(update={"warmup_steps": min(run.optim.warmup_steps, steps // 4)})
     return run.model_copy(update={"train": train.model_copy(update=values), "optim": optim})
+
+
+def _require_labels(task: Task) -> None:
+    """Raises UserError where there is nothing to learn from, or to choose the best weights by."""
+    for split, what in (("train", "learn from"), ("val", "choose the best weights by")):
+        if task.count(split) and not task.labelled(split):
+            raise UserError(
+                f"the files of {split} in the room {task.run.task} have no labels, so there is nothing to {what}; give "
+                f"labelled ones{', or none' if split == 'val' else ''}"
+            )
 
 
 def _keep_tokenizer(task: Task, folder: Path, resume: bool) -> None:

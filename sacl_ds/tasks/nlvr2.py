@@ -49,6 +49,9 @@ class Nlvr2Task(Task):
     def count(self, split: str) -> int:
         return len(self._statements(split))
 
+    def labelled(self, split: str) -> bool:
+        return any(statement.label is not None for statement in self._statements(split))
+
     def _read(self, split: str) -> Sequence[Statement]:
         if self.run.data.source == "scenes":
             scenes = scenes_of(self.run, split)

@@ -73,6 +73,10 @@ class Task(ABC):
     def count(self, split: str) -> int:
         """Examples of a split; 0 where the configuration names none."""
 
+    def labelled(self, split: str) -> bool:
+        """Whether anything in that split can be judged."""
+        return True
+
     @abstractmethod
     def texts(self) -> Iterator[str]:
         """Of the training examples: what a vocabulary is trained on where nothing brings one."""

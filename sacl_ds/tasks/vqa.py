@@ -56,6 +56,9 @@ class VqaTask(Task):
     def count(self, split: str) -> int:
         return len(self._questions(split))
 
+    def labelled(self, split: str) -> bool:
+        return any(question.answers for question in self._questions(split))
+
     def _read(self, split: str) -> Sequence[Question]:
         if self.run.data.source == "scenes":
             scenes = scenes_of(self.run, split)
@@ -141,8 +144,6 @@ class VqaTask(Task):
 
     def training(self, tokenizer: Tokenizer) -> tuple[ExampleSource, QuestionCollator]:
         questions = self._questions("train")
-        if self.run.data.source == "files" and not any(question.answers for question in questions[:1]):
-            raise UserError("the training questions have no labels; give vqa.train_annotations")
         return ExampleSource(questions), QuestionCollator(tokenizer, self.training_view().for_text, self.run.seed)
 
     def model(self, start: SaclModel, tokenizer: Tokenizer) -> VqaModel:
