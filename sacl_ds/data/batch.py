@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import combinations
 from typing import Protocol
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sacl_ds.data.faults import Fault
+from sacl_ds.data.movable import Movable
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import IGNORED, Tokenizer
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Movable):
     """b pairs. L is the longest caption of the batch; L_t the longest for the teacher's tokenizer.
 
     The teacher's fields are None where there is no teacher, or where it sees just what the model sees.
@@ -39,18 +40,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def to(self, device: torch.device) -> Batch:
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory, from which copies to a GPU do not wait."""
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) -> Batch:

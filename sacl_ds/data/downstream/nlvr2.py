@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +20,12 @@ from torch.nn.functional import pad as padded
 from sacl_ds.data.batch import ImageView, TextView
 from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.examples import ImageFile
+from sacl_ds.data.downstream.scene_image import SceneImage
 from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.data.grouping import hash64
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.json_files import each_entry, read_json_lines
+from sacl_ds.data.movable import Movable
 from sacl_ds.data.order import Place
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes
@@ -109,17 +111,6 @@ def _statement(entry: Any, images: Path) -> Statement:
     return Statement(identifier, sentence, None if label is None else _LABELS[str(label)], side(0), side(1))
 
 
-@dataclass(frozen=True, slots=True)
-class ScenePicture:
-    """A scene, drawn when it is asked for."""
-
-    scenes: Scenes
-    index: int
-
-    def picture(self) -> Picture:
-        return Picture(torch.from_numpy(self.scenes.image(self.index)).permute(2, 0, 1))
-
-
 class SceneStatements(Sequence[Statement]):
     """Statement i is about scenes 2i and 2i + 1; made when it is asked for, and a group of its own."""
 
@@ -137,7 +128,7 @@ class SceneStatements(Sequence[Statement]):
             raise IndexError(f"statement {index} of {len(self)}")
         left, right = 2 * index, 2 * index + 1
         sentence, label = self.scenes.pair_statement(left, right)
-        sides = (ScenePicture(self.scenes, scene) for scene in (left, right))
+        sides = (SceneImage(self.scenes, scene) for scene in (left, right))
         return Statement(f"scenes-{index}-0-0", sentence, label, *sides)
 
 
@@ -156,7 +147,7 @@ def scene_statements(scenes: Scenes) -> list[Statement]:
 
 
 @dataclass(frozen=True)
-class StatementBatch:
+class StatementBatch(Movable):
     """b statements. L is the longest of the batch."""
 
     keys: list[str]  # identifiers
@@ -170,18 +161,6 @@ class StatementBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def to(self, device: torch.device) -> StatementBatch:
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> StatementBatch:
-        """In page-locked memory, from which copies to a GPU do not wait."""
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> StatementBatch:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

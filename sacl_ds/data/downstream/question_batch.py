@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from sacl_ds.data.downstream.vqa import Question, answer_weights
 from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.data.grouping import hash64
 from sacl_ds.data.images import BadImage
+from sacl_ds.data.movable import Movable
 from sacl_ds.data.order import Place
 from sacl_ds.data.text import attention_mask, pad
 
 
 @dataclass(frozen=True)
-class QuestionBatch:
+class QuestionBatch(Movable):
     """b questions with A answers in all. L, La: tokens of the longest question and answer, [CLS] and [SEP] included."""
 
     keys: list[str]
@@ -36,18 +37,6 @@ class QuestionBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def to(self, device: torch.device) -> QuestionBatch:
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> QuestionBatch:
-        """In page-locked memory, from which copies to a GPU do not wait."""
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> QuestionBatch:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

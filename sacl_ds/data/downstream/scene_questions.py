@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import overload
 
-import torch
-
+from sacl_ds.data.downstream.scene_image import SceneImage
 from sacl_ds.data.downstream.vqa import Question
 from sacl_ds.data.draws import words
-from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import VERSION, Scenes
 
 _PEOPLE = 10
 _IDS_OF_A_SCENE = 100  # more than it has questions
 _WHICH = 5  # what the draw is for; `Scenes` has the numbers before it
-
-
-@dataclass(frozen=True, slots=True)
-class SceneImage:
-    """A scene's picture, drawn only where it is looked at."""
-
-    scenes: Scenes
-    index: int
-
-    @property
-    def key(self) -> str:
-        return f"scene {self.scenes.key(self.index)}"
-
-    def picture(self) -> Picture:
-        return Picture(torch.from_numpy(self.scenes.image(self.index)).permute(2, 0, 1))
 
 
 class SceneQuestions(Sequence[Question]):
