@@ -11,7 +11,8 @@ from ranks import on_ranks
 from vqa_questions import PLACEMENTS, batch_of, pretrained
 
 from sacl_ds.data.downstream.question_batch import QuestionBatch, QuestionCollator
-from sacl_ds.data.downstream.scene_questions import SceneImage, scene_questions
+from sacl_ds.data.downstream.scene_image import SceneImage
+from sacl_ds.data.downstream.scene_questions import scene_questions
 from sacl_ds.data.downstream.vqa import Question, answer_list
 from sacl_ds.data.order import Place
 from sacl_ds.data.scenes import Scenes
