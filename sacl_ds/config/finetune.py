@@ -27,9 +27,9 @@ def _paper(lr_image: float, lr_text: float, batch: int, epochs: int) -> dict[str
     return {"optim": optim, "train": train, "augment": {"crop_scale": [0.5, 1.0], "flip": True, "operations": 2}}
 
 
-def _scenes(lr: float, steps: int, **train: Any) -> dict[str, Any]:
-    optim = {"lr_image": lr, "lr_text": lr, "weight_decay": 0.01, "warmup_steps": steps // 10}
-    return {"optim": optim, "train": {"steps": steps, "global_batch_size": 64, "eval_every": steps // 4, **train}}
+def _scenes(lr: float, weight_decay: float, steps: int, batch: int) -> dict[str, Any]:
+    optim = {"lr_image": lr, "lr_text": lr, "weight_decay": weight_decay, "warmup_steps": steps // 10}
+    return {"optim": optim, "train": {"steps": steps, "global_batch_size": batch, "eval_every": steps // 4}}
 
 
 _PAPER = {
@@ -38,9 +38,9 @@ _PAPER = {
     "nlvr2": _paper(5e-5, 5e-6, 256, 15),
 }
 _SCENES = {
-    "retrieval": _scenes(5e-4, 400, global_batch_size=128),
-    "vqa": _scenes(1e-3, 1000),
-    "nlvr2": _scenes(3e-4, 1000),
+    "retrieval": _scenes(3e-4, 0.01, 800, 128) | {"retrieval": {"rerank": 16, "rerank_similarity": 1.0}},
+    "vqa": _scenes(1e-3, 0.01, 900, 64),
+    "nlvr2": _scenes(3e-4, 0.05, 800, 64),
 }
 
 
