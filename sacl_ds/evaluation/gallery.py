@@ -30,7 +30,7 @@ def draw_gallery(
     chosen = telling(ranking, count) if texts is None else list(texts)
     if unknown := [text for text in chosen if not 0 <= text < len(ranking.captions)]:
         raise UserError(f"{path}: no text {unknown[0]} to draw; there are 0 to {len(ranking.captions) - 1}")
-    stages = [("by features", ranking.text_to_image), ("re-ranked by ITM", ranking.reranked_text_to_image)]
+    stages = [("by features", ranking.text_to_image), ("re-ranked", ranking.reranked_text_to_image)]
     drawn = [(name, listed) for name, listed in stages if listed is not None]
     places = {int(place) for _, listed in drawn for text in chosen for place in listed.order[text, :TOP]}
     found = pictures([int(ranking.numbers[place]) for place in sorted(places)])

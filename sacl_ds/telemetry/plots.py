@@ -65,7 +65,7 @@ def _held_out(lines: list[dict[str, Any]], path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
     names = [name for name in lines[-1]["evaluation"] if not name.endswith("R@5")]
     for number, name in enumerate(names):
-        colour = f"C{number}"
+        colour = f"C{number}" if len(names) <= 10 else plt.get_cmap("tab20")(number % 20)
         label = name.replace("_to_", "→").replace("_", " ")
         known = [line for line in lines if name in line["evaluation"]]  # an older version may have begun the run
         values = [100 * line["evaluation"][name] for line in known]
