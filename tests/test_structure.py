@@ -9,6 +9,7 @@ import pytest
 
 # each room may import those named here (and the standard library and what is installed)
 ALLOWED = {
+    "atomic": set(),
     "errors": set(),
     "config": {"config", "errors"},
     "config_file": {"config", "errors"},
@@ -21,18 +22,19 @@ ALLOWED = {
     "data": {"config", "data", "errors"},
     "model": {"config", "config_file", "data", "distributed", "errors", "model"},
     "telemetry": {"telemetry", "errors", "config"},
-    "evaluation": {"config", "data", "distributed", "errors", "evaluation", "model", "telemetry"},
+    "evaluation": {"atomic", "config", "data", "distributed", "errors", "evaluation", "model", "telemetry"},
     "analysis": {
         "analysis", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors", "evaluation",
         "losses", "machine", "model", "telemetry", "training",
     },
     "tasks": {
-        "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation", "losses", "model",
-        "tasks", "telemetry", "training",
+        "atomic", "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation", "losses",
+        "model", "tasks", "telemetry", "training",
     },
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "training": {
-        "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry", "training"
+        "atomic", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
+        "training",
     },
 }  # fmt: skip
 HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")

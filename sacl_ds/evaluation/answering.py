@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sacl_ds.atomic import write_text
 from sacl_ds.data.batch import ImageView, TextView
 from sacl_ds.data.downstream.question_batch import pixels
 from sacl_ds.data.downstream.vqa import Question, answer_weights
@@ -38,12 +38,7 @@ class VqaResult:
 
     def write_predictions(self, path: Path) -> None:
         """The official result JSON, atomically. For one rank to call: all hold the same."""
-        temporary = path.with_name(f".{path.name}.writing")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.predictions, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_text(path, json.dumps(self.predictions))
 
 
 class _Answered(NamedTuple):

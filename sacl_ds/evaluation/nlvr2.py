@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sacl_ds.atomic import write_text
 from sacl_ds.data.batch import ImageView, TextView
 from sacl_ds.data.downstream.nlvr2 import Statement
 from sacl_ds.data.text import attention_mask, pad
@@ -62,12 +62,7 @@ class Nlvr2Result:
 
     def write_predictions(self, path: Path) -> None:
         """The official CSV, `identifier,True` or `identifier,False` a line, atomically; for one rank to call."""
-        temporary = path.with_name(f".{path.name}.writing")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{identifier},{verdict}\n" for identifier, verdict in self.predictions)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_text(path, "".join(f"{identifier},{verdict}\n" for identifier, verdict in self.predictions))
 
 
 class _Seen(NamedTuple):

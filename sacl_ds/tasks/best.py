@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sacl_ds.atomic import write_text
 from sacl_ds.distributed import barrier, rank
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import WEIGHTS, save_weights
@@ -50,11 +51,8 @@ class Best:
         weights = state()
         if rank() == 0:
             save_weights(weights, self.folder, step)
-            temporary = self.folder / f".{FILE}.writing"
             said = {name: figure[0] for name, figure in figures.items()}
-            temporary.write_text(
-                json.dumps({"step": step, "figure": self.main, "value": value, "figures": said}, indent=2)
-            )
-            temporary.replace(self.folder / FILE)
+            kept = {"step": step, "figure": self.main, "value": value, "figures": said}
+            write_text(self.folder / FILE, json.dumps(kept, indent=2))
         barrier()
         return True

@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sacl_ds.atomic import write_text
 from sacl_ds.config import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
@@ -77,9 +78,7 @@ def report(task: Task, outcome: Outcome, folder: Path, split: str, about: Mappin
     files = outcome.write(folder)
     figures = {name: {"value": value, "chance": chance} for name, (value, chance) in outcome.figures.items()}
     values = {"task": task.run.task, "split": split, **about, "figures": figures, "notes": outcome.notes}
-    temporary = folder / f".{RESULTS}.writing"
-    temporary.write_text(json.dumps(values | {"files": [path.name for path in files]}, indent=2) + "\n")
-    temporary.replace(folder / RESULTS)
+    write_text(folder / RESULTS, json.dumps(values | {"files": [path.name for path in files]}, indent=2) + "\n")
     lines = [Text(note) for note in outcome.notes]
     if files:
         lines.append(Text(f"written: {', '.join(path.name for path in files)}"))

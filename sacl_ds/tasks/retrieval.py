@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sacl_ds.atomic import write_text
 from sacl_ds.config import FinetuneConfig
 from sacl_ds.data.batch import Batch, TrainingView, View
 from sacl_ds.data.collate import Collator
@@ -44,9 +45,7 @@ class RetrievalOutcome:
 
     def write(self, folder: Path) -> list[Path]:
         rankings = folder / "rankings.jsonl"
-        temporary = folder / f".{rankings.name}.writing"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self._ranking.lines()))
-        temporary.replace(rankings)
+        write_text(rankings, "".join(json.dumps(line) + "\n" for line in self._ranking.lines()))
         if not self._gallery:
             return [rankings]
         picture = folder / "gallery.png"

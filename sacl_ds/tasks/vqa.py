@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sacl_ds.atomic import write_text
 from sacl_ds.config import FinetuneConfig
 from sacl_ds.data.downstream.examples import ExampleSource
 from sacl_ds.data.downstream.question_batch import QuestionCollator
@@ -118,10 +119,8 @@ class VqaTask(Task):
         return self._baseline
 
     def keep(self, folder: Path) -> None:
-        path = folder / ANSWERS
-        temporary = folder / f".{ANSWERS}.writing"
-        temporary.write_text(json.dumps({"answers": self.answers, "most_frequent": self.baseline}, indent=1))
-        temporary.replace(path)
+        kept = {"answers": self.answers, "most_frequent": self.baseline}
+        write_text(folder / ANSWERS, json.dumps(kept, indent=1))
 
     def take(self, folder: Path) -> None:
         kept = read_json(folder / ANSWERS)

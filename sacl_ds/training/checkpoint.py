@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sacl_ds.atomic import write_text
 from sacl_ds.distributed import barrier, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import UserError
@@ -68,8 +68,8 @@ def save(
         if momentum:  # the same on all ranks
             write_tensors(momentum.state(), folder / tag / MOMENTUM)
         state = RunState(step, world_size(), zero_stage(engine.config), identity.vocabulary, identity.data)
-        _write(folder / tag / STATE, json.dumps(asdict(state), indent=2))
-        _write(folder / LATEST, tag)
+        write_text(folder / tag / STATE, json.dumps(asdict(state), indent=2))
+        write_text(folder / LATEST, tag)
         for old in _complete(folder)[: -keep if keep else 0]:
             shutil.rmtree(old)
     barrier()
@@ -185,12 +185,3 @@ def _convert(saved: Path, to: Path) -> None:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"--resume: {saved} cannot be converted to {world_size()} ranks: {error}") from error
     (saved.parent / "latest_universal").unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
