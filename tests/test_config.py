@@ -18,7 +18,7 @@ from sacl_ds.machine import Machine
     ("overrides", "parts"),
     [
         (["train.stepz=5"], ["unknown key 'train.stepz'", "'train.stepz=5'", "did you mean 'train.steps'?"]),
-        (["steps=5"], ["unknown key 'steps'", "did you mean 'teacher.steps' or 'train.steps'?"]),
+        (["steps=5"], ["unknown key 'steps'", "did you mean 'train.steps' or 'teacher.steps'?"]),
         (["losses.sharpness=5"], ["unknown key 'losses'", "did you mean 'loss'"]),
         (["model.patchsize=5"], ["unknown key 'model.patchsize'"]),
         (["train.steps=many"], ["train.steps", "valid integer", "'many'"]),

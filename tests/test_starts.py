@@ -222,9 +222,10 @@ def test_a_start_at_another_resolution(source: str, bert_folder: Path, tmp_path:
         torch.save(original.checkpoint(), tmp_path / "ALBEF.pth")
         start = {"start": str(tmp_path / "ALBEF.pth"), "text_encoder": str(bert_folder)}
     else:
-        model = finished_run(tmp_path)
-        before, start = model.image_encoder.vit.pos_embed.detach(), {"start": str(tmp_path)}
-    model, report = started(config(image_size=64, **start), 50)
+        original = finished_run(tmp_path)
+        before, start = original.image_encoder.vit.pos_embed.detach(), {"start": str(tmp_path)}
+    words = 50 if source == "albef" else Tokenizer.load(tmp_path / TOKENIZER, 12).size
+    model, report = started(config(image_size=64, **start), words)
     grid = before[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     resized = nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
     expected = torch.cat([before[:, :1], resized.reshape(1, 64, 32)], dim=1)
@@ -275,7 +276,7 @@ def test_starts_that_are_none(bert_folder: Path, tmp_path: Path) -> None:
 
 
 def finished_run(folder: Path) -> SaclModel:
-    """A run's directory with a vocabulary of 50 tokens and 20 positions; its model."""
+    """A run's directory with a small vocabulary and 20 positions; its model."""
     tokenizer = Tokenizer(train_wordpiece(["a red circle", "blue squares and rings of yellow"] * 3, 50), 12)
     run = RunConfig(model=config(max_positions=20))
     model = varied(SaclModel(run.model, tokenizer.size, pretrained=False))
