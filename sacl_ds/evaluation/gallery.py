@@ -51,7 +51,7 @@ def telling(ranking: Ranking, count: int) -> list[int]:
     """Texts that show most: those whose first right image re-ranking moves furthest, improved and spoilt in turn.
 
     Without re-ranking, those whose first right image stands among the first ten, as far behind as possible. At most one
-    text of an image, and in the order of the texts where nothing tells them apart.
+    text of an image, none in the same words twice, and in the order of the texts where nothing tells them apart.
     """
     first, second = ranking.text_to_image, ranking.reranked_text_to_image
     before = _places(first)
@@ -62,14 +62,17 @@ def telling(ranking: Ranking, count: int) -> list[int]:
         gain = before - _places(second)
         orders = [np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")]
     chosen: list[int] = []
-    shown: set[int] = set()
+    shown: set[int | str] = set()
     # which of the orders gives the next one, and where each stands
     queues = [iter(order.tolist()) for order in orders]
-    while len(chosen) < min(count, len(set(ranking.owner.tolist()))):
+    while len(chosen) < count:
         queue = queues[len(chosen) % len(queues)]
-        text = next(text for text in queue if int(ranking.owner[text]) not in shown)
+        new = (text for text in queue if shown.isdisjoint((int(ranking.owner[text]), ranking.captions[text])))
+        text = next(new, None)
+        if text is None:
+            break
         chosen.append(text)
-        shown.add(int(ranking.owner[text]))
+        shown |= {int(ranking.owner[text]), ranking.captions[text]}
     return chosen
 
 
