@@ -18,6 +18,7 @@ from sacl_ds.config import TrainingConfig
 from sacl_ds.errors import UserError
 from sacl_ds.machine import Machine, has_package
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}  # and packages
 
 
@@ -53,10 +54,7 @@ def resolve(
     Raises UserError where file and run contradict each other, or ask for what the machine does not have.
     """
     out = copy.deepcopy(ds)
-    micro = run.micro_batch_size(world)
-    _accumulation(out, name)
-    _settle(out, "train_micro_batch_size_per_gpu", micro, f"train.global_batch_size / {world} ranks", name)
-    _settle(out, "train_batch_size", run.train.global_batch_size, "train.global_batch_size", name)
+    _batch(out, run, world, name)
     _settle(out, "gradient_clipping", run.optim.clip_norm, "optim.clip_norm", name)
     _precision(out, run, machine, name)
     _offload(out, machine, name)
@@ -90,14 +88,19 @@ def _same(given: Any, value: Any) -> bool:
     )
 
 
-def _accumulation(out: dict[str, Any], name: str) -> None:
-    steps = out.get("gradient_accumulation_steps", "auto")
-    if steps not in ("auto", 1):
-        raise UserError(
-            f"{name} says gradient_accumulation_steps={steps}; accumulating a contrastive loss changes its negatives "
-            'and is not supported yet: write "auto" or 1'
-        )
-    out["gradient_accumulation_steps"] = 1
+def _batch(out: dict[str, Any], run: TrainingConfig, world: int, name: str) -> None:
+    """The file may state what the run does; DeepSpeed itself is told of one whole batch a step.
+
+    It would divide the loss by its accumulation steps, and end a step after so many calls, where this project's
+    `training.accumulation` has weighted its parts and says by flags which of them is the last.
+    """
+    micro, passes = run.micro_batches(world)
+    rows = f"train.global_batch_size / {world} ranks"
+    owner = "train.micro_batch_size" if run.train.micro_batch_size else rows
+    _settle(out, "train_micro_batch_size_per_gpu", micro, owner, name)
+    _settle(out, "gradient_accumulation_steps", passes, f"{rows} / train.micro_batch_size", name)
+    _settle(out, "train_batch_size", run.train.global_batch_size, "train.global_batch_size", name)
+    out |= {"train_micro_batch_size_per_gpu": micro * passes, "gradient_accumulation_steps": 1}
 
 
 def _apex(run: TrainingConfig, machine: Machine, notes: list[str]) -> bool:
@@ -202,21 +205,27 @@ def _monitors(out: dict[str, Any], name: str, folder: str) -> None:
 
 
 def _precision(out: dict[str, Any], run: TrainingConfig, machine: Machine, name: str) -> None:
-    """bf16 through DeepSpeed's torch_autocast, which keeps parameters, among them the logit scale, in fp32."""
+    """Half precision through DeepSpeed's torch_autocast, which keeps parameters, among them the logit scale, in fp32.
+
+    With float16 it scales the loss, too.
+    """
     for kind in ("bf16", "fp16"):
         enabled = out.get(kind, {}).get("enabled", False)
         if enabled and enabled != "auto":
             raise UserError(
                 f"{name} says {kind}.enabled=true, which would round the logit scale to steps of 0.5; "
-                "remove it and set train.precision=bf16 (autocast, parameters stay fp32)"
+                f"remove it and set train.precision={kind} (autocast, parameters stay fp32)"
             )
         out.pop(kind, None)
-    if run.train.precision == "bf16" and not machine.bf16:
-        raise UserError(f"train.precision=bf16, but {machine.device_name} has no bf16; set train.precision=fp32")
+    precision = run.train.precision
+    for kind, has_it in (("bf16", machine.bf16), ("fp16", machine.fp16)):
+        if precision == kind and not has_it:
+            other = "fp32" if not machine.bf16 else "bf16"
+            raise UserError(f"train.precision={kind}, but {machine.device_name} has no {kind}; set it to {other}")
     section = out.setdefault("torch_autocast", {})
-    _settle(section, "enabled", run.train.precision == "bf16", f"train.precision={run.train.precision}: autocast", name)
+    _settle(section, "enabled", precision != "fp32", f"train.precision={precision}: autocast", name)
     if section["enabled"]:
-        _settle(section, "dtype", "bfloat16", "the dtype of train.precision=bf16", name)
+        _settle(section, "dtype", _DTYPES[precision], f"the dtype of train.precision={precision}", name)
     else:
         del out["torch_autocast"]
 

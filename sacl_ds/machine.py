@@ -21,6 +21,7 @@ class Machine:
     device: str  # "cpu" or an accelerator's name
     device_name: str  # for error lines
     bf16: bool
+    fp16: bool
     apex: Apex
     cannot_compile: str | None  # what DeepSpeed's own operators lack to be built; None: nothing
 
@@ -35,7 +36,7 @@ def this_machine(device: str) -> Machine:
         name, bf16 = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         name, bf16 = f"this {device}", True
-    return Machine(device, name, bf16, installed_apex(), missing_tool(cuda=device == "cuda"))
+    return Machine(device, name, bf16, device != "cpu", installed_apex(), missing_tool(cuda=device == "cuda"))
 
 
 def installed_apex() -> Apex:

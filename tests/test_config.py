@@ -100,8 +100,8 @@ def test_the_paper_and_its_baseline_differ_in_the_loss_alone(root: Path) -> None
     assert (momentum.enabled, momentum.decay, momentum.queue_size, momentum.distill_weight) == (True, 0.995, 65536, 0.4)
 
 
-CPU = Machine("cpu", "this cpu", bf16=True, apex="none", cannot_compile=None)
-GPU = Machine("cuda", "My GPU", bf16=True, apex="none", cannot_compile=None)
+CPU = Machine("cpu", "this cpu", bf16=True, fp16=False, apex="none", cannot_compile=None)
+GPU = Machine("cuda", "My GPU", bf16=True, fp16=True, apex="none", cannot_compile=None)
 
 
 def engine(ds: dict, *overrides: str, world: int = 2, machine: Machine = CPU) -> dict:
@@ -123,12 +123,30 @@ def test_the_shipped_files_resolve(root: Path, stage: int) -> None:
     assert "torch_autocast" not in engine(ds)
 
 
+def test_micro_batches_are_deepspeeds_one_batch() -> None:
+    """It would end a step by its own count, where the run marks the last micro-batch itself."""
+    ds = {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4, "train_batch_size": "auto"}
+    out = engine(ds, "train.micro_batch_size=16")
+    assert (out["train_batch_size"], out["train_micro_batch_size_per_gpu"]) == (128, 64)
+    assert out["gradient_accumulation_steps"] == 1
+    assert load_config(None, ["train.micro_batch_size=16"]).micro_batches(2) == (16, 4)
+    assert load_config(None, []).micro_batches(2) == (64, 1)
+
+
+def test_fp16_is_autocast_as_well() -> None:
+    out = engine({}, "train.precision=fp16", machine=GPU)
+    assert out["torch_autocast"] == {"enabled": True, "dtype": "float16"}
+    assert "fp16" not in out
+
+
 @pytest.mark.parametrize(
     ("ds", "overrides", "parts"),
     [
         ({"train_batch_size": 999}, [], ["my.json says train_batch_size=999", "train.global_batch_size is 128"]),
         ({"train_micro_batch_size_per_gpu": 5}, [], ["train_micro_batch_size_per_gpu=5", "is 64"]),
-        ({"gradient_accumulation_steps": 4}, [], ["gradient_accumulation_steps=4", "not supported yet"]),
+        ({"gradient_accumulation_steps": 4}, [], ["gradient_accumulation_steps=4", "/ train.micro_batch_size is 1"]),
+        ({"gradient_accumulation_steps": 2}, ["train.micro_batch_size=16"], ["gradient_accumulation_steps=2", "is 4"]),
+        ({"train_micro_batch_size_per_gpu": 64}, ["train.micro_batch_size=16"], ["train.micro_batch_size is 16"]),
         ({"gradient_clipping": 9.0}, [], ["gradient_clipping=9.0", "optim.clip_norm is 1.0"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, [], ["lr=1", "optim.lr_text"]),
         ({"optimizer": {"type": "Lamb"}}, [], ["'Lamb'", "AdamW"]),
@@ -142,7 +160,9 @@ def test_the_shipped_files_resolve(root: Path, stage: int) -> None:
             ["zero_optimization.reduce_bucket_size"],
         ),
         ({}, ["train.global_batch_size=127"], ["127 does not divide over 2 ranks", "128"]),
-        ({}, ["train.micro_batch_size=16"], ["train.micro_batch_size=16 on 2 ranks makes 32", "accumulation"]),
+        ({}, ["train.micro_batch_size=24"], ["=24 does not divide the 64 pairs", "each of 2 ranks; take 16,"]),
+        ({}, ["train.micro_batch_size=100"], ["=100 does not divide the 64 pairs", "take 64,"]),
+        ({}, ["train.precision=fp16"], ["train.precision=fp16, but this cpu has no fp16; set it to bf16"]),
     ],
 )
 def test_contradictions(ds: dict, overrides: list[str], parts: list[str]) -> None:

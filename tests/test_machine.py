@@ -17,8 +17,8 @@ from sacl_ds.ds_config import EngineConfig, read_ds_config, resolve
 from sacl_ds.errors import UserError
 from sacl_ds.machine import Machine, installed_apex, missing_tool
 
-CPU = Machine("cpu", "this cpu", bf16=True, apex="none", cannot_compile=None)
-GPU = Machine("cuda", "My GPU", bf16=True, apex="none", cannot_compile=None)
+CPU = Machine("cpu", "this cpu", bf16=True, fp16=False, apex="none", cannot_compile=None)
+GPU = Machine("cuda", "My GPU", bf16=True, fp16=True, apex="none", cannot_compile=None)
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 
 

@@ -29,8 +29,21 @@ class OptimConfig(Room):
 class TrainConfig(Room):
     steps: Natural = Field(500, description="optimizer steps")
     global_batch_size: Positive = Field(128, description="pairs contrasted with each other in a step, over all ranks")
-    micro_batch_size: Positive | None = Field(None, description="pairs a rank; null: global_batch_size / ranks")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters and losses stay fp32")
+    micro_batch_size: Positive | None = Field(
+        None,
+        description="pairs that a rank passes through the model at once; null: global_batch_size / ranks. Fewer need less "
+        "memory and a second pass (docs/scaling.md), with the same gradients: all pairs stay contrasted with each other",
+    )
+    coalesce_reduction: bool = Field(
+        False,
+        description="with several micro-batches a step: add up their gradients whole on every rank and reduce them once, "
+        "not at every one (ZeRO 2 and 3): less traffic for the memory of a whole gradient",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="bf16, fp16: autocast; parameters, logit scale and losses stay fp32. fp16 scales the loss and leaves "
+        "out steps that overflow, for GPUs without bf16",
+    )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: only at the end")
@@ -68,20 +81,27 @@ class TrainingConfig(Room):
         """What numbered run directories are called after."""
         raise NotImplementedError
 
-    def micro_batch_size(self, world: int) -> int:
-        """Pairs a rank, after checking that the global batch divides over `world` ranks in one pass."""
+    def micro_batches(self, world: int) -> tuple[int, int]:
+        """Rows of one pass through the model, and how many such passes make up a rank's part of the global batch.
+
+        Raises UserError where they do not divide it.
+        """
         total, micro = self.train.global_batch_size, self.train.micro_batch_size
         if total % world:
             raise UserError(
                 f"train.global_batch_size={total} does not divide over {world} ranks; "
                 f"take {math.ceil(total / world) * world}, or another number of ranks"
             )
-        if micro is not None and micro * world != total:
+        rows = total // world
+        if micro is None:
+            return rows, 1
+        if rows % micro:
+            fitting = max(size for size in range(1, min(micro, rows) + 1) if rows % size == 0)
             raise UserError(
-                f"train.micro_batch_size={micro} on {world} ranks makes {micro * world} pairs a step, not "
-                f"train.global_batch_size={total}; gradient accumulation is not supported yet: leave it out"
+                f"train.micro_batch_size={micro} does not divide the {rows} pairs that train.global_batch_size={total} "
+                f"gives each of {world} ranks; take {fitting}, or leave it out"
             )
-        return total // world
+        return micro, rows // micro
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sacl_ds.data.faults import Fault
-from sacl_ds.data.movable import Movable
+from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import IGNORED, Tokenizer
 
@@ -40,6 +40,17 @@ class Batch(Movable):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def parts(self, rows: int) -> list[Batch]:
+        """The pairs in order, so many in each, texts cut to the longest of them; faults stay with the whole.
+
+        On the host: it looks at lengths.
+        """
+        return [Batch(**part_of(self, slice(start, start + rows), _TEXTS)) for start in range(0, len(self), rows)]
+
+
+# what has the places of each mask
+_TEXTS = {"attention_mask": ("input_ids", "masked_ids", "mlm_labels"), "teacher_attention_mask": ("teacher_input_ids",)}
 
 
 def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) -> Batch:

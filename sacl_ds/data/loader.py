@@ -39,6 +39,9 @@ class Loadable(Protocol):
 
     def to(self: Made, device: torch.device) -> Made: ...
 
+    def parts(self: Made, rows: int) -> list[Made]:
+        """Its rows in order, so many in each, their texts no longer than the longest of them."""
+
     def pin_memory(self: Made) -> Made:
         """In page-locked memory, from which copies to a GPU do not wait."""
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Self = TypeVar("Self", bound="Movable")
+
+
+def part_of(batch: Any, rows: slice, texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Fields of a batch's rows: texts cut to the longest that is left, faults left with the whole.
+
+    texts: for each mask of tokens, (b, L), the fields that have its places.
+    """
+    values = {each.name: getattr(batch, each.name) for each in fields(batch)}
+    cut = {name: value[rows] for name, value in values.items() if value is not None} | {"faults": []}
+    for mask, others in texts.items():
+        if mask in cut:
+            longest = int(cut[mask].sum(1).max())
+            cut |= {name: cut[name][:, :longest] for name in (mask, *others) if name in cut}
+    return cut
 
 
 class Movable:

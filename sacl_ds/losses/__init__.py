@@ -4,6 +4,7 @@ from sacl_ds.losses.contrastive import ContrastiveOutput, similarity_regulated_l
 from sacl_ds.losses.keys import Keys
 from sacl_ds.losses.masked_language import masked_language_loss
 from sacl_ds.losses.matching import HardNegatives, hard_negatives, matching_loss
+from sacl_ds.losses.reduction import global_mean
 from sacl_ds.losses.reference import regulation_weights
 from sacl_ds.losses.regulation import Regulation
 
@@ -12,6 +13,7 @@ __all__ = [
     "HardNegatives",
     "Keys",
     "Regulation",
+    "global_mean",
     "hard_negatives",
     "masked_language_loss",
     "matching_loss",

@@ -11,9 +11,15 @@ from sacl_ds.losses.reduction import global_mean
 
 
 def masked_language_loss(
-    logits: Tensor, labels: Tensor, group: Group = None, soft: Tensor | None = None, soft_weight: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    group: Group = None,
+    soft: Tensor | None = None,
+    soft_weight: float = 0.0,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy over predicted tokens: mean over those of all ranks (see `global_mean`); 0 where there are none.
+    """Cross-entropy over predicted tokens: mean over those of all ranks, or over `total` of them (see `global_mean`); 0
+    where there are none.
 
     logits: (n, vocabulary); labels: (n,) int64, the original tokens. n may differ between ranks and be 0.
     soft: (n, vocabulary) logits of the momentum model, without gradient: (1 - soft_weight) of the loss is about the
@@ -24,4 +30,4 @@ def masked_language_loss(
     if soft is not None and soft_weight:
         believed = cross_entropy(logits, soft.detach().to(logits.dtype).softmax(1), reduction="none")
         values = (1 - soft_weight) * values + soft_weight * believed
-    return global_mean(values, torch.ones_like(values), group)
+    return global_mean(values, torch.ones_like(values), group, total)

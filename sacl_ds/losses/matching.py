@@ -23,6 +23,11 @@ class HardNegatives:
     text_found: Tensor
     image_found: Tensor
 
+    @property
+    def valid(self) -> Tensor:
+        """(3b,) bool, of pairings: the b pairs themselves, images with their texts, texts with their images."""
+        return torch.cat([torch.ones_like(self.text_found), self.text_found, self.image_found])
+
 
 @torch.no_grad()
 def hard_negatives(
@@ -74,10 +79,12 @@ def hard_negatives(
     return HardNegatives(chosen[0], chosen[1], found[0], found[1])
 
 
-def matching_loss(logits: Tensor, matched: Tensor, valid: Tensor, group: Group = None) -> Tensor:
-    """Cross-entropy over pairs: mean over the valid pairs of all ranks (see `global_mean`).
+def matching_loss(
+    logits: Tensor, matched: Tensor, valid: Tensor, group: Group = None, total: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy over pairs: mean over the valid pairs of all ranks, or over `total` of them (see `global_mean`).
 
     logits: (n, 2), index 1 means matched; matched: (n,) bool; valid: (n,) bool.
     """
     values = torch.nn.functional.cross_entropy(logits.float(), matched.long(), reduction="none")
-    return global_mean(values, valid.to(values.dtype), group)
+    return global_mean(values, valid.to(values.dtype), group, total)

@@ -19,6 +19,7 @@ from sacl_ds.config import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
 from sacl_ds.errors import UserError
+from sacl_ds.model.precision import autocast
 from sacl_ds.model.saved import TOKENIZER
 from sacl_ds.tasks.configuration import run_of
 from sacl_ds.tasks.kinds import task_of
@@ -69,7 +70,7 @@ def evaluated(task: Task, model: Any, tokenizer: Tokenizer, split: str, device: 
 
 def judged(task: Task, model: Any, split: str, seen: Seen) -> Outcome:
     """In the precision of training; every rank calls it."""
-    with torch.autocast(seen.device.type, torch.bfloat16, enabled=task.run.train.precision == "bf16"):
+    with autocast(seen.device, task.run.train.precision):
         return task.evaluate(model, split, seen)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sacl_ds.atomic import write_text
@@ -33,7 +33,9 @@ from sacl_ds.evaluation.retrieval import (
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.tasks.files import images_folder, scenes_of
 from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.training.accumulation import Beside, contrastive_step
 from sacl_ds.training.objectives import PretrainObjective, Targets
+from sacl_ds.training.step import Step
 
 
 class RetrievalOutcome:
@@ -51,6 +53,19 @@ class RetrievalOutcome:
         picture = folder / "gallery.png"
         draw_gallery(self._ranking, lambda numbers: pictures_of(self._data, numbers), picture, count=self._gallery)
         return [rankings, picture]
+
+
+@dataclass(frozen=True)
+class _OwnSimilarity:
+    """No teacher: the model's own similarity regulates (the paper's fine-tuning)."""
+
+    step: Step
+
+    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
+        return Beside()
+
+    def targets(self, beside: Beside) -> Targets:
+        return Targets(None, 0.0, self.step.generator, statistics=self.step.logged)
 
 
 class RetrievalTask(Task):
@@ -107,10 +122,8 @@ class RetrievalTask(Task):
     def objective(self, model: SaclModel) -> nn.Module:
         return PretrainObjective(model, self.run.loss)
 
-    def losses(self, engine: Any, batch: Batch, generator: torch.Generator, logged: bool) -> dict[str, Tensor]:
-        """No teacher: the model's own similarity regulates (the paper's fine-tuning)."""
-        losses: dict[str, Tensor] = engine(batch, Targets(None, 0.0, generator, statistics=logged))
-        return losses
+    def backward(self, engine: Any, batch: Batch, step: Step) -> dict[str, Tensor]:
+        return contrastive_step(engine, batch, step, _OwnSimilarity(step)).losses
 
     def evaluate(self, model: SaclModel, split: str, seen: Seen) -> Outcome:
         data = self._set(split, seen.limit)

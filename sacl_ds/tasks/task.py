@@ -19,7 +19,9 @@ from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.distributed import rank, world_size
 from sacl_ds.model.sacl import SaclModel
+from sacl_ds.training.accumulation import summed_step
 from sacl_ds.training.loop import Figures
+from sacl_ds.training.step import Step
 
 Done = Callable[[str, int, int], None]  # (stage, done of it, all of it) on this rank
 
@@ -107,9 +109,9 @@ class Task(ABC):
     def objective(self, model: Any) -> nn.Module:
         """A batch in, a dict of losses out; `model` lies in its attribute of that name."""
 
-    def losses(self, engine: Any, batch: Any, generator: torch.Generator, logged: bool) -> dict[str, Tensor]:
-        """Of one step."""
-        return engine(batch)
+    def backward(self, engine: Any, batch: Any, step: Step) -> dict[str, Tensor]:
+        """Forward and backward of a step: its losses."""
+        return summed_step(engine, batch, step)
 
     @abstractmethod
     def evaluate(self, model: Any, split: str, seen: Seen) -> Outcome:
@@ -130,10 +132,10 @@ class TaskWork:
     def __init__(self, task: Task) -> None:
         self.task, self.rows = task, task.rows
 
-    def losses(self, engine: Any, step: int, batch: Any, generator: torch.Generator, logged: bool) -> dict[str, Tensor]:
-        return self.task.losses(engine, batch, generator, logged)
+    def backward(self, engine: Any, batch: Any, step: Step) -> dict[str, Tensor]:
+        return self.task.backward(engine, batch, step)
 
-    def after(self, engine: Any, step: int, batch: Any) -> str | None:
+    def after(self, engine: Any, batch: Any, step: Step) -> str | None:
         return None
 
     def figures(self, step: int) -> dict[str, float]:

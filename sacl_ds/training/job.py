@@ -40,7 +40,8 @@ class Job:
 
 def describe_start(job: Job, plan: EngineConfig) -> str:
     """One line on what trains, and one for each thing that is not as it could be."""
-    precision = "bf16 autocast" if "torch_autocast" in plan.values else "fp32"
+    half = {"bfloat16": "bf16 autocast", "float16": "fp16 autocast"}
+    precision = half.get(plan.values.get("torch_autocast", {}).get("dtype"), "fp32")
     ranks = f"{world_size()} rank{'s' if world_size() > 1 else ''} on {job.machine.device_name}"
     line = f"{ranks}, ZeRO {zero_stage(plan.values)}, {precision}, AdamW of {plan.adam}"
     if plan.adam == "DeepSpeed":

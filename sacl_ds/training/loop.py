@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds.config import TrainingConfig
+from sacl_ds.data.ahead import ahead
 from sacl_ds.data.batch import duplicates
 from sacl_ds.data.loader import Loadable
 from sacl_ds.distributed import gather_rows, rank, row_counts, sum_over_ranks, world_size
@@ -25,6 +26,7 @@ from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.ledger import Ledger
 from sacl_ds.training.schedules import learning_rate_factor
+from sacl_ds.training.step import Step
 
 Figures = dict[str, tuple[float, float]]  # {name: (value, chance)}
 Evaluate = Callable[[int], Figures]  # of the steps done
@@ -39,12 +41,10 @@ class Work(Protocol):
     def momentum(self) -> Momentum | None:
         """What checkpoints keep beside the engine's state."""
 
-    def losses(
-        self, engine: DeepSpeedEngine, step: int, batch: Any, generator: torch.Generator, logged: bool
-    ) -> dict[str, Tensor]:
-        """Forward: 0-dim tensors, of which `loss` is minimised. generator: on the device, of this step and rank."""
+    def backward(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> dict[str, Tensor]:
+        """Forward and backward of this rank's batch: 0-dim tensors, of which `loss` is minimised."""
 
-    def after(self, engine: DeepSpeedEngine, step: int, batch: Any) -> str | None:
+    def after(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> str | None:
         """Behind the optimizer's step, on every rank. A line for the user where there is something to say."""
 
     def figures(self, step: int) -> dict[str, float]:
@@ -76,10 +76,11 @@ class Loop:
         result: Figures = {}
         clock, since, waited = time.perf_counter(), start, 0.0
         ledger = Ledger(train.global_batch_size, self.max_bad_share, self.device)
+        batches = self._arriving()
         self.engine.train()
         for step in range(start, train.steps):
             before = time.perf_counter()
-            batch = next(self.batches).to(self.device)
+            batch = next(batches)
             waited += time.perf_counter() - before
             ledger.add(batch.faults)
             done = step + 1
@@ -101,21 +102,28 @@ class Loop:
                 clock = time.perf_counter()
         return result
 
-    def _step(self, step: int, batch: Any, logged: bool) -> dict[str, Tensor]:
+    def _arriving(self) -> Iterator[Any]:
+        """Batches on the device; of those that go through the model in several parts only who their rows are."""
+        if self.run.micro_batches(world_size())[1] == 1:
+            return ahead(self.batches, self.device)
+        return (replace(batch, pair_ids=batch.pair_ids.to(self.device)) for batch in self.batches)  # type: ignore[type-var]
+
+    def _step(self, number: int, batch: Any, logged: bool) -> dict[str, Tensor]:
         run = self.run
         # what is random in a step follows from (seed, step, rank): a resumed run needs no random state
-        seed = _mix(run.seed, step, rank())
+        seed = _mix(run.seed, number, rank())
         torch.manual_seed(seed)
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        set_learning_rates(self.engine, run.optim, learning_rate_factor(step, run.train.steps, run.optim))
+        rows = run.micro_batches(world_size())[0]
+        step = Step(number, seed, generator, self.device, rows, run.train.coalesce_reduction, logged)
+        set_learning_rates(self.engine, run.optim, learning_rate_factor(number, run.train.steps, run.optim))
         try:
-            losses = self.work.losses(self.engine, step, batch, generator, logged)
-            self.engine.backward(losses["loss"])
+            losses = self.work.backward(self.engine, batch, step)
             self.engine.step()
-            said = self.work.after(self.engine, step, batch)
+            said = self.work.after(self.engine, batch, step)
         except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(run, step, len(batch), world_size(), error, self.work.rows)) from None
-        self._caution(step + 1, said)
+            raise UserError(out_of_memory(run, number, rows, world_size(), error, self.work.rows)) from None
+        self._caution(number + 1, said)
         return losses
 
     def _caution(self, done: int, line: str | None) -> None:
@@ -187,12 +195,15 @@ def out_of_memory(
     run: TrainingConfig, step: int, count: int, world: int, error: BaseException, rows: str = "pairs"
 ) -> str:
     """What ran out, where, and what lowers it, as one line."""
-    advice = [f"train.global_batch_size (now {run.train.global_batch_size})"]
+    smaller = max(1, count // 2)
+    advice = [f"train.micro_batch_size={smaller}, which leaves the batch and its gradients as they are"]
+    if not run.train.checkpoint_activations:
+        advice.append("train.checkpoint_activations=true")
     if run.train.precision == "fp32":
         advice.append("train.precision=bf16")
     advice += [f"more than {world} rank{'s' if world > 1 else ''}", "ds_configs/zero3_offload.json"]
     reason = ". ".join(str(error).split(". ")[:2])
-    return f"out of GPU memory at step {step} with {count} {rows} a rank ({reason}); try a lower {', or '.join(advice)}"
+    return f"out of GPU memory at step {step} with {count} {rows} a rank ({reason}); try {', or '.join(advice)}"
 
 
 def _due(done: int, every: int | None) -> bool:

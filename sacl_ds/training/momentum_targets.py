@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.losses import Keys
 from sacl_ds.model.momentum import Momentum
+from sacl_ds.model.precision import autocast
 from sacl_ds.training.objectives import MomentumTargets, predicted_tokens
+
+Features = tuple[Tensor, Tensor]  # (b, d) of images and of texts
 
 
 @torch.no_grad()
-def momentum_targets(momentum: Momentum, batch: Batch, run: RunConfig, soft_weight: float) -> MomentumTargets:
-    """Of one step; nothing of `momentum` changes.
-
-    The masked captions' images are as the momentum model sees them. Where soft_weight is 0 their pass is left out.
-    """
-    model, queue = momentum.average, momentum.queue
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
+def momentum_outputs(momentum: Momentum, batch: Batch, run: RunConfig, tokens: bool) -> tuple[Features, Tensor | None]:
+    """What the momentum model makes of a batch; nothing of it changes. Features, and, with tokens, (n, vocabulary)
+    logits of the masked tokens, whose images are as the momentum model sees them."""
+    model = momentum.average
+    with autocast(batch.images.device, run.train.precision):
         text_states, text = model.encode_text(batch.input_ids, batch.attention_mask)
         image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
-        soft = soft_weight > 0 and run.loss.mlm_weight > 0
-        token_logits = predicted_tokens(model, image_states, batch) if soft else None
+        return (image, text), predicted_tokens(model, image_states, batch) if tokens else None
+
+
+def momentum_targets(
+    momentum: Momentum, run: RunConfig, features: Features, soft_weight: float, token_logits: Tensor | None
+) -> MomentumTargets:
+    """Of one step, from `momentum_outputs` of its batch."""
+    queue = momentum.queue
     keys = Keys(
-        image,
-        text,
+        *features,
         queue["image"],
         queue["text"],
         queue["teacher_image"],

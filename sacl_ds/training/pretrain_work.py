@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
@@ -15,12 +14,14 @@ from sacl_ds.distributed import same_error
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.telemetry.weight_records import WeightRecords
+from sacl_ds.training.accumulation import Beside, Met, contrastive_step
 from sacl_ds.training.cautions import Cautions
 from sacl_ds.training.engine import whole_parameters
-from sacl_ds.training.momentum_targets import momentum_targets
+from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
 from sacl_ds.training.objectives import Targets, step_regulation
 from sacl_ds.training.records import StepWeights, is_recorded
 from sacl_ds.training.schedules import alpha, soft_weight
+from sacl_ds.training.step import Step
 
 
 @dataclass
@@ -33,39 +34,26 @@ class PretrainWork:
     epoch_pairs: int  # of the data, once through
     records: WeightRecords | None
     rows: str = "pairs"
-    _targets: Targets | None = field(default=None, init=False)  # of the step that goes on
-    _weights: StepWeights | None = field(default=None, init=False)
+    _met: Met | None = field(default=None, init=False)  # in the step that goes on
 
     def __post_init__(self) -> None:
         self._cautions = Cautions(self.run)
 
-    def losses(
-        self, engine: DeepSpeedEngine, step: int, batch: Batch, generator: torch.Generator, logged: bool
-    ) -> dict[str, Tensor]:
-        run = self.run
-        recorded = is_recorded(step + 1, run.train.steps, run.records)
-        teacher = teacher_features(self.teacher, batch) if self.teacher else None
-        believed = None
-        if self.momentum:
-            believed = momentum_targets(self.momentum, batch, run, soft_weight(step, run, self.epoch_pairs))
-        share = alpha(step, run) if teacher else 0.0
-        self._targets = Targets(teacher, share, generator, logged or recorded, recorded, believed)
-        losses: dict[str, Tensor]
-        if not recorded:
-            losses, self._weights = engine(batch, self._targets), None
-            return losses
-        losses, features = engine(batch, self._targets)
-        self._weights = StepWeights(features, teacher, step_regulation(run.loss, self._targets)[0], losses)
-        return losses
+    def backward(self, engine: DeepSpeedEngine, batch: Batch, step: Step) -> dict[str, Tensor]:
+        self._met = contrastive_step(engine, batch, step, _Aims(self, step))
+        return self._met.losses
 
-    def after(self, engine: DeepSpeedEngine, step: int, batch: Batch) -> str | None:
-        assert self._targets is not None
-        believed, teacher = self._targets.momentum, self._targets.teacher
+    def after(self, engine: DeepSpeedEngine, batch: Batch, step: Step) -> str | None:
+        assert self._met is not None
+        targets, met, self._met = self._met.targets, self._met, None
+        believed = targets.momentum
         if self.momentum and believed:
             self.momentum.update(whole_parameters(engine, engine.module.model))
-            self.momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, teacher)
-        self._targets = None
-        return self._record(step + 1, self._weights, batch) if self._weights else None
+            self.momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, targets.teacher)
+        if met.features is None:
+            return None
+        regulation = step_regulation(self.run.loss, targets)[0]
+        return self._record(step.number + 1, StepWeights(met.features, targets.teacher, regulation, met.losses), batch)
 
     def figures(self, step: int) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -85,3 +73,32 @@ class PretrainWork:
             if self.records:
                 self.records.write(done, figures, lowest)
         return self._cautions.of_weights(done, weights.regulation.alpha, figures)
+
+
+@dataclass(frozen=True)
+class _Aims:
+    """Of one step."""
+
+    work: PretrainWork
+    step: Step
+
+    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
+        work, run = self.work, self.work.run
+        teacher = teacher_features(work.teacher, batch) if work.teacher and features else None
+        tokens = tokens and self._soft_weight > 0 and run.loss.mlm_weight > 0
+        if work.momentum is None or not (features or tokens):
+            return Beside(teacher)
+        return Beside(teacher, *momentum_outputs(work.momentum, batch, run, tokens))
+
+    def targets(self, beside: Beside) -> Targets:
+        work, run, step = self.work, self.work.run, self.step
+        recorded = is_recorded(step.number + 1, run.train.steps, run.records)
+        believed = None
+        if work.momentum and beside.momentum:
+            believed = momentum_targets(work.momentum, run, beside.momentum, self._soft_weight, beside.token_logits)
+        share = alpha(step.number, run) if beside.teacher else 0.0
+        return Targets(beside.teacher, share, step.generator, step.logged or recorded, recorded, believed)
+
+    @property
+    def _soft_weight(self) -> float:
+        return soft_weight(self.step.number, self.work.run, self.work.epoch_pairs) if self.work.momentum else 0.0

@@ -25,7 +25,7 @@ from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.data.grouping import hash64
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.json_files import each_entry, read_json_lines
-from sacl_ds.data.movable import Movable
+from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.order import Place
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes
@@ -161,6 +161,11 @@ class StatementBatch(Movable):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def parts(self, rows: int) -> list[StatementBatch]:
+        """The statements in order, so many in each. On the host: it looks at lengths."""
+        texts = {"attention_mask": ("input_ids",)}
+        return [StatementBatch(**part_of(self, slice(at, at + rows), texts)) for at in range(0, len(self), rows)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from sacl_ds.data.downstream.vqa import Question, answer_weights
 from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.data.grouping import hash64
 from sacl_ds.data.images import BadImage
-from sacl_ds.data.movable import Movable
+from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.order import Place
 from sacl_ds.data.text import attention_mask, pad
 
@@ -37,6 +37,19 @@ class QuestionBatch(Movable):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def parts(self, rows: int) -> list[QuestionBatch]:
+        """The questions in order, so many in each, with their answers. On the host: it looks at lengths."""
+        made = []
+        for start in range(0, len(self), rows):
+            own = (self.answer_question >= start) & (self.answer_question < start + rows)
+            answers = {name: getattr(self, name)[own] for name in ("answer_ids", "answer_mask", "answer_weight")}
+            longest = int(answers["answer_mask"].sum(1).max())
+            answers |= {name: answers[name][:, :longest] for name in ("answer_ids", "answer_mask")}
+            answers["answer_question"] = self.answer_question[own] - start
+            questions = part_of(self, slice(start, start + rows), {"attention_mask": ("input_ids",)})
+            made.append(QuestionBatch(**questions | answers))
+        return made
 
 
 @dataclass(frozen=True, slots=True)
