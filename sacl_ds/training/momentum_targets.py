@@ -19,7 +19,7 @@ def momentum_targets(momentum: Momentum, batch: Batch, run: RunConfig, soft_weig
     """
     model, queue = momentum.average, momentum.queue
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
-        text_states, text = model.encode_text(batch.input_ids, batch.attention_mask)
+        text_states, text = model.encode_text(batch.input_ids, batch.attention_mask, batch.token_places)
         image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
         soft = soft_weight > 0 and run.loss.mlm_weight > 0
         token_logits = predicted_tokens(model, image_states, batch) if soft else None
