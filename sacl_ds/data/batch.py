@@ -15,12 +15,15 @@ from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import IGNORED, Tokenizer
 
+_PLACES = ("token_places", "mlm_places")
+
 
 @dataclass(frozen=True)
 class Batch(Movable):
     """b pairs. L is the longest caption of the batch; L_t the longest for the teacher's tokenizer.
 
-    The teacher's fields are None where there is no teacher, or where it sees just what the model sees.
+    The teacher's fields are None where there is no teacher, or where it sees just what the model sees. Places are
+    ascending, and found on the host, so that a device need not be waited for to know how many there are.
     """
 
     keys: list[str]
@@ -32,6 +35,8 @@ class Batch(Movable):
     pair_ids: Tensor  # (b, k) int64; a match in any column means that two pairs are not negatives of each other
     masked_ids: Tensor | None = None  # (b, L) int64
     mlm_labels: Tensor | None = None  # (b, L) int64, IGNORED where nothing is predicted
+    token_places: Tensor | None = None  # (T,) int64, of the real tokens among the b * L; None: unknown
+    mlm_places: Tensor | None = None  # (n,) int64, of the tokens that MLM predicts among the b * L; None: unknown
     teacher_images: Tensor | None = None  # (b, 3, H_t, W_t) uint8
     teacher_input_ids: Tensor | None = None  # (b, L_t) int64
     teacher_attention_mask: Tensor | None = None  # (b, L_t) int64
@@ -46,7 +51,15 @@ class Batch(Movable):
 
         On the host: it looks at lengths.
         """
-        return [Batch(**part_of(self, slice(start, start + rows), _TEXTS)) for start in range(0, len(self), rows)]
+        made = []
+        for start in range(0, len(self), rows):
+            cut = part_of(self, slice(start, start + rows), _TEXTS)
+            if self.token_places is not None:
+                cut["token_places"] = cut["attention_mask"].flatten().nonzero().squeeze(1)
+            if self.mlm_places is not None:
+                cut["mlm_places"] = (cut["mlm_labels"].flatten() != IGNORED).nonzero().squeeze(1)
+            made.append(Batch(**cut))
+        return made
 
 
 # what has the places of each mask
@@ -66,6 +79,9 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
         if parts[0] is None:
             joined[each.name] = None
             continue
+        if each.name in _PLACES:
+            joined[each.name] = _joined_places(parts, [batch.input_ids.shape for batch in batches])
+            continue
         if parts[0].ndim == 2 and each.name != "pair_ids":
             longest = max(part.shape[1] for part in parts)
             fill = padding.get(each.name, 0)
@@ -78,6 +94,15 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
         faults=[fault for batch in batches for fault in batch.faults],
         **joined,  # type: ignore[arg-type]
     )
+
+
+def _joined_places(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Tensor:
+    """Places in batches of these (b, L), as they are when the batches stand below each other, padded to the longest."""
+    longest, before, moved = max(length for _, length in shapes), 0, []
+    for places, (rows, length) in zip(parts, shapes, strict=True):
+        moved.append((places // length + before) * longest + places % length)
+        before += rows
+    return torch.cat(moved)
 
 
 def duplicates(pair_ids: Tensor) -> int:

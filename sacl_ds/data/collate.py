@@ -82,16 +82,19 @@ class Collator:
             ]
             masked = torch.from_numpy(pad([ids for ids, _ in pairs], tokenizer.pad_id))
             labels = torch.from_numpy(pad([label for _, label in pairs], IGNORED))
+        mask = attention_mask(rows)
         batch = Batch(
             keys=[item.key for item in items],
             captions=captions,
             shards=[item.shard for item in items],
             images=stacked([item.image for item in items]),
             input_ids=torch.from_numpy(pad(rows, tokenizer.pad_id)),
-            attention_mask=torch.from_numpy(attention_mask(rows)),
+            attention_mask=torch.from_numpy(mask),
             pair_ids=torch.from_numpy(np.array([item.ids for item in items], np.uint64).view(np.int64)),
             masked_ids=masked,
             mlm_labels=labels,
+            token_places=torch.from_numpy(np.flatnonzero(mask)),
+            mlm_places=None if labels is None else torch.from_numpy(np.flatnonzero(labels.numpy() != IGNORED)),
             faults=list(faults),
         )
         if items[0].teacher_features is not None:
@@ -105,8 +108,8 @@ class Collator:
         if not self.teacher.same_text(self.view):
             rows = self.teacher.tokenizer.ids(captions)
             ids = torch.from_numpy(pad(rows, self.teacher.tokenizer.pad_id))
-            mask = torch.from_numpy(attention_mask(rows))
-            batch = replace(batch, teacher_input_ids=ids, teacher_attention_mask=mask)
+            of_teacher = torch.from_numpy(attention_mask(rows))
+            batch = replace(batch, teacher_input_ids=ids, teacher_attention_mask=of_teacher)
         return batch
 
     def join(self, parts: Sequence[Batch]) -> Batch:

@@ -76,14 +76,29 @@ class SaclModel(nn.Module):
         """
         return self.image_encoder.guided(states, guide, images).tokens
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, L) int64 ids and mask -> states (b, L, width) and unit features (b, d) float32."""
-        states = self.text_encoder(input_ids, attention_mask)
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(b, L) int64 ids and mask -> states (b, L, width) and unit features (b, d) float32. places: of the tokens
+        that are computed, as in `TextEncoder`."""
+        states = self.text_encoder(input_ids, attention_mask, places)
         return states, self.text_projection(states[:, 0])
 
-    def fuse(self, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """Text states (b, L, width) that have seen the image tokens of the same row -> (b, L, width)."""
-        return self.fusion_encoder(text_states, attention_mask, image_tokens)
+    def fuse(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor,
+        image_tokens: Tensor,
+        *,
+        repeats: int = 1,
+        images: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Text states (n, L, width) that have seen image tokens -> (n, L, width), as `FusionEncoder` says; by default
+        each text sees those of its own row."""
+        return self.fusion_encoder(
+            text_states, attention_mask, image_tokens, repeats=repeats, images=images, places=places
+        )
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """(b, L, width) fused states -> (b, 2) float32; index 1 means that text and image belong together."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertEncoder
+
+from sacl_ds.model.bert import Looks, bert_layer
+from sacl_ds.model.packing import Packing
 
 
 def bert_config(
@@ -38,18 +44,48 @@ def bert_config(
     return config
 
 
-class TextEncoder(nn.Module):
-    """The lower BERT layers, on text alone. (b, L) int64 ids and mask -> (b, L, width) states; [CLS] is state 0."""
+class _Layers(nn.Module):
+    """BERT layers run one after another. checkpointing: whether each is computed again in backward. layer: what runs
+    one, `bert_layer` or that compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checkpointing = False
+        self.layer: Callable[..., Tensor] = bert_layer
+
+    def _run(
+        self, encoder: BertEncoder, packed: Tensor, packing: Packing, mask: Tensor, looks: Looks | None = None
+    ) -> Tensor:
+        """(T, width) states behind the last layer. mask: (n, L), 1 where a token may be attended to."""
+        attended = mask[:, None, None, :].bool()
+        for each in encoder.layer:
+            if self.checkpointing and torch.is_grad_enabled():
+                packed = checkpoint(self.layer, each, packed, packing, attended, looks, use_reentrant=False)
+            else:
+                packed = self.layer(each, packed, packing, attended, looks)
+        return packed
+
+
+class TextEncoder(_Layers):
+    """The lower BERT layers, on text alone; [CLS] is state 0."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.bert = BertModel(config, add_pooling_layer=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, places: Tensor | None = None) -> Tensor:
+        """(b, L) int64 ids and mask -> (b, L, width) states.
+
+        places: (T,) int64, the ascending places among the b * L of the tokens to be computed, to which all those belong
+        that the mask names; states of all others are 0. None: all are computed, padding too.
+        """
+        packing = Packing.of(input_ids, places)
+        ids, positions = packing.pack(input_ids), packing.positions(input_ids.device)
+        packed = self.bert.embeddings(input_ids=ids[None], position_ids=positions[None])[0]
+        return packing.unpack(self._run(self.bert.encoder, packed, packing, attention_mask))
 
 
-class FusionEncoder(nn.Module):
+class FusionEncoder(_Layers):
     """The upper BERT layers: text states attend to each other, in both directions, and to the image tokens."""
 
     def __init__(self, config: BertConfig, image_width: int) -> None:
@@ -64,11 +100,24 @@ class FusionEncoder(nn.Module):
         for module in self.modules():
             _initialise(module, config.initializer_range)
 
-    def forward(self, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
-        """text_states (b, L, width), attention_mask (b, L), image_tokens (b, P, image width) -> (b, L, width)."""
-        mask = attention_mask[:, None, None, :].bool().expand(-1, 1, text_states.shape[1], -1)
-        output = self.encoder(text_states, attention_mask=mask, encoder_hidden_states=image_tokens)
-        return output.last_hidden_state
+    def forward(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor,
+        image_tokens: Tensor,
+        *,
+        repeats: int = 1,
+        images: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """text_states (n, L, width), attention_mask (n, L), image_tokens (b, P, image width) -> (n, L, width).
+
+        n is repeats * b + r: row k * b + j, with k < repeats, looks at image j, and the last r rows at `images`, (r,)
+        int64 places in the batch. Keys and values of an image are computed once. places: as in `TextEncoder`.
+        """
+        packing = Packing.of(attention_mask, places)
+        looks = Looks(image_tokens, repeats, images)
+        return packing.unpack(self._run(self.encoder, packing.pack(text_states), packing, attention_mask, looks))
 
 
 def _initialise(module: nn.Module, std: float) -> None:

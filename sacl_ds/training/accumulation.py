@@ -29,10 +29,8 @@ from sacl_ds.data.text import IGNORED
 from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.losses import HardNegatives
-from sacl_ds.training.objectives import MicroTargets, PretrainObjective, Targets
+from sacl_ds.training.objectives import Features, MicroTargets, PretrainObjective, Targets
 from sacl_ds.training.step import Step
-
-Features = tuple[Tensor, Tensor]  # of images and of texts, a row a pair
 
 
 class Beside(NamedTuple):

@@ -10,9 +10,8 @@ from sacl_ds.data.batch import Batch
 from sacl_ds.losses import Keys
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.precision import autocast
-from sacl_ds.training.objectives import MomentumTargets, predicted_tokens
-
-Features = tuple[Tensor, Tensor]  # (b, d) of images and of texts
+from sacl_ds.training.objectives import Features, MomentumTargets
+from sacl_ds.training.passes import predicted_tokens
 
 
 @torch.no_grad()
@@ -21,7 +20,7 @@ def momentum_outputs(momentum: Momentum, batch: Batch, run: RunConfig, tokens: b
     logits of the masked tokens, whose images are as the momentum model sees them."""
     model = momentum.average
     with autocast(batch.images.device, run.train.precision):
-        text_states, text = model.encode_text(batch.input_ids, batch.attention_mask)
+        text_states, text = model.encode_text(batch.input_ids, batch.attention_mask, batch.token_places)
         image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
         return (image, text), predicted_tokens(model, image_states, batch) if tokens else None
 

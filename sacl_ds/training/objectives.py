@@ -9,21 +9,20 @@ from torch import Tensor, nn
 
 from sacl_ds.config import LossConfig
 from sacl_ds.data.batch import Batch
-from sacl_ds.data.text import IGNORED
 from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.losses import (
     HardNegatives,
     Keys,
     Regulation,
+    global_mean,
     hard_negatives,
     masked_language_loss,
-    global_mean,
     matching_loss,
     similarity_regulated_loss,
 )
-from sacl_ds.model.indexing import take
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.vision import ImageStates
+from sacl_ds.training.passes import encoded_texts, fused_texts, masked_texts, predictions
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class MicroTargets:
 
 
 Out = dict[str, Tensor]  # losses and figures, 0-dim
+Features = tuple[Tensor, Tensor]  # (b, d) of images and of texts
 
 
 def step_regulation(loss: LossConfig, targets: Targets) -> tuple[Regulation, tuple[Tensor, Tensor] | None]:
@@ -97,25 +97,24 @@ class PretrainObjective(nn.Module):
 
     def forward(
         self, batch: Batch, targets: Targets | MicroTargets | None
-    ) -> Out | tuple[Out, tuple[Tensor, Tensor]] | tuple[Tensor, Tensor, Tensor]:
+    ) -> Out | tuple[Out, Features] | tuple[Tensor, Tensor, Tensor]:
         """0-dim tensors: `loss`, to be minimised, the terms it sums, and figures without gradient.
 
         Each term's mean over ranks is its value for the whole global batch, and so are the gradients. With
         targets.features also the (b, d) unit features of images and of texts that ITC compared, detached.
 
-        With MicroTargets `loss` has the gradients of this micro-batch's share, terms add up over micro-batches, and ITC
-        is none of them. Without targets, of the first pass: unit features of images and of texts, and the logit scale.
+        With MicroTargets `loss` has the gradients of this micro-batch's share in them, terms and figures add up over
+        micro-batches, and ITC is none of them. Without targets: features of images and of texts, and the logit scale.
         """
-        model = self.model
-        text_states, text = model.encode_text(batch.input_ids, batch.attention_mask)
-        image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
-        logit_scale = model.logit_scale()
         if targets is None:
-            return image, text, logit_scale
+            return self._features(batch)
         if isinstance(targets, MicroTargets):
-            losses = self._fused(image_states, text_states, batch, targets.negatives, targets)
-            met = (image * targets.image).sum() + (text * targets.text).sum() + logit_scale * targets.logit_scale
-            return {"loss": met + self.weighted(losses), **losses}
+            return self._share(batch, targets)
+        model, b = self.model, len(batch)
+        text_states = encoded_texts(model, batch, masked=self.settings.mlm_weight > 0)
+        text = model.text_projection(text_states[:b, 0])
+        image_states, image = model.encode_image(batch.images, text_states[:b, 0] if model.captions_choose else None)
+        logit_scale = model.logit_scale()
         losses = self.contrastive(image, text, logit_scale, batch.pair_ids, targets)
         negatives = None
         if self.settings.matching_weight:
@@ -123,6 +122,23 @@ class PretrainObjective(nn.Module):
         losses |= self._fused(image_states, text_states, batch, negatives, targets.momentum)
         losses = {"loss": self.weighted(losses), **losses, "logit_scale": logit_scale.detach()}
         return (losses, (image.detach(), text.detach())) if targets.features else losses
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        model = self.model
+        text_states, text = model.encode_text(batch.input_ids, batch.attention_mask, batch.token_places)
+        image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)[1]
+        return image, text, model.logit_scale()
+
+    def _share(self, batch: Batch, targets: MicroTargets) -> Out:
+        """A micro-batch's, drawing random numbers as `_features` does to begin with."""
+        model = self.model
+        text_states, text = model.encode_text(batch.input_ids, batch.attention_mask, batch.token_places)
+        image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
+        met = (image * targets.image).sum() + (text * targets.text).sum() + model.logit_scale() * targets.logit_scale
+        if self.settings.mlm_weight:
+            text_states = torch.cat([text_states, masked_texts(model, batch)])
+        losses = self._fused(image_states, text_states, batch, targets.negatives, targets)
+        return {"loss": met + self.weighted(losses), **losses}
 
     def weighted(self, losses: Out) -> Tensor:
         """The sum of the terms that there are, each with its weight."""
@@ -165,46 +181,41 @@ class PretrainObjective(nn.Module):
         hardness, generator = self.settings.matching_hardness, targets.generator
         return hard_negatives(image, text, logit_scale, pair_ids, hardness, regulation, teacher, generator)
 
-    def _fused(self, image_states, text_states, batch, negatives, more) -> Out:
-        losses = {}
+    def _fused(
+        self,
+        image_states: ImageStates,
+        text_states: Tensor,
+        batch: Batch,
+        negatives: HardNegatives | None,
+        more: MomentumTargets | MicroTargets | None,
+    ) -> Out:
+        """`itm` where there are negatives, and `mlm` where its weight is not 0."""
+        losses: Out = {}
+        if negatives is None and not self.settings.mlm_weight:
+            return losses
+        b = len(batch)
+        pairings, words = (more.pairings, more.words) if isinstance(more, MicroTargets) else (None, None)
+        fused = fused_texts(self.model, image_states, text_states, negatives, batch)
         if negatives is not None:
-            losses |= self._matching(image_states, text_states, negatives, batch, more)
+            losses |= self._matching(fused, negatives, pairings)
         if self.settings.mlm_weight:
-            losses["mlm"] = self._masked_language(image_states, batch, more)
+            # behind the captions and the hard texts, where there are any
+            masked = fused[:b] if negatives is None else fused[2 * b : 3 * b]
+            soft, weight = (more.token_logits, more.soft_weight) if more else (None, 0.0)
+            logits, labels = predictions(self.model, masked, batch)
+            losses["mlm"] = masked_language_loss(logits, labels, None, soft, weight, words)
         return losses
 
-    def _matching(
-        self, image_states: ImageStates, text_states: Tensor, negatives: HardNegatives, batch: Batch, more
-    ) -> dict[str, Tensor]:
-        """Matched pairs, each image with a hard text, and each text with a hard image, in one pass."""
-        b = len(batch)
-        own = torch.arange(b, device=text_states.device)
-        texts, images = torch.cat([own, negatives.text, own]), torch.cat([own, own, negatives.image])
-        states = take(text_states, texts)
-        image_tokens = self.model.image_tokens(image_states, states[:, 0], images)
-        fused = self.model.fuse(states, batch.attention_mask[texts], image_tokens)
-        matched = torch.arange(3 * b, device=text_states.device) < b
+    def _matching(self, fused: Tensor, negatives: HardNegatives, pairings: Tensor | None) -> Out:
+        """Of `fused_texts`: captions with their images, hard texts, and captions with hard images, which come last.
+
+        pairings: 0-dim, how many the means are over; None: those of this step on all ranks.
+        """
+        b = len(negatives.text)
+        logits = self.model.match_logits(torch.cat([fused[: 2 * b, :1], fused[-b:, :1]]))
+        matched = torch.arange(3 * b, device=fused.device) < b
         valid = negatives.valid
-        total = more.pairings if isinstance(more, MicroTargets) else sum_over_ranks(valid.sum().double())
-        match_logits = self.model.match_logits(fused)
-        right = (match_logits.detach().argmax(1).bool() == matched).to(match_logits.dtype)
-        accuracy = global_mean(right, valid.to(right.dtype), total=total)
-        return {"itm": matching_loss(match_logits, matched, valid, total=total), "itm_accuracy": accuracy}
-
-    def _masked_language(self, image_states: ImageStates, batch: Batch, more) -> Tensor:
-        assert batch.mlm_labels is not None
-        labels = batch.mlm_labels[batch.mlm_labels != IGNORED]
-        soft, weight = (more.token_logits, more.soft_weight) if more else (None, 0.0)
-        total = more.words if isinstance(more, MicroTargets) else None
-        return masked_language_loss(predicted_tokens(self.model, image_states, batch), labels, None, soft, weight, total)
-
-
-def predicted_tokens(model: SaclModel, image_states: ImageStates, batch: Batch) -> Tensor:
-    """(n, vocabulary) logits of the batch's masked tokens, from the masked captions and the images."""
-    assert batch.masked_ids is not None
-    assert batch.mlm_labels is not None
-    states = model.text_encoder(batch.masked_ids, batch.attention_mask)
-    # the masked caption chooses its patches: the whole one would give away what is masked
-    image_tokens = model.image_tokens(image_states, states[:, 0])
-    fused = model.fuse(states, batch.attention_mask, image_tokens)
-    return model.token_logits(fused[batch.mlm_labels != IGNORED])
+        total = sum_over_ranks(valid.sum().double()) if pairings is None else pairings
+        right = (logits.detach().argmax(1).bool() == matched).to(logits.dtype)
+        accuracy = global_mean(right, valid.to(logits.dtype), total=total)
+        return {"itm": matching_loss(logits, matched, valid, total=total), "itm_accuracy": accuracy}
