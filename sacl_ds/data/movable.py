@@ -36,6 +36,13 @@ class Movable:
         """In page-locked memory, from which copies to a GPU do not wait."""
         return self._mapped(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of what lies on a GPU until all that `stream` was given so far is done."""
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(stream)
+
     def _mapped(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
