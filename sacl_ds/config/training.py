@@ -31,18 +31,18 @@ class TrainConfig(Room):
     global_batch_size: Positive = Field(128, description="pairs contrasted with each other in a step, over all ranks")
     micro_batch_size: Positive | None = Field(
         None,
-        description="pairs that a rank passes through the model at once; null: global_batch_size / ranks. Fewer need less "
-        "memory and a second pass (docs/scaling.md), with the same gradients: all pairs stay contrasted with each other",
+        description="pairs that a rank passes through the model at once; null: global_batch_size / ranks. Fewer need "
+        "less memory and a second forward pass (docs/scaling.md); all pairs stay contrasted, with the same gradients",
     )
     coalesce_reduction: bool = Field(
         False,
-        description="with several micro-batches a step: add up their gradients whole on every rank and reduce them once, "
-        "not at every one (ZeRO 2 and 3): less traffic for the memory of a whole gradient",
+        description="with several micro-batches a step, under ZeRO 2 and 3: add up their gradients whole on each rank "
+        "and reduce them once, not at every one: less traffic for the memory of a whole gradient",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="bf16, fp16: autocast; parameters, logit scale and losses stay fp32. fp16 scales the loss and leaves "
-        "out steps that overflow, for GPUs without bf16",
+        description="bf16, fp16: autocast; parameters, logit scale and losses stay fp32. fp16, for GPUs without bf16, "
+        "scales the loss and leaves out steps that overflow",
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")

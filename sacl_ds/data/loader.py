@@ -45,6 +45,9 @@ class Loadable(Protocol):
     def pin_memory(self: Made) -> Made:
         """In page-locked memory, from which copies to a GPU do not wait."""
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of what lies on a GPU until all that `stream` was given so far is done."""
+
 
 class Collates(Protocol[Made]):
     """From decoded samples to batches, in two steps: one sample at a time, then all of a piece."""

@@ -34,8 +34,11 @@ from sacl_ds.training.step import Step
 
 
 class Beside(NamedTuple):
-    """What models that are not trained make of a batch, without gradient: the teacher's features, the momentum model's,
-    and the latter's (n, vocabulary) logits of the masked tokens. None where there is no such model, or no use for it."""
+    """What models that are not trained make of a batch, without gradient.
+
+    The teacher's features, the momentum model's, and the latter's (n, vocabulary) logits of the masked tokens; None
+    where there is no such model, or no use for it.
+    """
 
     teacher: Features | None = None
     momentum: Features | None = None
@@ -164,8 +167,8 @@ def _meet(
         sides = [value.split(sizes) for value in (looked.image, looked.text, looked.pair_ids)]
         teachers = _split(targets.teacher, sizes)
         negatives = [
-            objective.hard_negatives(*pairs, looked.logit_scale, ids, replace(targets, teacher=teacher))
-            for *pairs, ids, teacher in zip(*sides, teachers, strict=True)
+            objective.hard_negatives(of_image, of_text, looked.logit_scale, ids, replace(targets, teacher=teacher))
+            for of_image, of_text, ids, teacher in zip(*sides, teachers, strict=True)
         ]
     words = sum(int((part.mlm_labels != IGNORED).sum()) for part in parts if part.mlm_labels is not None)
     mine = [torch.tensor(words, device=into_scale.device, dtype=torch.float64)]

@@ -1,4 +1,4 @@
-"""How pre-training's texts go through text and fusion encoder: each as few times as the losses allow, without padding."""
+"""How pre-training's texts go through text and fusion encoder: as seldom as the losses allow, and without padding."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ranks import on_ranks
 
 from sacl_ds.config import MomentumConfig, RunConfig
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.training.momentum_targets import momentum_targets
+from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
 from sacl_ds.training.objectives import Targets
 
 PAIRS, STEPS, DECAY = 8, 6, 0.9
@@ -49,7 +49,8 @@ def step_of(engine, momentum: Momentum, step: int, rank: int, world: int) -> Non
     block = PAIRS // world
     batch, teacher = tiny.rows(replace(whole, pair_ids=ids), teacher, rank * block, (rank + 1) * block)
     teacher = (teacher[0].float(), teacher[1].float())
-    believed = momentum_targets(momentum, batch, run_of(), 0.4)
+    features, token_logits = momentum_outputs(momentum, batch, run_of(), tokens=True)
+    believed = momentum_targets(momentum, run_of(), features, 0.4, token_logits)
     engine.backward(engine(batch, Targets(teacher, 0.6, None, momentum=believed))["loss"])
     engine.step()
     momentum.update(whole_parameters(engine, engine.module.model))

@@ -18,7 +18,7 @@ from sacl_ds.config import MomentumConfig, RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.training.momentum_targets import momentum_targets
+from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
 from sacl_ds.training.objectives import Targets
 from sacl_ds.training.schedules import soft_weight
 
@@ -69,7 +69,9 @@ def ours_on_ranks(rank: int, world: int, folder: Path) -> None:
         losses = []
         for step in range(STEPS):
             batch, teacher = tiny.rows(*batch_of(step), part.start, part.stop)
-            believed = momentum_targets(momentum, batch, run, soft_weight(step, run, EPOCH))
+            weight = soft_weight(step, run, EPOCH)
+            features, token_logits = momentum_outputs(momentum, batch, run, weight > 0)
+            believed = momentum_targets(momentum, run, features, weight, token_logits)
             out = objective(batch, Targets(teacher, ALPHA, None, momentum=believed))
             optimizer.zero_grad(set_to_none=False)
             out["loss"].backward()
