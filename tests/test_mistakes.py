@@ -237,7 +237,7 @@ def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> 
         ["--resume"],
         ["train.global_batch_size=15"],
         ["data.source=shards", "data.shards=' '"],
-        ["train.micro_batch_size=4"],
+        ["train.micro_batch_size=5"],
         ["data.grouping=/nowhere/groups.parquet"],
         ["teacher.checkpoint=/nowhere"],
         ["model.image_weights=/nowhere/clip.pt"],

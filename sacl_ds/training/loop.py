@@ -195,15 +195,15 @@ def out_of_memory(
     run: TrainingConfig, step: int, count: int, world: int, error: BaseException, rows: str = "pairs"
 ) -> str:
     """What ran out, where, and what lowers it, as one line."""
-    smaller = max(1, count // 2)
-    advice = [f"train.micro_batch_size={smaller}, which leaves the batch and its gradients as they are"]
-    if not run.train.checkpoint_activations:
-        advice.append("train.checkpoint_activations=true")
+    fitting = [size for size in range(1, count // 2 + 1) if count % size == 0]
+    advice = [
+        f"train.micro_batch_size={size}, which changes neither the batch nor its gradients" for size in fitting[-1:]
+    ]
     if run.train.precision == "fp32":
         advice.append("train.precision=bf16")
     advice += [f"more than {world} rank{'s' if world > 1 else ''}", "ds_configs/zero3_offload.json"]
     reason = ". ".join(str(error).split(". ")[:2])
-    return f"out of GPU memory at step {step} with {count} {rows} a rank ({reason}); try {', or '.join(advice)}"
+    return f"out of GPU memory at step {step} with {count} {rows} at once ({reason}); try {', or '.join(advice)}"
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -18,5 +18,5 @@ def test_out_of_memory(tmp_path: Path) -> None:
     errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert done.returncode != 0
     assert len(errors) == 1
-    assert "error: out of GPU memory at step 0 with 65536 pairs a rank (CUDA out of memory" in errors[0]
-    assert "try a lower train.global_batch_size (now 65536), or train.precision=bf16" in errors[0]
+    assert "error: out of GPU memory at step 0 with 65536 pairs at once (CUDA out of memory" in errors[0]
+    assert "try train.micro_batch_size=32768, which changes neither the batch nor its gradients" in errors[0]
