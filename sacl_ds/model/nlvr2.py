@@ -34,11 +34,11 @@ class Nlvr2Model(nn.Module):
         for part in (self.image_encoder, self.text_encoder, self.fusion_encoder):
             part.checkpoint_activations(on)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
         """Run each block of image and text encoder compiled by torch.compile; the fusion of two images runs as it
         is."""
         for part in (self.image_encoder, self.text_encoder):
-            part.compile_layers()
+            part.compile_layers(backend)
 
     def forward(self, left: Tensor, right: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """left, right (b, 3, H, W) uint8, input_ids and attention_mask (b, L) int64 -> (b, 2) float32 logits; index 1

@@ -66,11 +66,11 @@ class SaclModel(nn.Module):
         for encoder in (self.image_encoder, self.text_encoder, self.fusion_encoder):
             encoder.checkpoint_activations(on)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
         """Run each block of the three encoders compiled by torch.compile, from its first use on. In place: parameters
         and their names stay."""
         for encoder in (self.image_encoder, self.text_encoder, self.fusion_encoder):
-            encoder.compile_layers()
+            encoder.compile_layers(backend)
 
     def encode_image(self, images: Tensor, guide: Tensor | None = None) -> tuple[ImageStates, Tensor]:
         """(b, 3, H, W) uint8 -> states and unit features (b, d) float32.

@@ -56,9 +56,9 @@ class _Layers(nn.Module):
         """Whether each layer is computed again in backward, instead of keeping what it made."""
         self._checkpointing = on
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
         """Compile what runs a layer, once for all of them and for texts of any number and length."""
-        self._layer = torch.compile(bert_layer, dynamic=True)
+        self._layer = torch.compile(bert_layer, dynamic=True, backend=backend)
 
     def _run(
         self, encoder: BertEncoder, packed: Tensor, packing: Packing, mask: Tensor, looks: Looks | None = None

@@ -92,10 +92,10 @@ class ImageEncoder(nn.Module):
         """Whether each block is computed again in backward, instead of keeping what it made."""
         self.vit.set_grad_checkpointing(on)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
         """Compile each block; halves of one between which patches are selected run as they are."""
         for block in getattr(self.vit, "blocks", ()):
-            block.compile()
+            block.compile(backend=backend)
 
     def forward(self, images: Tensor, guide: Tensor | None = None, record: list[Choice] | None = None) -> ImageStates:
         """guide: (b, width) [CLS] states of texts to choose the patches by, already here.
