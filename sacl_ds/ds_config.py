@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sacl_ds.config import TrainingConfig
 from sacl_ds.errors import UserError
-from sacl_ds.machine import Machine, has_package
+from sacl_ds.machine import Machine, has_package, missing_compiler
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}  # and packages
@@ -58,6 +58,7 @@ def resolve(
     _settle(out, "gradient_clipping", run.optim.clip_norm, "optim.clip_norm", name)
     _precision(out, run, machine, name)
     _offload(out, machine, name)
+    _compilation(out, run, name)
     _monitors(out, name, folder)
     notes: list[str] = []
     use_apex = _apex(run, machine, notes)
@@ -72,6 +73,22 @@ def resolve(
 
 def zero_stage(engine_config: dict[str, Any]) -> int:
     return int(engine_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _compilation(out: dict[str, Any], run: TrainingConfig, name: str) -> None:
+    """Raises UserError where blocks cannot be compiled."""
+    if not run.kernels.compile:
+        return
+    if lacking := missing_compiler():
+        raise UserError(
+            f"kernels.compile=true: {lacking} here, which torch.compile needs; install one, or set "
+            "kernels.compile=false"
+        )
+    if zero_stage(out) == 3:
+        raise UserError(
+            f"{name}: zero_optimization.stage=3 does not go with kernels.compile=true, since parameters are gathered "
+            "within each block; take a stage below 3, or set kernels.compile=false"
+        )
 
 
 def _settle(section: dict[str, Any], key: str, value: Any, owner: str, name: str) -> None:

@@ -51,6 +51,12 @@ def installed_apex() -> Apex:
     return "nvidia" if hasattr(optimizers, "FusedAdam") and hasattr(normalization, "FusedLayerNorm") else "other"
 
 
+def missing_compiler() -> str | None:
+    """What torch.compile would miss to build its kernels for a CPU, or to start those for a GPU."""
+    compiler = os.environ.get("CXX", "g++")
+    return f"no C++ compiler ({compiler})" if shutil.which(compiler) is None else None
+
+
 def missing_tool(*, cuda: bool) -> str | None:
     """The first tool that compiling DeepSpeed's operators would miss, as PyTorch's extensions look for them."""
     compiler = os.environ.get("CXX", "c++")

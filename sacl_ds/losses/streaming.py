@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid, pad, softplus
 
 from sacl_ds.distributed import (
     Group,
@@ -142,9 +142,13 @@ def shared_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """ids (n, k) renumbered from 0 column by column, and (n,) bool: whether a row has any of its ids from another."""
     columns, shared = [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for column in ids.unbind(1):
-        _, number, occurrences = column.unique(return_inverse=True, return_counts=True)
-        columns.append(number.int())
-        shared |= occurrences[number] > 1
+        # torch.unique does the same, but waits for the device to say how many there are
+        values, order = column.sort()
+        again = values[1:] == values[:-1]
+        number = pad((~again).cumsum(0), (1, 0))
+        repeated = pad(again, (1, 0)) | pad(again, (0, 1))
+        columns.append(torch.empty_like(order).scatter_(0, order, number).int())
+        shared |= torch.empty_like(shared).scatter_(0, order, repeated)
     return torch.stack(columns, 1), shared
 
 

@@ -61,6 +61,13 @@ class AnswerDecoder(nn.Module):
         fitting = {name: value for name, value in pretrained.items() if value.shape == fresh[name].shape}
         self.bert.encoder.load_state_dict(fresh | fitting)
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each layer is computed again in backward, instead of keeping what it made."""
+        if on:
+            self.bert.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.bert.gradient_checkpointing_disable()
+
     def forward(self, answer_ids: Tensor, question_states: Tensor, question_mask: Tensor) -> Tensor:
         """(A, La) int64, (A, L, width), (A, L) int64 or bool -> (A, La, width); state i has seen ids 0 .. i only, so
         padding at the end changes nothing before it."""

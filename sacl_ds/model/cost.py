@@ -95,16 +95,15 @@ class ModelCost:
         return {**parts, "all": sum(parts.values())}
 
     def pretraining(self) -> Cost:
-        """Forward of ITC, ITM (PAIRINGS a pair) and MLM."""
+        """Forward of ITC, ITM (PAIRINGS a pair) and MLM, whose texts go through the fusion encoder together."""
         length = self.text_tokens
         image, tokens = self.image(guided=self.model.captions_choose)
-        itc = image + self.text() + self._projections()
-        chosen, seen = self.chosen(tokens, taken=True)
-        # the text states of a pairing are copies, which the fusion encoder keeps for its first layer
-        itm = PAIRINGS * (chosen + self.fused(length, seen) + self._matching())
-        chosen, seen = self.chosen(tokens, taken=False)
-        mlm = self.text() + chosen + self.fused(length, seen) + self._word_logits()
-        return itc + itm + mlm
+        heads = self._projections() + PAIRINGS * self._matching() + self._word_logits()
+        encoded = image + 2 * self.text() + heads
+        if not self.chooses:
+            return encoded + self.fused_together(length, tokens)
+        chosen, seen = self.chosen(tokens)
+        return encoded + (PAIRINGS + 1) * (chosen + self.fused(length, seen))
 
     def pairing(self) -> Cost:
         """Forward of one text with one image that it may choose from at once: VQA, half of NLVR2, without their head.
@@ -118,7 +117,7 @@ class ModelCost:
         """Forward of one image, its feature for the first stage, and so many texts matched with it, which are encoded
         here as well."""
         image, tokens = self.image(guided=False)
-        chosen, seen = self.chosen(tokens, taken=True)
+        chosen, seen = self.chosen(tokens)
         return image + self._projection(self.model.image_projection) + texts * (
             self.text() + self._projection(self.model.text_projection) + chosen
             + self.fused(self.text_tokens, seen) + self._matching()
@@ -150,19 +149,21 @@ class ModelCost:
             return cost + chosen, seen
         return cost, tokens
 
-    def chosen(self, tokens: int, taken: bool) -> tuple[Cost, int]:
-        """The tokens of an image for one text, where `image` gave so many, and how many these are.
-
-        taken: the image stands at another place of the batch, so that its tokens are copied.
-        """
+    @property
+    def chooses(self) -> bool:
+        """Whether a text chooses among the tokens that `image` gave without a guide at hand."""
         encoder = self.model.image_encoder
         settings = encoder.selection
-        chooses = bool(encoder.layers) and (
+        return bool(encoder.layers) and (
             settings.placement == "output" or (settings.placement == "tower" and settings.guide == "text")
         )
-        if not chooses:
-            return Cost(0, tokens * encoder.width if taken else 0), tokens
-        return self._selected(held=not taken)
+
+    def chosen(self, tokens: int) -> tuple[Cost, int]:
+        """The tokens of an image for one text, where `image` gave so many, and how many these are; the image stands at
+        another place of the batch, so that its tokens are copied."""
+        if not self.chooses:
+            return Cost(0, tokens * self.model.image_encoder.width), tokens
+        return self._selected(held=False)
 
     def text(self) -> Cost:
         """The text encoder."""
@@ -174,6 +175,20 @@ class ModelCost:
         """The fusion encoder, of a text of that length with so many image tokens."""
         layers = self.model.fusion_encoder.encoder.layer
         return len(layers) * self._bert_layer(layers[0], length, tokens)
+
+    def fused_together(self, length: int, tokens: int) -> Cost:
+        """The fusion encoder in pre-training, of an image that all its texts see whole: keys and values are computed
+        once, and copied for the text whose hard image it is."""
+        layers = self.model.fusion_encoder.encoder.layer
+        width = self.config.text_width
+        inner = layers[0].crossattention.self
+        texts = PAIRINGS + 1
+        spared = (texts - 1) * (_linear(inner.key, tokens) + _linear(inner.value, tokens))
+        # queries of the texts that see their own image, laid side by side, and the results of all, put in order again
+        copied = (texts - 1 + texts) * length * width
+        return texts * self.fused(length, tokens) + len(layers) * Cost(
+            -spared, copied - (texts - 2) * 2 * tokens * width
+        )
 
     def _selected(self, held: bool) -> tuple[Cost, int]:
         """From the scores at the first selecting layer on: `ImageEncoder._selected`.

@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertLayer
 
 from sacl_ds.config import ModelConfig
@@ -27,6 +28,17 @@ class Nlvr2Model(nn.Module):
         self.fusion_encoder = PairFusionEncoder(start.fusion_encoder.encoder.layer)
         width = config.text_width
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each block of the encoders is computed again in backward, instead of keeping what it made."""
+        for part in (self.image_encoder, self.text_encoder, self.fusion_encoder):
+            part.checkpoint_activations(on)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Run each block of image and text encoder compiled by torch.compile; the fusion of two images runs as it
+        is."""
+        for part in (self.image_encoder, self.text_encoder):
+            part.compile_layers(backend)
 
     def forward(self, left: Tensor, right: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """left, right (b, 3, H, W) uint8, input_ids and attention_mask (b, L) int64 -> (b, 2) float32 logits; index 1
@@ -45,13 +57,21 @@ class PairFusionEncoder(nn.Module):
         """layers: BertLayers of a `FusionEncoder`, which are copied."""
         super().__init__()
         self.layers = nn.ModuleList([PairLayer(layer) for layer in layers])
+        self._checkpointing = False
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each layer is computed again in backward, instead of keeping what it made."""
+        self._checkpointing = on
 
     def forward(self, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
         """text_states (b, L, width), attention_mask (b, L), image_tokens (2b, P, image width), those of all left
         images first -> (b, L, width)."""
         mask = attention_mask[:, None, None, :].bool().expand(-1, 1, text_states.shape[1], -1)
         for layer in self.layers:
-            text_states = layer(text_states, mask, image_tokens)
+            if self._checkpointing and torch.is_grad_enabled():
+                text_states = checkpoint(layer, text_states, mask, image_tokens, use_reentrant=False)
+            else:
+                text_states = layer(text_states, mask, image_tokens)
         return text_states
 
 

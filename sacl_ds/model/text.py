@@ -45,13 +45,20 @@ def bert_config(
 
 
 class _Layers(nn.Module):
-    """BERT layers run one after another. checkpointing: whether each is computed again in backward. layer: what runs
-    one, `bert_layer` or that compiled."""
+    """BERT layers run one after another."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.checkpointing = False
-        self.layer: Callable[..., Tensor] = bert_layer
+        self._checkpointing = False
+        self._layer: Callable[..., Tensor] = bert_layer
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each layer is computed again in backward, instead of keeping what it made."""
+        self._checkpointing = on
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile what runs a layer, once for all of them and for texts of any number and length."""
+        self._layer = torch.compile(bert_layer, dynamic=True, backend=backend)
 
     def _run(
         self, encoder: BertEncoder, packed: Tensor, packing: Packing, mask: Tensor, looks: Looks | None = None
@@ -59,10 +66,10 @@ class _Layers(nn.Module):
         """(T, width) states behind the last layer. mask: (n, L), 1 where a token may be attended to."""
         attended = mask[:, None, None, :].bool()
         for each in encoder.layer:
-            if self.checkpointing and torch.is_grad_enabled():
-                packed = checkpoint(self.layer, each, packed, packing, attended, looks, use_reentrant=False)
+            if self._checkpointing and torch.is_grad_enabled():
+                packed = checkpoint(self._layer, each, packed, packing, attended, looks, use_reentrant=False)
             else:
-                packed = self.layer(each, packed, packing, attended, looks)
+                packed = self._layer(each, packed, packing, attended, looks)
         return packed
 
 

@@ -88,6 +88,15 @@ class ImageEncoder(nn.Module):
         self.selection = selection
         self.layers = _selecting_layers(self.vit, name, selection)
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each block is computed again in backward, instead of keeping what it made."""
+        self.vit.set_grad_checkpointing(on)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile each block; halves of one between which patches are selected run as they are."""
+        for block in getattr(self.vit, "blocks", ()):
+            block.compile(backend=backend)
+
     def forward(self, images: Tensor, guide: Tensor | None = None, record: list[Choice] | None = None) -> ImageStates:
         """guide: (b, width) [CLS] states of texts to choose the patches by, already here.
 

@@ -44,6 +44,16 @@ class VqaModel(nn.Module):
         self.fusion_encoder = start.fusion_encoder
         self.answer_decoder = AnswerDecoder(start, config)
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each block of encoders and decoder is computed again in backward, instead of keeping what it made."""
+        for part in (self.image_encoder, self.text_encoder, self.fusion_encoder, self.answer_decoder):
+            part.checkpoint_activations(on)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Run each block of the encoders compiled by torch.compile; the decoder runs as it is."""
+        for part in (self.image_encoder, self.text_encoder, self.fusion_encoder):
+            part.compile_layers(backend)
+
     def encode_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(b, 3, H, W) uint8, (b, L), (b, L) int64 -> (b, L, width). With patch selection, the question chooses."""
         states = self.text_encoder(input_ids, attention_mask)

@@ -19,7 +19,6 @@ from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
 from sacl_ds.errors import UserError
-from sacl_ds.model.fused_norm import use_fused_layer_norm
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.evaluate import evaluated, judged, report
@@ -33,6 +32,7 @@ from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import build_engine, whole_state
 from sacl_ds.training.job import Job, describe_start
 from sacl_ds.training.loop import Figures, Loop
+from sacl_ds.training.preparation import prepare_model
 from sacl_ds.training.run_folder import check_space, open_run_folder
 
 START = "start.txt"  # what the model started from
@@ -138,8 +138,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
                 progress.print(Text(said))
                 (folder / START).write_text(f"{said}\n")
             run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
-    if engine_config.fused_norm:
-        use_fused_layer_norm(model)
+    prepare_model(model, run, engine_config)
     order = example_order(source, run.train.global_batch_size, run.seed)
     engine = build_engine(task.objective(model), engine_config, run.optim)
     identity = checkpoint.Identity(tokenizer.fingerprint, _data_fingerprint(order, run))

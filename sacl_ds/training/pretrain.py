@@ -24,7 +24,6 @@ from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
-from sacl_ds.model.fused_norm import use_fused_layer_norm
 from sacl_ds.model.momentum import Momentum, saved_bytes
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
@@ -41,6 +40,7 @@ from sacl_ds.training.false_share import with_falling_weights
 from sacl_ds.training.job import Job, describe_start
 from sacl_ds.training.loop import Figures, Loop
 from sacl_ds.training.objectives import PretrainObjective
+from sacl_ds.training.preparation import prepare_model
 from sacl_ds.training.pretrain_work import PretrainWork
 from sacl_ds.training.run_folder import TEACHER, check_space, open_run_folder, with_saved_positions
 
@@ -150,8 +150,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, Run
         evaluator = evaluators(run)
         if first:
             _announce(run, folder, model, begun, progress)
-    if engine_config.fused_norm:
-        use_fused_layer_norm(model)
+    prepare_model(model, run, engine_config)
     canonical = View(CanonicalView(run.model.image_size), tokenizer)
     order = global_order(run, source)
     collator = Collator(
