@@ -8,6 +8,7 @@ docs/presets.md has the figures of the presets (`sacl_ds.model.cost_page`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +95,8 @@ class ModelCost:
         }
         return {**parts, "all": sum(parts.values())}
 
-    def pretraining(self) -> Cost:
-        """Forward of ITC, ITM (PAIRINGS a pair) and MLM."""
+    def pretraining(self, losses: Collection[str] = ("itc", "itm", "mlm")) -> Cost:
+        """Forward of ITC, ITM (PAIRINGS a pair) and MLM, or of ITC and those that are named."""
         length = self.text_tokens
         image, tokens = self.image(guided=self.model.captions_choose)
         itc = image + self.text() + self._projections()
@@ -104,7 +105,7 @@ class ModelCost:
         itm = PAIRINGS * (chosen + self.fused(length, seen) + self._matching())
         chosen, seen = self.chosen(tokens, taken=False)
         mlm = self.text() + chosen + self.fused(length, seen) + self._word_logits()
-        return itc + itm + mlm
+        return sum((cost for name, cost in (("itm", itm), ("mlm", mlm)) if name in losses), itc)
 
     def pairing(self) -> Cost:
         """Forward of one text with one image that it may choose from at once: VQA, half of NLVR2, without their head.
