@@ -31,6 +31,10 @@ ALLOWED = {
         "atomic", "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation", "losses",
         "model", "tasks", "telemetry", "training",
     },
+    "benchmark": {
+        "benchmark", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
+        "training",
+    },
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "training": {
         "atomic", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",

@@ -8,6 +8,7 @@ docs/presets.md has the figures of the presets (`sacl_ds.model.cost_page`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,16 +95,22 @@ class ModelCost:
         }
         return {**parts, "all": sum(parts.values())}
 
-    def pretraining(self) -> Cost:
-        """Forward of ITC, ITM (PAIRINGS a pair) and MLM, whose texts go through the fusion encoder together."""
-        length = self.text_tokens
+    def pretraining(self, losses: Collection[str] = ("itc", "itm", "mlm")) -> Cost:
+        """Forward of ITC, and of ITM (PAIRINGS a pair) and MLM where they are named; their texts are fused together."""
+        length, matching, words = self.text_tokens, "itm" in losses, "mlm" in losses
         image, tokens = self.image(guided=self.model.captions_choose)
-        heads = self._projections() + PAIRINGS * self._matching() + self._word_logits()
-        encoded = image + 2 * self.text() + heads
+        cost = image + self.text() + self._projections()
+        if matching:
+            cost += PAIRINGS * self._matching()
+        if words:
+            cost += self.text() + self._word_logits()
+        texts = PAIRINGS * matching + words
+        if not texts:
+            return cost
         if not self.chooses:
-            return encoded + self.fused_together(length, tokens)
+            return cost + self.fused_together(length, tokens, texts, elsewhere=int(matching))
         chosen, seen = self.chosen(tokens)
-        return encoded + (PAIRINGS + 1) * (chosen + self.fused(length, seen))
+        return cost + texts * (chosen + self.fused(length, seen))
 
     def pairing(self) -> Cost:
         """Forward of one text with one image that it may choose from at once: VQA, half of NLVR2, without their head.
@@ -176,19 +183,16 @@ class ModelCost:
         layers = self.model.fusion_encoder.encoder.layer
         return len(layers) * self._bert_layer(layers[0], length, tokens)
 
-    def fused_together(self, length: int, tokens: int) -> Cost:
-        """The fusion encoder in pre-training, of an image that all its texts see whole: keys and values are computed
-        once, and copied for the text whose hard image it is."""
+    def fused_together(self, length: int, tokens: int, texts: int, elsewhere: int) -> Cost:
+        """The fusion encoder in pre-training, of so many texts an image that all see it whole: keys and values are
+        computed once, and copied for the texts that look elsewhere: at a hard image."""
         layers = self.model.fusion_encoder.encoder.layer
-        width = self.config.text_width
+        width, own = self.config.text_width, texts - elsewhere
         inner = layers[0].crossattention.self
-        texts = PAIRINGS + 1
         spared = (texts - 1) * (_linear(inner.key, tokens) + _linear(inner.value, tokens))
         # queries of the texts that see their own image, laid side by side, and the results of all, put in order again
-        copied = (texts - 1 + texts) * length * width
-        return texts * self.fused(length, tokens) + len(layers) * Cost(
-            -spared, copied - (texts - 2) * 2 * tokens * width
-        )
+        copied = (own + texts) * length * width if own > 1 else 0
+        return texts * self.fused(length, tokens) + len(layers) * Cost(-spared, copied - (own - 1) * 2 * tokens * width)
 
     def _selected(self, held: bool) -> tuple[Cost, int]:
         """From the scores at the first selecting layer on: `ImageEncoder._selected`.

@@ -17,11 +17,12 @@ from sacl_ds.config import TrainingConfig
 from sacl_ds.data.ahead import ahead
 from sacl_ds.data.batch import duplicates
 from sacl_ds.data.loader import Loadable
-from sacl_ds.distributed import gather_rows, rank, row_counts, sum_over_ranks, world_size
+from sacl_ds.distributed import gather_rows, max_over_ranks, rank, row_counts, sum_over_ranks, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.telemetry.metrics import MetricLog
-from sacl_ds.telemetry.progress import RATE, RunProgress
+from sacl_ds.telemetry.progress import RunProgress
+from sacl_ds.telemetry.throughput import RowFlops, Throughput, device_peak, take_memory_peak
 from sacl_ds.training import checkpoint
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.ledger import Ledger
@@ -69,6 +70,11 @@ class Loop:
     log: MetricLog | None
     progress: RunProgress
     max_bad_share: float  # of the data
+    row_flops: RowFlops | None = None  # None: not known
+
+    def __post_init__(self) -> None:
+        peak = device_peak(self.device, self.run.train.precision)
+        self.throughput = Throughput(self.work.rows, self.device, world_size(), self.row_flops, peak)
 
     def train(self, start: int) -> Figures:
         """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none)."""
@@ -83,23 +89,23 @@ class Loop:
             batch = next(batches)
             waited += time.perf_counter() - before
             ledger.add(batch.faults)
+            self._count_tokens(batch)
             done = step + 1
             logged = done % train.log_every == 0 or done == train.steps or step == start
             losses = self._step(step, batch, logged)
             self.progress.advance(done)
             if logged:
-                now = time.perf_counter()
-                data = self._account(done, batch, ledger)
-                self._record(done, losses, data, (now - clock) / (done - since), waited / max(now - clock, 1e-9))
+                speed = self._speed(done, done - since, clock, waited)
+                self._record(done, losses, self._account(done, batch, ledger), speed)
                 clock, since, waited = time.perf_counter(), done, 0.0
+            before = time.perf_counter()
             if _due(done, train.eval_every) or done == train.steps:
                 result = self._evaluate(done)
-                clock = time.perf_counter()
             if _due(done, train.save_every) or done == train.steps:
                 checkpoint.save(
                     self.engine, self.folder, done, self.identity, self.work.momentum, train.keep_checkpoints
                 )
-                clock = time.perf_counter()
+            clock += time.perf_counter() - before  # neither is part of a step
         return result
 
     def _arriving(self) -> Iterator[Any]:
@@ -146,8 +152,23 @@ class Loop:
         digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
         return {**settled.figures, f"duplicate_{self.work.rows}": duplicates(ids), "batch_digest": digest}
 
+    def _count_tokens(self, batch: Any) -> None:
+        if self.row_flops is not None:
+            self.throughput.add(batch.attention_mask)
+
+    def _speed(self, done: int, steps: int, clock: float, waited: float) -> dict[str, float]:
+        """Of the steps since the last logged one, which began at `clock`; the same on all ranks, but for the time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # else the clock stops while steps are still queued
+        seconds = max(time.perf_counter() - clock, 1e-9)
+        throughput, batch = self.throughput, self.run.train.global_batch_size
+        figures = throughput.settle(done, steps, seconds, batch, sum_over_ranks(throughput.lengths()))
+        peak = torch.tensor([take_memory_peak(self.device)], dtype=torch.float64, device=self.device)
+        throughput.more({"memory_peak_bytes": max_over_ranks(peak).item(), "data_wait_share": waited / seconds})
+        return figures
+
     def _record(
-        self, done: int, losses: dict[str, Tensor], data: dict[str, int | str], step_seconds: float, waited: float
+        self, done: int, losses: dict[str, Tensor], data: dict[str, int | str], speed: dict[str, float]
     ) -> None:
         """Means over ranks of the step's losses, and where the run stands."""
         names = list(losses)
@@ -161,16 +182,14 @@ class Loop:
             "lr_image": factor * optim.lr_image,
             "lr_text": factor * optim.lr_text,
             "grad_norm": None if norm is None else float(norm),
-            "step_seconds": step_seconds,
-            f"{self.work.rows}{RATE}": run.train.global_batch_size / step_seconds,
-            "data_wait_share": waited,
+            **speed,
             **data,
             **self.work.figures(done - 1),
         }
         if self.log:
             self.log.write(figures)
         self._monitor("train", figures, done)
-        self.progress.update(done, figures, (run.train.steps - done) * step_seconds)
+        self.progress.update(done, figures, (run.train.steps - done) * speed["step_seconds"])
         self._caution(done, self.work.caution(done, figures))
 
     def _evaluate(self, done: int) -> Figures:

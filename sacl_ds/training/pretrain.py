@@ -39,6 +39,7 @@ from sacl_ds.training.engine import build_engine, whole_state
 from sacl_ds.training.false_share import with_falling_weights
 from sacl_ds.training.job import Job, describe_start
 from sacl_ds.training.loop import Figures, Loop
+from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objectives import PretrainObjective
 from sacl_ds.training.preparation import prepare_model
 from sacl_ds.training.pretrain_work import PretrainWork
@@ -199,11 +200,14 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, Run
         log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
         progress=progress,
         max_bad_share=run.data.max_bad_share,
+        row_flops=pair_flops(run, tokenizer.size),
     )
     try:
         result = loop.train(start)
     finally:
         progress.close()
+    if speed := loop.throughput.summary():
+        progress.print(f"{phase.title}: {speed}")
     weights = whole_state(engine, model)
     if first:
         save_weights(weights, folder, run.train.steps)

@@ -1,0 +1,1 @@
+"""The training step beside open_clip's: what tools/benchmark_step.py measures."""

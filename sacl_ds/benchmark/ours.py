@@ -1,0 +1,145 @@
+"""Our steps: a configuration's objective through the DeepSpeed engine, as a run takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sacl_ds.benchmark.setting import Setting
+from sacl_ds.config import RunConfig
+from sacl_ds.data.batch import Batch, View
+from sacl_ds.distributed import rank, world_size
+from sacl_ds.ds_config import resolve
+from sacl_ds.losses import similarity_regulated_loss
+from sacl_ds.machine import Machine
+from sacl_ds.model.fused_norm import use_fused_layer_norm
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.teacher import teacher_features
+from sacl_ds.telemetry.throughput import RowFlops
+from sacl_ds.training.engine import build_engine, set_learning_rates
+from sacl_ds.training.model_flops import pair_flops
+from sacl_ds.training.objectives import PretrainObjective, Targets, step_regulation
+
+Step = Callable[[], None]
+SMALL_RATE = 1e-3  # of the learning rate: the batch is always the same, and is not to be learnt by heart
+_ALPHA = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """fusion: ITM and MLM as well. placement: of patch selection."""
+
+    fusion: bool = False
+    contrastive: Literal["infonce", "sacl"] = "sacl"
+    teacher: Literal["live", "stored"] | None = None
+    placement: Literal["none", "output", "published"] = "none"
+
+
+CASES = {
+    "ITC, InfoNCE": Case(contrastive="infonce"),
+    "ITC, SACL": Case(),
+    "ITC, SACL, stored teacher": Case(teacher="stored"),
+    "ITC, SACL, live teacher": Case(teacher="live"),
+    "three losses": Case(fusion=True),
+    "three losses, stored teacher": Case(fusion=True, teacher="stored"),
+    "three losses, live teacher": Case(fusion=True, teacher="live"),
+    "three losses, patches at output": Case(fusion=True, placement="output"),
+    "three losses, patches as published": Case(fusion=True, placement="published"),
+}
+
+
+def run_of(case: Case, setting: Setting) -> RunConfig:
+    """The run whose step this is. Raises UserError where its ranks do not divide the batch (`resolve`)."""
+    selection = setting.model.patch_selection.model_copy(update={"placement": case.placement})
+    weights = {} if case.fusion else {"matching_weight": 0.0, "mlm_weight": 0.0}
+    return RunConfig.model_validate({
+        "model": setting.model.model_copy(update={"patch_selection": selection}).model_dump(),
+        "loss": {"contrastive": case.contrastive, **weights},
+        "train": {"global_batch_size": setting.batch, "precision": setting.precision},
+    })  # fmt: skip
+
+
+class OurStep:
+    """Calling it takes a step of `case` on `batch`."""
+
+    def __init__(self, case: Case, setting: Setting, batch: Batch, machine: Machine) -> None:
+        self.run, self.device = run_of(case, setting), setting.device
+        torch.manual_seed(0)
+        model = SaclModel(self.run.model, self.run.model.vocab_size, pretrained=False)
+        config = resolve(setting.ds, self.run, world_size(), machine, name=setting.ds_name)
+        if config.fused_norm:
+            use_fused_layer_norm(model)
+        self.engine = build_engine(PretrainObjective(model, self.run.loss), config, self.run.optim)
+        self.engine.train()
+        self.teacher = FrozenTeacher(self.run, self.device) if case.teacher else None
+        self.batch = batch if case.teacher == "stored" else replace(batch, teacher_features=None)
+        self.taken = 0
+
+    @property
+    def flops(self) -> RowFlops | None:
+        return pair_flops(self.run, self.run.model.vocab_size)
+
+    def targets(self, features: bool = False) -> Targets:
+        generator = torch.Generator(self.device).manual_seed(self.taken * world_size() + rank())
+        teacher = teacher_features(self.teacher, self.batch) if self.teacher else None
+        return Targets(teacher, _ALPHA if teacher else 0.0, generator, features=features)
+
+    def __call__(self) -> None:
+        set_learning_rates(self.engine, self.run.optim, SMALL_RATE)
+        losses = self.engine(self.batch, self.targets())
+        self.engine.backward(losses["loss"])
+        self.engine.step()
+        self.taken += 1
+
+    def loss_alone(self) -> Step:
+        """Forward and backward of the contrastive loss of this step's own features, over all ranks."""
+        targets = self.targets(features=True)
+        with torch.no_grad():
+            losses, (image, text) = self.engine(self.batch, targets)
+        return _loss_step(self.run, targets, image, text, losses["logit_scale"], self.batch.pair_ids)
+
+
+def _loss_step(run: RunConfig, targets: Targets, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Step:
+    regulation, teacher = step_regulation(run.loss, targets)
+    image, text, scale = (part.detach().clone().requires_grad_() for part in (image, text, scale.float()))
+    of_teacher: dict[str, Any] = {"teacher_image": teacher[0], "teacher_text": teacher[1]} if teacher else {}
+
+    def step() -> None:
+        for leaf in (image, text, scale):
+            leaf.grad = None
+        similarity_regulated_loss(
+            image,
+            text,
+            scale,
+            alpha=regulation.alpha,
+            sharpness=regulation.sharpness,
+            teacher_sharpness=regulation.teacher_sharpness,
+            pair_ids=ids,
+            **of_teacher,
+        ).loss.backward()
+
+    return step
+
+
+class FrozenTeacher(nn.Module):
+    """A `Teacher` of the same shape as the model, as that of a finished run is, with weights that nobody trained."""
+
+    view: View  # of samples, which there are none of here
+    identity = "of the benchmark"
+
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
+        super().__init__()
+        self.model = SaclModel(run.model, run.model.vocab_size, pretrained=False).to(device)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(images)[1]
+
+    @torch.no_grad()
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model.encode_text(input_ids, attention_mask)[1]

@@ -1,0 +1,151 @@
+"""How fast training runs and how much of the device it uses: figures of every logged step, and of the run.
+
+FLOPs are the model's: forward and backward of what the run trains, for tokens that are there, once. What is computed
+besides (a frozen teacher, an average, padding, activations or features a second time) takes time and adds none, so that
+what saves work shows, and what repeats it does not.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sacl_ds.telemetry.peaks import dense_peak
+
+WARM_UP = 5  # steps in which memory is claimed and kernels are compiled; medians of a run leave them out
+_LENGTHS = (8, 16, 24)
+
+
+class RowFlops(NamedTuple):
+    """Training FLOPs of a row whose text has t tokens: fixed + linear t + square t^2, as transformers have it."""
+
+    fixed: float
+    linear: float
+    square: float
+
+    @classmethod
+    def through(cls, flops: Callable[[int], float]) -> RowFlops:
+        """From the FLOPs at three lengths."""
+        (a, b, c), step = (flops(tokens) for tokens in _LENGTHS), _LENGTHS[1] - _LENGTHS[0]
+        square = (c - 2 * b + a) / (2 * step**2)
+        linear = (b - a) / step - square * (_LENGTHS[0] + _LENGTHS[1])
+        return cls(a - linear * _LENGTHS[0] - square * _LENGTHS[0] ** 2, linear, square)
+
+    def of(self, rows: float, tokens: float, squares: float) -> float:
+        """Of so many rows, with the sum over them of their tokens and of the squares of those."""
+        return self.fixed * rows + self.linear * tokens + self.square * squares
+
+
+@dataclass
+class Throughput:
+    """Of one training. rows: what a row of its batches is called. flops: None where a row's are not known."""
+
+    rows: str
+    device: torch.device
+    world: int
+    flops: RowFlops | None = None
+    peak: float | None = None  # FLOP/s of a device; None: not known
+    _lengths: Tensor = field(init=False)
+    _logged: list[tuple[int, dict[str, float]]] = field(default_factory=list, init=False)  # (steps done, figures)
+
+    def __post_init__(self) -> None:
+        self._lengths = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def add(self, attention_mask: Tensor) -> None:
+        """The (b, L) mask of a step's texts on this rank. Nothing waits for the device."""
+        if self.flops is not None:
+            tokens = attention_mask.sum(1).double()
+            found = torch.stack([torch.ones_like(tokens).sum(), tokens.sum(), tokens.square().sum()])
+            self._lengths += found.to(self.device, non_blocking=True)
+
+    def lengths(self) -> Tensor:
+        """(3,) float64 of the steps since the last call, on this rank: rows, their tokens, the squares of those."""
+        found, self._lengths = self._lengths, torch.zeros_like(self._lengths)
+        return found
+
+    def settle(self, done: int, steps: int, seconds: float, batch: int, lengths: Tensor) -> dict[str, float]:
+        """Figures of the last `steps` steps, `done` in all, which took so many seconds; batch: rows a step, of all
+        ranks. lengths: `lengths` of all ranks, added up."""
+        per_second = batch * steps / seconds
+        figures = {
+            "step_seconds": seconds / steps,
+            f"{self.rows}_per_second": per_second,
+            f"{self.rows}_per_second_per_device": per_second / self.world,
+        }
+        rows, tokens, squares = lengths.tolist()
+        if self.flops is not None and rows:
+            flops = self.flops.of(rows, tokens, squares) / seconds / self.world
+            figures |= {"text_tokens": tokens / rows, "flops_per_second": flops}
+            if self.peak is not None:
+                figures["mfu"] = flops / self.peak
+        self._logged.append((done, figures))
+        return figures
+
+    def more(self, figures: dict[str, float]) -> None:
+        """What else is known of the steps that were settled last."""
+        self._logged[-1][1].update(figures)
+
+    def medians(self) -> dict[str, float]:
+        """Over the logged steps behind the first WARM_UP steps of this process, or over all where there are no such."""
+        if not self._logged:
+            return {}
+        first = self._logged[0][0]
+        used = [figures for done, figures in self._logged if done >= first + WARM_UP]
+        used = used or [figures for _, figures in self._logged]
+        return {name: statistics.median(each[name] for each in used) for name in used[0]}
+
+    def summary(self) -> str | None:
+        """The medians as a line; None where nothing was logged."""
+        found = self.medians()
+        if not found:
+            return None
+        rate = f"{self.rows}_per_second"
+        parts = [f"{found[rate]:.4g} {self.rows}/s"]
+        if self.world > 1:
+            parts[0] += f" ({found[f'{rate}_per_device']:.4g} a device)"
+        parts.append(f"{found['step_seconds']:.3g} s a step")
+        if "flops_per_second" in found:
+            parts.append(f"{flops_text(found['flops_per_second'])}/s a device")
+        if "mfu" in found:
+            parts.append(f"MFU {found['mfu']:.1%}")
+        if "memory_peak_bytes" in found:
+            parts.append(f"{found['memory_peak_bytes'] / 1e9:.3g} GB at the peak")
+        if "data_wait_share" in found:
+            parts.append(f"{found['data_wait_share']:.0%} of the time waiting for data")
+        return f"{', '.join(parts)} (medians)"
+
+
+def flops_text(flops: float) -> str:
+    """'41.2 GFLOP', in the unit that suits."""
+    units = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
+    name, unit = next(((name, unit) for name, unit in units.items() if flops >= unit), ("M", 1e6))
+    return f"{flops / unit:.3g} {name}FLOP"
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """Dense FLOP/s of this device as a run of that precision (fp32 or bf16) uses it; None where it is not known.
+
+    fp32 counts as tf32 where PyTorch may use that for matrix products.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    tf32 = precision == "fp32" and torch.get_float32_matmul_precision() != "highest"
+    return (dense_peak(name, "tf32") if tf32 else None) or dense_peak(name, precision)
+
+
+def take_memory_peak(device: torch.device) -> int:
+    """Bytes at the peak: of tensors on a GPU since the last call, else the most that this process ever had resident."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
