@@ -51,6 +51,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
         "--ds_config", default=str(ROOT / "ds_configs/zero1.json"), help="of our steps (default: ZeRO 1)"
     )
     parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these, e.g. 'ITC, SACL'; ?: print the names")
+    parser.add_argument(
+        "--micro-batch", type=int, metavar="N", help="pairs of a rank at once, in our steps; default: all"
+    )
+    parser.add_argument("--checkpoint", action="store_true", help="recompute activations in our steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks in our steps")
     parser.add_argument("--rounds", type=int, default=7, help="of which the median counts (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="steps in a row in a round (default: %(default)s)")
@@ -137,7 +142,10 @@ def heading(setting: Setting, options: argparse.Namespace) -> str:
     batch = (
         f"batch {setting.batch} on {world_size()} rank{'s' if world_size() > 1 else ''}, {options.captions} captions"
     )
-    return f"{device}, {setting.precision}, {batch}, median of {options.rounds} rounds\n{', '.join(versions)}"
+    ours = [f"micro-batches of {setting.micro_batch}"] if setting.micro_batch else []
+    ours += ["activations recomputed"] * setting.checkpoint + ["blocks compiled"] * setting.compiled
+    told = f" (our steps: {', '.join(ours)})" if ours else ""
+    return f"{device}, {setting.precision}, {batch}{told}, median of {options.rounds} rounds\n{', '.join(versions)}"
 
 
 def _installed(name: str) -> bool:
@@ -168,7 +176,18 @@ def main() -> None:
 
     names, model, ds = chosen(options.steps), model_config(options), read_ds_config(options.ds_config)
     device, machine = start_process()
-    setting = Setting(model, options.batch, options.precision, options.captions, ds, options.ds_config, device)
+    setting = Setting(
+        model,
+        options.batch,
+        options.precision,
+        options.captions,
+        ds,
+        options.ds_config,
+        device,
+        options.micro_batch,
+        options.checkpoint,
+        options.compile,
+    )
     if options.memory_of:
         found = peak_bytes(lambda: build(options.memory_of, setting, machine), device)
         print(json.dumps(found))

@@ -16,13 +16,15 @@ from sacl_ds.distributed import rank, world_size
 from sacl_ds.ds_config import resolve
 from sacl_ds.losses import similarity_regulated_loss
 from sacl_ds.machine import Machine
-from sacl_ds.model.fused_norm import use_fused_layer_norm
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.teacher import teacher_features
 from sacl_ds.telemetry.throughput import RowFlops
+from sacl_ds.training.accumulation import Beside, Met, contrastive_step
 from sacl_ds.training.engine import build_engine, set_learning_rates
 from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objectives import PretrainObjective, Targets, step_regulation
+from sacl_ds.training.preparation import prepare_model
+from sacl_ds.training.step import Step as TrainingStep
 
 Step = Callable[[], None]
 SMALL_RATE = 1e-3  # of the learning rate: the batch is always the same, and is not to be learnt by heart
@@ -59,48 +61,72 @@ def run_of(case: Case, setting: Setting) -> RunConfig:
     return RunConfig.model_validate({
         "model": setting.model.model_copy(update={"patch_selection": selection}).model_dump(),
         "loss": {"contrastive": case.contrastive, **weights},
-        "train": {"global_batch_size": setting.batch, "precision": setting.precision},
+        "train": {
+            "global_batch_size": setting.batch,
+            "micro_batch_size": setting.micro_batch,
+            "precision": setting.precision,
+            "checkpoint_activations": setting.checkpoint,
+        },
+        "kernels": {"compile": setting.compiled},
     })  # fmt: skip
 
 
 class OurStep:
-    """Calling it takes a step of `case` on `batch`."""
+    """Calling it takes a step of `case` on `batch`, which lies on the device, or on the host where it goes through the
+    model in several micro-batches."""
 
     def __init__(self, case: Case, setting: Setting, batch: Batch, machine: Machine) -> None:
         self.run, self.device = run_of(case, setting), setting.device
         torch.manual_seed(0)
         model = SaclModel(self.run.model, self.run.model.vocab_size, pretrained=False)
         config = resolve(setting.ds, self.run, world_size(), machine, name=setting.ds_name)
-        if config.fused_norm:
-            use_fused_layer_norm(model)
+        prepare_model(model, self.run, config)
         self.engine = build_engine(PretrainObjective(model, self.run.loss), config, self.run.optim)
         self.engine.train()
         self.teacher = FrozenTeacher(self.run, self.device) if case.teacher else None
-        self.batch = batch if case.teacher == "stored" else replace(batch, teacher_features=None)
+        batch = batch if case.teacher == "stored" else replace(batch, teacher_features=None)
+        self.rows, passes = self.run.micro_batches(world_size())
+        self.batch = batch.to(self.device) if passes == 1 else batch
         self.taken = 0
 
     @property
     def flops(self) -> RowFlops | None:
         return pair_flops(self.run, self.run.model.vocab_size)
 
-    def targets(self, features: bool = False) -> Targets:
-        generator = torch.Generator(self.device).manual_seed(self.taken * world_size() + rank())
-        teacher = teacher_features(self.teacher, self.batch) if self.teacher else None
-        return Targets(teacher, _ALPHA if teacher else 0.0, generator, features=features)
-
     def __call__(self) -> None:
         set_learning_rates(self.engine, self.run.optim, SMALL_RATE)
-        losses = self.engine(self.batch, self.targets())
-        self.engine.backward(losses["loss"])
+        self._step(features=False)
         self.engine.step()
         self.taken += 1
 
+    def _step(self, features: bool) -> Met:
+        """Forward and backward."""
+        seed = self.taken * world_size() + rank()
+        generator = torch.Generator(self.device).manual_seed(seed)
+        step = TrainingStep(self.taken, seed, generator, self.device, self.rows)
+        return contrastive_step(self.engine, self.batch, step, _Aims(self.teacher, generator, features))
+
     def loss_alone(self) -> Step:
         """Forward and backward of the contrastive loss of this step's own features, over all ranks."""
-        targets = self.targets(features=True)
-        with torch.no_grad():
-            losses, (image, text) = self.engine(self.batch, targets)
-        return _loss_step(self.run, targets, image, text, losses["logit_scale"], self.batch.pair_ids)
+        met = self._step(features=True)
+        self.engine.step()
+        self.taken += 1
+        assert met.features is not None
+        ids = self.batch.pair_ids.to(self.device)
+        return _loss_step(self.run, met.targets, *met.features, met.losses["logit_scale"], ids)
+
+
+@dataclass(frozen=True)
+class _Aims:
+    teacher: FrozenTeacher | None
+    generator: torch.Generator
+    features: bool
+
+    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
+        return Beside(teacher_features(self.teacher, batch) if self.teacher and features else None)
+
+    def targets(self, beside: Beside) -> Targets:
+        return Targets(beside.teacher, _ALPHA if beside.teacher else 0.0, self.generator, features=self.features)
 
 
 def _loss_step(run: RunConfig, targets: Targets, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Step:

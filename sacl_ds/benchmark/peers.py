@@ -55,6 +55,7 @@ class OpenClipStep:
         from open_clip.loss import ClipLoss
 
         torch.manual_seed(0)
+        batch = batch.to(setting.device)
         self.precision, self.device, self.batch = setting.precision, setting.device, batch
         self.inputs: tuple[Tensor, ...]
         ours = SaclModel(setting.model, setting.model.vocab_size, pretrained=False)

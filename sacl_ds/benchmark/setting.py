@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sacl_ds.config import PRESETS, LossConfig, ModelConfig
-from sacl_ds.data.batch import Batch
+from sacl_ds.data.batch import Batch, places_of
 from sacl_ds.data.text import IGNORED
 from sacl_ds.errors import UserError
 
@@ -23,7 +23,8 @@ _PARTS_OF_TWELVE = (5, 10)  # layers of twelve behind which patches are left out
 
 @dataclass(frozen=True)
 class Setting:
-    """batch: pairs over all ranks. ds: what DeepSpeed's file holds."""
+    """batch: pairs over all ranks. ds: what DeepSpeed's file holds. Of our steps alone: micro_batch, pairs that a rank
+    passes through the model at once (None: all of its own); checkpoint: activations; compiled: its blocks."""
 
     model: ModelConfig
     batch: int
@@ -32,6 +33,9 @@ class Setting:
     ds: dict[str, Any]
     ds_name: str
     device: torch.device
+    micro_batch: int | None = None
+    checkpoint: bool = False
+    compiled: bool = False
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
@@ -77,7 +81,7 @@ def lengths(captions: Captions, pairs: int, longest: int, generator: torch.Gener
 
 
 def random_batch(setting: Setting, pairs: int, rank: int) -> Batch:
-    """A rank's part of it, on the device: texts padded to the longest of them, MLM's share of their words masked."""
+    """A rank's part of it, on the host: texts padded to the longest of them, MLM's share of their words masked."""
     model, g = setting.model, torch.Generator().manual_seed(rank)
     tokens = lengths(setting.captions, pairs, model.max_tokens, g)
     places = torch.arange(int(tokens.max()))
@@ -85,8 +89,9 @@ def random_batch(setting: Setting, pairs: int, rank: int) -> Batch:
     ids = torch.randint(_FIRST_WORD, model.vocab_size, mask.shape, generator=g) * mask
     predicted = (LossConfig().mlm_probability * (tokens - 2)).round().clamp(min=1)
     chosen = (places > 0) & (places <= predicted[:, None])
+    labels = ids.masked_fill(~chosen, IGNORED)
     size = model.image_size
-    made = Batch(
+    return Batch(
         keys=[""] * pairs,
         captions=[""] * pairs,
         shards=[""] * pairs,
@@ -95,7 +100,8 @@ def random_batch(setting: Setting, pairs: int, rank: int) -> Batch:
         attention_mask=mask,
         pair_ids=(rank * pairs + torch.arange(pairs))[:, None],
         masked_ids=ids.masked_fill(chosen, _MASK),
-        mlm_labels=ids.masked_fill(~chosen, IGNORED),
+        mlm_labels=labels,
+        token_places=places_of(mask),
+        mlm_places=places_of(labels != IGNORED),
         teacher_features=torch.randn(pairs, 2, model.embed_dim, generator=g).half(),
     )
-    return made.to(setting.device)

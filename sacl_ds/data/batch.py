@@ -55,9 +55,9 @@ class Batch(Movable):
         for start in range(0, len(self), rows):
             cut = part_of(self, slice(start, start + rows), _TEXTS)
             if self.token_places is not None:
-                cut["token_places"] = cut["attention_mask"].flatten().nonzero().squeeze(1)
+                cut["token_places"] = places_of(cut["attention_mask"])
             if self.mlm_places is not None:
-                cut["mlm_places"] = (cut["mlm_labels"].flatten() != IGNORED).nonzero().squeeze(1)
+                cut["mlm_places"] = places_of(cut["mlm_labels"] != IGNORED)
             made.append(Batch(**cut))
         return made
 
@@ -94,6 +94,11 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
         faults=[fault for batch in batches for fault in batch.faults],
         **joined,  # type: ignore[arg-type]
     )
+
+
+def places_of(mask: Tensor) -> Tensor:
+    """(T,) int64: the flat places, ascending, of what is not 0 in (b, L). On a GPU this waits for it."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def _joined_places(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sacl_ds.data.batch import Batch
+from sacl_ds.data.batch import Batch, places_of
 from sacl_ds.data.text import IGNORED
 from sacl_ds.losses import HardNegatives
 from sacl_ds.model.indexing import take
@@ -69,7 +69,7 @@ def predictions(model: SaclModel, fused: Tensor, batch: Batch) -> tuple[Tensor, 
     assert batch.mlm_labels is not None
     places = batch.mlm_places
     if places is None:
-        places = (batch.mlm_labels.flatten() != IGNORED).nonzero().squeeze(1)
+        places = places_of(batch.mlm_labels != IGNORED)
     masked = Packing.of(batch.mlm_labels, places)
     return model.token_logits(masked.pack(fused)), masked.pack(batch.mlm_labels)
 
