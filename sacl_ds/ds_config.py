@@ -170,7 +170,7 @@ def _optimizer(
     if given == "auto" and offloaded and machine.cannot_compile:
         notes.append(f"{machine.cannot_compile}: PyTorch's AdamW instead of DeepSpeed's for the offloaded state")
     params["torch_adam"] = given if given != "auto" else not offloaded or machine.cannot_compile is not None
-    if params["torch_adam"] and not machine.on_cpu and not offloaded:
+    if params["torch_adam"] and not offloaded:
         params.setdefault("fused", True)
     return "PyTorch" if params["torch_adam"] else "DeepSpeed"
 
