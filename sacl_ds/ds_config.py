@@ -142,7 +142,7 @@ def _optimizer(
 ) -> Literal["PyTorch", "DeepSpeed", "apex"]:
     """AdamW with betas, eps and weight decay always explicit: implementations differ in their defaults.
 
-    Whose: with offload DeepSpeed's CPU Adam, else apex's where it is used, else PyTorch's (fused on a GPU). The file's
+    Whose: with offload DeepSpeed's CPU Adam, else apex's where it is used, else PyTorch's (fused). The file's
     own word, `torch_adam`, goes first.
     """
     optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {}})

@@ -33,7 +33,7 @@ def adam(config: EngineConfig) -> tuple[str, Any, Any]:
 
 def test_whose_adam() -> None:
     bare = replace(CPU, cannot_compile="no C++ compiler (c++)")
-    assert adam(engine({}, CPU)) == ("PyTorch", True, None)
+    assert adam(engine({}, CPU)) == ("PyTorch", True, True)
     assert adam(engine({}, GPU)) == ("PyTorch", True, True)
     assert adam(engine(OFFLOAD, CPU)) == ("DeepSpeed", False, None)
     assert adam(engine(OFFLOAD, GPU)) == ("DeepSpeed", False, None)

@@ -100,6 +100,12 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
+def _half_of(row: Row) -> tuple[float, float]:
+    """How far below and above the median the middle half of the rounds reaches."""
+    low, middle, high = statistics.quantiles(row.rounds * 2 if len(row.rounds) == 1 else row.rounds, method="inclusive")
+    return middle - low, high - middle
+
+
 def plot(rows: Sequence[Row], heading: str, path: Path) -> None:
     """Seconds a step, the loss's part of them dark, and memory; a line where open_clip with our towers ends."""
     import matplotlib
@@ -115,11 +121,11 @@ def plot(rows: Sequence[Row], heading: str, path: Path) -> None:
     places = range(len(rows))
     colours = ["#9a9a9a" if row.step.startswith("open_clip") else "#2f6db3" for row in rows]
     axis = axes[0, 0]
-    spread = [[row.seconds - min(row.rounds) for row in rows], [max(row.rounds) - row.seconds for row in rows]]
+    spread = list(zip(*(_half_of(row) for row in rows), strict=True))
     axis.barh(places, [row.seconds for row in rows], color=colours, xerr=spread, ecolor="#444444")
     shares = [(row.loss_share or 0) * row.seconds for row in rows]
     axis.barh(places, shares, color="#17324f", label="contrastive loss alone")
-    axis.set_xlabel("seconds a step (median; line: all rounds)")
+    axis.set_xlabel("seconds a step (median; line: the middle half of the rounds)")
     if any(shares):
         axis.legend(fontsize=8, loc="lower right", frameon=False)
     if memory:
