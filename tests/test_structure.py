@@ -32,6 +32,7 @@ ALLOWED = {
         "model", "tasks", "telemetry", "training",
     },
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
+    "planning": {"config", "ds_config", "errors", "model", "planning"},
     "training": {
         "atomic", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
         "training",

@@ -2,7 +2,7 @@
 
 Every case is a job of fresh processes over gloo, on the CPU: the model is built, DeepSpeed started as in ds_configs/
 (with smaller buckets, since the model is), and three steps are made. What the third one sends is read from PyTorch's
-dispatcher, what it holds from PyTorch's allocator; neither knows the formulas. Writes results.json and table.md.
+dispatcher, what it holds from PyTorch's allocator and Python's list of tensors; none knows the formulas. Writes results.json and table.md.
 
 example: python tools/measure_scaling.py --worlds 1 2 4 --out docs/scaling
 """
@@ -34,7 +34,7 @@ from sacl_ds.ds_config import read_ds_config, resolve
 from sacl_ds.machine import this_machine
 from sacl_ds.planning.checking import compared, table
 from sacl_ds.planning.job import Job, Zero
-from sacl_ds.planning.watch import SeenOnTheWire, allocations, storage_bytes
+from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH, PREDICTED, VOCABULARY, TEACHER = 12, 3, 2000, 48
@@ -135,7 +135,9 @@ def measured(case: Case, rank: int) -> dict[str, Any]:
             step(mark)
         mark("end")
 
+    before = live_tensors()
     held = allocations(build_and_step)
+    rest = sum(size for storage, size in live_tensors().items() if storage not in before)
     wire = SeenOnTheWire()
     with wire:
         step(lambda name: None)
@@ -147,9 +149,9 @@ def measured(case: Case, rank: int) -> dict[str, Any]:
     return {
         "parameters": storage_bytes([*whole, *shards]),
         "optimizer": storage_bytes(value for value in state if value.ndim),
-        "at rest": held.at("rest"),
+        "at rest": rest,
         "forward": held.at("forward") - held.at("rest"),
-        "peak": held.peak("rest", "end"),
+        "peak": rest + held.peak("rest", "end") - held.at("rest"),
         "wire": {collective: wire.total(collective) for collective in ("all-reduce", "all-gather", "reduce-scatter")},
     }
 

@@ -14,7 +14,9 @@ from sacl_ds.planning.job import FLOAT, HALF, Job
 
 _IDS = 8  # bytes of an id
 _SUMS = 3 * 8  # of a text: two float64 log-sums and a count
-_SCALING_BUFFERS = 2  # of the largest gradient, under ZeRO 2 with offload
+_TEXTS, _FUSIONS = 2, 4  # passes of a pair through the text and the fusion encoder: captions and masked ones; ITM's and MLM's
+_IMAGES_READ = 4  # pairings for which a pair's image tokens are projected to keys and values
+_OFFLOAD_BUFFERS = 2  # of the largest gradient, under ZeRO 2 with offload
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,17 @@ def memory(job: Job) -> Memory:
         kept["parameters"] -= shard
         away["parameters"] = shard
     state = away if zero.optimizer else kept
-    if zero.stage in (1, 2) or (zero.stage == 3 and zero.optimizer):
-        state["float32 copy of the shard"] = shard
+    if zero.stage:
+        state["copy of the shard"] = shard
     state["optimizer"] = 2 * shard
     if zero.stage == 3:
-        (away if zero.optimizer else kept)["gradients"] = shard
+        state["gradients"] = 2 * shard if zero.optimizer else shard  # as they were reduced, and for the optimizer
         kept["buckets"] = _bucket(job)
     elif zero.optimizer:
         away["gradients"] = shard
+        away["parameters on their way back"] = shard
         largest = max(size for size, _ in job.sizes)
-        kept["buckets"] = _SCALING_BUFFERS * FLOAT * largest
+        kept["buckets"] = _OFFLOAD_BUFFERS * FLOAT * largest
     if job.run.momentum.enabled:
         kept["momentum"], kept["queue"] = whole, _queue(job)
     forward = {"activations": activations(job), "loss": loss_bytes(job)}
@@ -77,18 +80,27 @@ def memory(job: Job) -> Memory:
 def activations(job: Job) -> float:
     """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`, or, with checkpointing, the
     inputs of all blocks and one block as a whole."""
-    cost = job.cost.pretraining()
+    model, tokens, length = job.run.model, 1 + job.cost.patches, job.cost.text_tokens
+    vit, image_width, width = job.cost.model.image_encoder.vit, job.cost.model.image_encoder.width, model.text_width
     size = HALF if job.autocast else FLOAT
     if not job.checkpointed:
-        return job.at_once * size * cost.kept
-    model, tokens = job.run.model, 1 + job.cost.patches
-    vit = job.cost.model.image_encoder.vit
-    width, length = model.text_width, job.cost.text_tokens
-    inputs = len(vit.blocks) * tokens * job.cost.model.image_encoder.width
-    inputs += (2 * model.text_layers + 4 * model.fusion_layers) * length * width
+        return job.at_once * (size * job.cost.pretraining().kept + (HALF * _autocast_extra(job) if job.autocast else 0))
+    inputs = len(vit.blocks) * tokens * image_width
+    inputs += (_TEXTS * model.text_layers + _FUSIONS * model.fusion_layers) * length * width
     image_block = job.cost.image(guided=False)[0].kept / len(vit.blocks)
-    fusion_layer = 4 * job.cost.fused(length, tokens).kept / model.fusion_layers
-    return job.at_once * size * (inputs + max(image_block, fusion_layer))
+    fusion_layer = _FUSIONS * job.cost.fused(length, tokens).kept / model.fusion_layers
+    return job.at_once * (FLOAT * inputs + size * max(image_block, fusion_layer))
+
+
+def _autocast_extra(job: Job) -> float:
+    """bfloat16 numbers a pair on top of half of what float32 keeps: inputs of norms stay float32, and every linear
+    layer keeps its own bfloat16 copy of what several of them read."""
+    model, tokens, length = job.run.model, 1 + job.cost.patches, job.cost.text_tokens
+    encoder, width = job.cost.model.image_encoder, model.text_width
+    texts, fusions = _TEXTS * model.text_layers, _FUSIONS * model.fusion_layers
+    norms = (2 * len(encoder.vit.blocks) + 1) * tokens * encoder.width + (2 * texts + 3 * fusions) * length * width
+    queries_keys_values = 2 * (texts + fusions) * length * width
+    return norms + queries_keys_values + 2 * model.fusion_layers * _IMAGES_READ * tokens * encoder.width
 
 
 def loss_bytes(job: Job) -> float:

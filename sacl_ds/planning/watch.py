@@ -5,6 +5,7 @@ Nothing here knows the formulas of `memory` and `wire`, nor how the step is made
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -84,7 +85,8 @@ class Allocations:
 def allocations(work: Callable[[Callable[[str], None]], None]) -> Allocations:
     """What `work(mark)` allocates through PyTorch's CPU allocator; mark(name) notes the bytes held at that moment.
 
-    What gloo and C++ libraries take for themselves is not seen, as little as an accelerator's allocator would see it.
+    What gloo and C++ libraries take for themselves is not seen. Nor is a release by another thread, such as gloo's of
+    what an asynchronous collective sent: compare moments of one step only.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
 
@@ -103,6 +105,16 @@ def allocations(work: Callable[[Callable[[str], None]], None]) -> Allocations:
             found.curve.append(held)
         elif name.startswith("mark: "):
             found.marks[name.removeprefix("mark: ")] = len(found.curve)
+    return found
+
+
+def live_tensors() -> dict[int, int]:
+    """{storage: its bytes} of the CPU tensors that Python knows."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+            found[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
     return found
 
 
