@@ -1,8 +1,9 @@
 """Memory and traffic of real steps on 1 to 4 ranks, at ZeRO 0 to 3, beside the formulas of `sacl_ds.planning`.
 
 Every case is a job of fresh processes over gloo, on the CPU: the model is built, DeepSpeed started as in ds_configs/
-(with smaller buckets, since the model is), and three steps are made. What the third one sends is read from PyTorch's
-dispatcher, what it holds from PyTorch's allocator and Python's list of tensors; none knows the formulas. Writes results.json and table.md.
+(with smaller buckets, since the model is), and three steps are made. What a step sends is read from PyTorch's
+dispatcher, what it holds from PyTorch's allocator and Python's list of tensors: none of these knows the formulas.
+Writes results.json and table.md.
 
 example: python tools/measure_scaling.py --worlds 1 2 4 --out docs/scaling
 """

@@ -55,11 +55,12 @@ def run_of(arm: Arm) -> RunConfig:
 
 
 def settings_of(arm: Arm) -> dict[str, Any]:
-    """As in ds_configs/, with buckets that fit a small limit."""
+    """As in ds_configs/, with buckets and parameters that are whole at a time to fit a small limit."""
     if arm.ds is None:
         return {"zero_optimization": {"stage": 0}}
     found = read_ds_config(ROOT / "ds_configs" / arm.ds)
-    found["zero_optimization"] |= {"reduce_bucket_size": 4_000_000, "stage3_prefetch_bucket_size": 4_000_000}
+    smaller = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    found["zero_optimization"] |= {"reduce_bucket_size": 4_000_000} | dict.fromkeys(smaller, 4_000_000)
     found["optimizer"]["params"]["torch_adam"] = True
     return found
 
@@ -159,10 +160,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of results.json and memory.png")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    many, common = options.ranks, (options.limit, options.steps)
     arms = [
-        Arm("1 rank, no ZeRO", 1, None, options.limit, options.steps),
-        Arm(f"{options.ranks} ranks, ZeRO 3", options.ranks, "zero3.json", options.limit, options.steps),
-        Arm(f"{options.ranks} ranks, ZeRO 3, offload", options.ranks, "zero3_offload.json", options.limit, options.steps),
+        Arm("1 rank, no ZeRO", 1, None, *common),
+        Arm(f"{many} ranks, ZeRO 3", many, "zero3.json", *common),
+        Arm(f"{many} ranks, ZeRO 3, offload", many, "zero3_offload.json", *common),
     ]
     results = []
     for arm in arms:

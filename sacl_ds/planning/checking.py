@@ -23,7 +23,7 @@ def predicted(job: Job) -> dict[str, float]:
         "parameters": of.kept["parameters"] + of.host.get("parameters", 0),
         "optimizer": of.kept.get("optimizer", 0) + of.host.get("optimizer", 0),
         "at rest": sum(all_kept.values()),
-        "forward": sum(of.forward.values()),
+        "forward": sum(size for name, size in of.forward.items() if name != "buckets"),
         "peak": of.peak + sum(of.host.values()),
         **{collective: total(made, collective) for collective in COLLECTIVES},
     }
@@ -35,7 +35,8 @@ def compared(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     expected = predicted(job)
     found = {name: max(rank[name] for rank in ranks) for name in _FIGURES if name not in COLLECTIVES}
     found |= {name: max(rank["wire"][name] for rank in ranks) for name in COLLECTIVES}
-    return {"measured": found, "formula": expected, "ratio": {name: _ratio(found[name], expected[name]) for name in _FIGURES}}
+    ratios = {name: _ratio(found[name], expected[name]) for name in _FIGURES}
+    return {"measured": found, "formula": expected, "ratio": ratios}
 
 
 def _ratio(measured: float, formula: float) -> float:

@@ -60,10 +60,10 @@ class Zero:
 class Job:
     """A pre-training run on `world` ranks.
 
-    micro_batch: pairs a rank passes through the model at once; None: all of its share of the global batch. checkpointed:
-    activation checkpointing, a block at a time. coalesced: gradients of all micro-batches are reduced together.
-    text_tokens, predicted, vocab_size: as for `ModelCost`; teacher_width: of the teacher's features, 0 without one.
-    id_columns: ids of a pair, by which its duplicates are known.
+    micro_batch: pairs that pass through the model at once; None: all of a rank's. checkpointed: activations, a block at
+    a time. coalesced: gradients of all micro-batches are reduced together. text_tokens, predicted, vocab_size: as for
+    `ModelCost`. teacher_width: of the teacher's features, 0 without one. id_columns: ids of a pair, by which its
+    duplicates are known.
     """
 
     run: RunConfig

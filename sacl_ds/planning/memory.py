@@ -1,8 +1,8 @@
 """Bytes that a rank holds, by part: what stays between steps, and what a step adds at its two high points.
 
 Parameters, gradients and Adam's two averages are float32, also under autocast, whose bfloat16 copies of the weights
-live from forward to backward. The high points are the end of forward, where every activation is held and no gradient
-yet, and the end of backward, where it is the other way round. What a kernel needs for itself, the caching allocator's
+live from forward to backward. The high points are the beginning of backward, where every activation is held and no
+gradient yet, and its end, where it is the other way round. What a kernel needs for itself, the caching allocator's
 unused blocks (on GPUs often 5 to 10 %) and the context of CUDA and NCCL (1 to 2 GB) come on top.
 """
 
@@ -14,14 +14,16 @@ from sacl_ds.planning.job import FLOAT, HALF, Job
 
 _IDS = 8  # bytes of an id
 _SUMS = 3 * 8  # of a text: two float64 log-sums and a count
-_TEXTS, _FUSIONS = 2, 4  # passes of a pair through the text and the fusion encoder: captions and masked ones; ITM's and MLM's
+# passes of a pair through the text encoder, captions and masked ones, and through the fusion encoder, ITM's and MLM's
+_TEXTS, _FUSIONS = 2, 4
 _IMAGES_READ = 4  # pairings for which a pair's image tokens are projected to keys and values
 _OFFLOAD_BUFFERS = 2  # of the largest gradient, under ZeRO 2 with offload
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part. kept: between steps; forward, backward: on top of it, at the ends of the two; host: the memory of
+    """Bytes by part. kept: between steps; forward, backward: on top of it, where backward begins and
+    where it ends; host: the memory of
     the machine that offloading takes for this rank; disk: what NVMe holds of it."""
 
     kept: dict[str, float]
@@ -71,6 +73,8 @@ def memory(job: Job) -> Memory:
     if zero.stage == 3:
         forward["whole parameters"] = backward["whole parameters"] = FLOAT * min(job.parameters, zero.live)
     backward |= _gradients(job)
+    if zero.stage in (1, 2):  # made as backward begins
+        forward["buckets"] = _bucket(job)
     if job.parts > 1:  # earlier micro-batches have left theirs
         forward |= _accumulated(job)
     host, disk = ({}, away) if zero.optimizer == "nvme" else (away, {})

@@ -25,6 +25,7 @@ _STAGES = (0, 1, 2, 3)
 _ADVISED = 2
 _TOTAL = 100e6
 _TEACHER = 256
+_AT_ONCE = 256  # pairs that a GPU passes through the model
 _ROOM = 80e9  # bytes of an H100
 
 _PAGE = """# Scaling: memory, traffic, time
@@ -42,14 +43,14 @@ P parameters, W ranks, b pairs a rank at once; everything float32 but what autoc
 | parameters | 4P | 4P | 4P/W, and small ones whole |
 | copy that the optimizer changes | | 4P/W | 4P/W |
 | Adam's two averages | 8P | 8P/W | 8P/W |
-| gradients | 4P | 1: 4P + 4P/W; 2: up to 8P/W, at the end | 4P/W, and 4 × `reduce_bucket_size` while they are made |
-| buckets | 4P for the all-reduce | 4 × `reduce_bucket_size`, twice with `overlap_comm`, twice with bf16 | 4 × `reduce_bucket_size`, + 2 × with bf16 |
+| gradients | 4P | 1: 4P + 4P/W; 2: up to 8P/W, at the end | 4P/W, and 4B while they are made |
+| buckets, B = `reduce_bucket_size` | 4P | 4B; twice with `overlap_comm`, twice with bf16 | 4B, with bf16 6B |
 | whole parameters in a step | | | 4 × min(P, `stage3_max_live_parameters`) |
 | activations | b × `ModelCost.pretraining().bytes` | same | same |
 | bf16: casts of the weights | 2P' | 2P' | 2P' |
 | loss: texts of all ranks | N (4 (d + d_t) + 32) | same | same |
 
-P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t widths of features. Under
+P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t widths of features. With
 bf16 activations take about half, more where norms keep float32. With micro-batches (`train.micro_batch_size`) b is one
 of them. **ZeRO 3 as shipped saves no parameters within a step**: DeepSpeed keeps up to 10⁹ of them whole from forward to
 backward, more than `base` has, and in return gathers them once instead of twice; lower
@@ -70,7 +71,8 @@ K micro-batches a step.
 
 Under bf16 DeepSpeed sends gradients of P' (and, at ZeRO 3, these parameters) in two bytes; ZeRO 0 sends float32. ZeRO 1
 and 2 all-reduce although a rank needs its part only (`use_multi_rank_bucket_allreduce`). Images never travel.
-Momentum adds an all-gather of 4P at ZeRO 3 and of its queue's keys. `train.coalesce_reduction` makes K = 1 for gradients.
+Momentum adds an all-gather of 4P at ZeRO 3 and of its queue's keys. For gradients, `train.coalesce_reduction` makes
+K = 1.
 
 ## Measured beside the formulas
 
@@ -93,16 +95,17 @@ micro-batches are in the formulas, but not in this table.
 
 ## base at 256 px on H100s, computed
 
-Precision bf16, {tokens} tokens a caption, a teacher's features computed beforehand (d_t = {teacher}), all the shipped
-`ds_configs/`. GB a GPU; sent: GB a GPU and step in rings. Hours to 100 million pairs, the shorter time if all transfers
-that backward can cover are covered, the longer if none is. **Assumed, not measured**: {share:.0f} % of {peak:.0f} TFLOP/s
-is reached, {inside:.0f} GB/s within a node of {node}, {outside:.0f} GB/s between nodes; data never waits.
+Precision bf16, {tokens} tokens a caption, a teacher's features computed beforehand (d_t = {teacher}), the shipped
+`ds_configs/`. GB a GPU; sent: GB a GPU and step in rings. Hours to 100 million pairs: less if all transfers that
+backward can cover are covered, more if none is. **Assumed, not measured**: {share:.0f} % of {peak:.0f} TFLOP/s is
+reached, {inside:.0f} GB/s within a node of {node}, {outside:.0f} GB/s between nodes; data never waits.
 
 {worked}
 
-`base` fits an H100 at every stage; **ZeRO {advised} is advised**: 1 holds whole gradients for as much traffic, 3 pays
-only when parameters and optimizer no longer fit (of a model ten times as large), or where offloading is needed. Pass
-fewer pairs at once, or checkpoint, before reaching for 3: activations are the most of it.
+`base` fits an H100 at every stage; **ZeRO {advised} is advised**, for its gradients travel during backward, and with
+micro-batches ZeRO 1, which reduces them once a step (or `train.coalesce_reduction`). 3 pays only
+when parameters and optimizer no longer fit (of a model ten times as large), or where offloading is needed. Pass fewer
+pairs at once, or checkpoint, before reaching for 3: activations are the most of it.
 
 ## From one GPU to 128: what to change, in this order
 
@@ -148,7 +151,7 @@ def _job(world: int, stage: int) -> Job:
     train = {"global_batch_size": _WORLDS[world], "precision": "bf16"}
     run = RunConfig.model_validate({"model": {"preset": "base"}, "train": train})
     ds = read_ds_config(_ROOT / f"ds_configs/zero{stage}.json") if stage else {}
-    micro = 64 if _WORLDS[world] // world > 64 else None
+    micro = _AT_ONCE if _WORLDS[world] // world > _AT_ONCE else None
     return Job(run, world, Zero.of(ds), micro_batch=micro, teacher_width=_TEACHER)
 
 

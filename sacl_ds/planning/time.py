@@ -1,4 +1,4 @@
-"""How long a step takes, and a number of pairs: an estimate from assumed rates, which are inputs and no measurements."""
+"""How long a step takes: an estimate from assumed rates, which are inputs and no measurements."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def step_time(job: Job, rates: Rates) -> StepTime:
     """Rings run at the speed of their slowest link: the network's as soon as there is more than one node."""
     speed = rates.inside if job.world <= rates.node else rates.outside
     made = transfers(job)
-    hidden, open_ = (sum(each.sent(job.world) for each in made if each.hidden is kind) / speed for kind in (True, False))
-    return StepTime(step_flops(job) / (rates.flops * rates.share), hidden, open_)
+    hidden, rest = (sum(each.sent(job.world) for each in made if each.hidden is kind) / speed for kind in (True, False))
+    return StepTime(step_flops(job) / (rates.flops * rates.share), hidden, rest)
 
 
 def hours(job: Job, rates: Rates, pairs: float) -> tuple[float, float]:
-    """To see so many pairs: with all transfers covered that can be, and with none; data and logging wait for nothing."""
+    """To see so many pairs, with all transfers covered that can be, and with none. Data never waits."""
     steps, each = math.ceil(pairs / job.run.train.global_batch_size), step_time(job, rates)
     return steps * each.least / 3600, steps * each.most / 3600

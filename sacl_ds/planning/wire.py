@@ -101,4 +101,3 @@ def _momentum(job: Job) -> list[Transfer]:
         width = 2 * (job.run.model.embed_dim + (job.teacher_width if settings.regulate_queue else 0))
         made.append(Transfer("keys for the queue", "all-gather", texts * (FLOAT * width + _ID * job.id_columns)))
     return made
-
