@@ -50,7 +50,7 @@ P parameters, W ranks, b pairs a rank at once; everything float32 but what autoc
 | bf16: casts of the weights | 2P' | 2P' | 2P' |
 | loss: texts of all ranks | N (4 (d + d_t) + 32) | same | same |
 
-P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t widths of features. With
+P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t the features' widths. With
 bf16 activations take about half, more where norms keep float32. With micro-batches (`train.micro_batch_size`) b is one
 of them. **ZeRO 3 as shipped saves no parameters within a step**: DeepSpeed keeps up to 10⁹ of them whole from forward to
 backward, more than `base` has, and in return gathers them once instead of twice; lower
