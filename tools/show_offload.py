@@ -5,7 +5,7 @@ refuses what is beyond. One rank without ZeRO runs out of memory; four with ZeRO
 and the parameters offloaded, which on a CPU means the same memory and shows that it works, not that it saves. Writes
 results.json and memory.png: resident memory over time, by rank.
 
-example: python tools/show_offload.py --limit 1.25 --out docs/offload
+example: python tools/show_offload.py --limit 1.0 --out docs/offload
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sacl_ds.machine import this_machine
 from sacl_ds.planning.ranks import on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY, LENGTH, PAIRS = 30000, 12, 4
+VOCABULARY, LENGTH, PAIRS = 4000, 12, 4
 MODEL = {
     "image_encoder_arguments": {"embed_dim": 640, "depth": 8, "num_heads": 8, "patch_size": 16},
     "image_size": 64, "text_width": 640, "text_heads": 8, "text_layers": 2, "fusion_layers": 2, "embed_dim": 128,
@@ -155,7 +155,7 @@ def draw(results: list[dict[str, Any]], limit: float, path: Path) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=1.25, help="GiB a rank may use (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=1.0, help="GiB a rank may use (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help="with ZeRO 3 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, help="folder of results.json and memory.png")

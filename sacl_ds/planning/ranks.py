@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,9 @@ def on_ranks(world: int, work: Callable[[int, Any], Any], argument: Any) -> list
             process.start()
         for process in ranks:
             process.join()
+        for process in ranks:
+            if process.exitcode:
+                print(f"{process.name} ended with status {process.exitcode}", file=sys.stderr)
         return [json.loads(each[3].read_text()) if each[3].exists() else None for each in told]
 
 
