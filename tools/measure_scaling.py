@@ -14,11 +14,7 @@ import argparse
 import gc
 import itertools
 import json
-import multiprocessing
-import os
-import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +31,7 @@ from sacl_ds.ds_config import read_ds_config, resolve
 from sacl_ds.machine import this_machine
 from sacl_ds.planning.checking import compared, table
 from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.ranks import on_ranks
 from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,37 +154,16 @@ def measured(case: Case, rank: int) -> dict[str, Any]:
     }
 
 
-def enter(rank: int, case: Case, port: int, folder: str) -> None:
+def rank_of(rank: int, case: Case) -> dict[str, Any]:
     """One rank's process."""
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.world),
-        "LOCAL_WORLD_SIZE": str(case.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
     from sacl_ds.training.engine import start_process
 
     start_process()
     torch.set_num_threads(1)
-    Path(folder, f"{rank}.json").write_text(json.dumps(measured(case, rank)))
+    found = measured(case, rank)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def on_ranks(case: Case) -> list[dict[str, Any]]:
-    """What every rank of a case measured. Raises RuntimeError where one failed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sacl_ds.training.pretrain", "deepspeed"])
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        ranks = [context.Process(target=enter, args=(rank, case, port, folder)) for rank in range(case.world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError(f"{case} failed")
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(case.world)]
+    return found
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -212,7 +188,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for case in cases(options):
-        rows.append({"case": asdict(case), **compared(case.job, on_ranks(case))})
+        ranks = on_ranks(case.world, rank_of, case)
+        if None in ranks:
+            raise RuntimeError(f"{case}: a rank ended without a result; see above")
+        rows.append({"case": asdict(case), **compared(case.job, ranks)})
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
         (options.out / "table.md").write_text(table(rows))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import sys
 import threading
@@ -167,6 +168,8 @@ def main() -> None:
         Arm(f"{many} ranks, ZeRO 3", many, "zero3.json", *common),
         Arm(f"{many} ranks, ZeRO 3, offload", many, "zero3_offload.json", *common),
     ]
+    # every large tensor by a mapping of its own, which goes back to the kernel when it is freed
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     results = []
     for arm in arms:
         ranks = on_ranks(arm.world, train, arm)

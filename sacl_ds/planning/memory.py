@@ -67,7 +67,7 @@ def memory(job: Job) -> Memory:
     if job.run.momentum.enabled:
         kept["momentum"], kept["queue"] = whole, _queue(job)
     forward = {"activations": activations(job), "loss": loss_bytes(job)}
-    if job.autocast:
+    if job.autocast and zero.stage < 3:
         forward["bfloat16 weights"] = HALF * job.cast
     backward: dict[str, float] = {}
     if zero.stage == 3:

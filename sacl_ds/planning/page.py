@@ -47,7 +47,7 @@ P parameters, W ranks, b pairs a rank at once; everything float32 but what autoc
 | buckets, B = `reduce_bucket_size` | 4P | 4B; twice with `overlap_comm`, twice with bf16 | 4B, with bf16 6B |
 | whole parameters in a step | | | 4 × min(P, `stage3_max_live_parameters`) |
 | activations | b × `ModelCost.pretraining().bytes` | same | same |
-| bf16: casts of the weights | 2P' | 2P' | 2P' |
+| bf16: casts of the weights | 2P' | 2P' | |
 | loss: texts of all ranks | N (4 (d + d_t) + 32) | same | same |
 
 P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t the features' widths. With
@@ -88,9 +88,9 @@ Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Activation chec
 
 ![resident memory by rank and time](offload.png)
 
-`tools/show_offload.py`: 83 million parameters, of which Adam in float32 needs 1.23 GiB with weights and gradients; the
-kernel lets each rank have 1.25 GiB in all above what the libraries take, and a step needs more than that. ZeRO 3 runs
-here with `stage3_max_live_parameters` of 4 million. On a CPU offloading moves nothing: it shows that it trains.
+`tools/show_offload.py`: {shown}, for which Adam in float32 needs {needed} GiB with weights
+and gradients; the kernel lets each rank have 1.0 GiB above what the libraries take. ZeRO 3 runs here with
+`stage3_max_live_parameters` of 4 million. On a CPU offloading moves nothing: it shows that it trains.
 
 {offload}
 
@@ -126,8 +126,8 @@ pairs at once, or checkpoint, before reaching for 3: activations are the most of
 
 
 def page(measured: dict[str, Any]) -> str:
-    """docs/scaling.md. measured: {"model", "pairs", "rows": of `tools/measure_scaling.py`, "offload": lines of
-    `tools/show_offload.py`}."""
+    """docs/scaling.md. measured: {"model", "pairs", "rows": of `tools/measure_scaling.py`, "shown",
+    "needed": the model of `tools/show_offload.py`, and "offload": its lines}."""
     job = _job(8, _ADVISED)
     return _PAGE.format(
         model=measured["model"],
@@ -135,6 +135,8 @@ def page(measured: dict[str, Any]) -> str:
         measured=table(measured["rows"]),
         worst_memory=_worst(measured["rows"], ("parameters", "optimizer", "at rest", "forward", "peak")),
         worst_wire=_worst(measured["rows"], ("all-reduce", "all-gather", "reduce-scatter")),
+        shown=measured["shown"],
+        needed=measured["needed"],
         offload="\n".join(f"* {line}" for line in measured["offload"]),
         worked="\n".join(_worked()),
         tokens=job.cost.text_tokens,
