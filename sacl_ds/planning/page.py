@@ -52,7 +52,7 @@ P parameters, W ranks, b pairs a rank at once; everything float32 but what autoc
 
 P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t the features' widths. With
 bf16 activations take about half, more where norms keep float32. With micro-batches (`train.micro_batch_size`) b is one
-of them. **ZeRO 3 as shipped saves no parameters within a step**: DeepSpeed keeps up to 10⁹ of them whole from forward to
+of them. **ZeRO 3 as shipped saves no parameters within a step**: DeepSpeed keeps up to 10⁹ whole from forward to
 backward, more than `base` has, and in return gathers them once instead of twice; lower
 `stage3_max_live_parameters` and `stage3_max_reuse_distance` to change that.
 
