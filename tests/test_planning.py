@@ -58,7 +58,7 @@ def test_adam_in_float32_is_sixteen_bytes_a_parameter() -> None:
     alone = job(1)
     found = memory(alone)
     assert found.at_rest == 12 * alone.parameters
-    assert found.backward == {"gradients": 4 * alone.parameters, "buckets": 0}
+    assert found.backward == {"gradients": 4 * alone.parameters, "buckets": 4 * alone.parameters}
     cut = memory(job(4, zero=Zero(stage=3, reduce_bucket=1000, persistent=0)))
     assert cut.at_rest == pytest.approx(20 * alone.parameters / 4 + 4000, rel=0.01)
 

@@ -70,7 +70,7 @@ def memory(job: Job) -> Memory:
     if job.autocast and zero.stage < 3:
         forward["bfloat16 weights"] = HALF * job.cast
     backward: dict[str, float] = {}
-    if zero.stage == 3:
+    if zero.stage == 3 and job.world > 1:  # alone, the shard is whole as it is
         forward["whole parameters"] = backward["whole parameters"] = FLOAT * min(job.parameters, zero.live)
     backward |= _gradients(job)
     if zero.stage in (1, 2):  # made as backward begins
@@ -118,7 +118,7 @@ def _gradients(job: Job) -> dict[str, float]:
     """At the end of backward, or of the optimizer's step, whichever holds more."""
     zero, whole, shard = job.zero, FLOAT * job.parameters, FLOAT * job.shard
     if zero.stage == 0:
-        return {"gradients": whole, "buckets": 0 if job.world == 1 else FLOAT * min(job.parameters, 500_000_000)}
+        return {"gradients": whole, "buckets": FLOAT * min(job.parameters, 500_000_000)}
     if zero.stage == 1 or (job.coalesced and job.parts > 1):
         return {"gradients": whole + shard, "buckets": _bucket(job)}
     if zero.stage == 2:
