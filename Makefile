@@ -42,6 +42,7 @@ study-quick: venv
 docs: venv
 	python -m sacl_ds.config_help docs/configuration.md
 	python -m sacl_ds.model.cost_page docs/presets.md
+	python -m sacl_ds.planning.page docs/scaling.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

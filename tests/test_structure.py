@@ -36,6 +36,7 @@ ALLOWED = {
         "training",
     },
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
+    "planning": {"config", "ds_config", "errors", "model", "planning"},
     "training": {
         "atomic", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
         "training",

@@ -1,0 +1,145 @@
+"""What the formulas of memory, traffic and time take in: a run, its ranks, and what ZeRO is told to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from sacl_ds.config import RunConfig
+from sacl_ds.errors import UserError
+from sacl_ds.model.cost import ModelCost
+
+FLOAT, HALF = 4, 2  # bytes of a float32, and of what autocast computes with
+
+# DeepSpeed's own values where a configuration says nothing (deepspeed/runtime/zero/config.py of 0.19)
+_BUCKET, _LIVE, _PERSISTENT = 500_000_000, 1_000_000_000, 100_000
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The part of a DeepSpeed configuration that memory and traffic depend on.
+
+    reduce_bucket: gradients, counted in numbers, that are reduced together. double: two such buckets, of which one is
+    filled while the other travels. live: parameters that ZeRO 3 keeps whole at a time; persistent: parameters of fewer
+    numbers stay whole for good. optimizer, parameters: where they are offloaded to, None: nowhere.
+    """
+
+    stage: int = 0
+    reduce_bucket: int = _BUCKET
+    double: bool = False
+    live: int = _LIVE
+    persistent: int = _PERSISTENT
+    optimizer: str | None = None
+    parameters: str | None = None
+
+    @classmethod
+    def of(cls, ds: dict[str, Any]) -> Zero:
+        """From a DeepSpeed configuration, resolved or as in ds_configs/."""
+        section = ds.get("zero_optimization", {})
+        stage = int(section.get("stage", 0))
+
+        def device(part: str) -> str | None:
+            name = (section.get(part) or {}).get("device", "none")
+            return None if name == "none" else str(name)
+
+        return cls(
+            stage=stage,
+            reduce_bucket=int(section.get("reduce_bucket_size", _BUCKET)),
+            double=bool(section.get("overlap_comm", stage == 3)),
+            live=int(section.get("stage3_max_live_parameters", _LIVE)),
+            persistent=int(section.get("stage3_param_persistence_threshold", _PERSISTENT)),
+            optimizer=device("offload_optimizer"),
+            parameters=device("offload_param"),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pre-training run on `world` ranks.
+
+    micro_batch: pairs that pass through the model at once; None: all of a rank's. checkpointed: activations, a block at
+    a time. coalesced: gradients of all micro-batches are reduced together. text_tokens, predicted, vocab_size: as for
+    `ModelCost`. teacher_width: of the teacher's features, 0 without one. id_columns: ids of a pair, by which its
+    duplicates are known.
+    """
+
+    run: RunConfig
+    world: int
+    zero: Zero
+    micro_batch: int | None = None
+    checkpointed: bool = False
+    coalesced: bool = False
+    text_tokens: int | None = None
+    predicted: float | None = None
+    vocab_size: int | None = None
+    teacher_width: int = 0
+    id_columns: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises UserError where the batch does not divide."""
+        total = self.run.train.global_batch_size
+        if self.world < 1 or total % self.world:
+            raise UserError(f"train.global_batch_size={total} does not divide over {self.world} ranks; take a multiple")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.pairs % self.micro_batch):
+            raise UserError(
+                f"a micro-batch of {self.micro_batch} pairs does not divide the {self.pairs} pairs that "
+                f"train.global_batch_size={total} gives each of {self.world} ranks; take a divisor"
+            )
+
+    @cached_property
+    def cost(self) -> ModelCost:
+        return ModelCost(
+            self.run.model, text_tokens=self.text_tokens, predicted=self.predicted, vocab_size=self.vocab_size
+        )
+
+    @property
+    def pairs(self) -> int:
+        """Of the global batch, on a rank."""
+        return self.run.train.global_batch_size // self.world
+
+    @property
+    def at_once(self) -> int:
+        """Pairs that pass through the model together."""
+        return self.pairs if self.micro_batch is None else self.micro_batch
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step."""
+        return self.pairs // self.at_once
+
+    @property
+    def autocast(self) -> bool:
+        return self.run.train.precision == "bf16"
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, bool]]:
+        """Of each parameter: how many numbers, and whether autocast computes with it in bfloat16, in which DeepSpeed
+        then sends it and its gradient: weights and biases of plain linear layers and convolutions."""
+        found: dict[int, tuple[int, bool]] = {}
+        for module in self.cost.model.modules():
+            cast = self.autocast and type(module) in (nn.Linear, nn.Conv2d)
+            for parameter in module.parameters(recurse=False):
+                found.setdefault(id(parameter), (parameter.numel(), cast))
+        return list(found.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(size for size, _ in self.sizes)
+
+    @cached_property
+    def cast(self) -> int:
+        """Parameters that autocast holds in bfloat16 too."""
+        return sum(size for size, cast in self.sizes if cast)
+
+    @property
+    def shard(self) -> int:
+        """Parameters of which a rank keeps the optimizer's state: every tensor is cut in equal parts under ZeRO 3, all
+        of them together under ZeRO 1 and 2."""
+        if self.zero.stage == 0:
+            return self.parameters
+        if self.zero.stage == 3:
+            return sum(-(-size // self.world) for size, _ in self.sizes)
+        return -(-self.parameters // self.world)

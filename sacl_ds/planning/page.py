@@ -1,0 +1,188 @@
+"""docs/scaling.md: `python -m sacl_ds.planning.page FILE` writes it; without FILE, stdout.
+
+It is made of the formulas, and of docs/scaling_measured.json, which `tools/measure_scaling.py` gave.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sacl_ds.config import RunConfig
+from sacl_ds.ds_config import read_ds_config
+from sacl_ds.planning.checking import table
+from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.memory import memory
+from sacl_ds.planning.time import H100, hours, step_time
+from sacl_ds.planning.wire import transfers
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_MEASURED = _ROOT / "docs/scaling_measured.json"
+_WORLDS = {8: 4096, 64: 16384, 512: 32768}
+_STAGES = (0, 1, 2, 3)
+_ADVISED = 2
+_TOTAL = 100e6
+_TEACHER = 256
+_AT_ONCE = 256  # pairs that a GPU passes through the model
+_ROOM = 80e9  # bytes of an H100
+
+_PAGE = """# Scaling: memory, traffic, time
+
+Made by `python -m sacl_ds.planning.page docs/scaling.md` (in `make docs`) from the formulas in `sacl_ds/planning/` and
+from what `tools/measure_scaling.py` measured; do not edit. **No figure on this page is from a GPU**: what is measured
+was measured on CPUs over gloo, and the tables for H100s are computed from assumptions that are named.
+
+## What fills a rank's memory
+
+P parameters, W ranks, b pairs a rank at once; everything float32 but what autocast computes.
+
+| part | ZeRO 0 | 1 and 2 | 3 |
+| --- | --- | --- | --- |
+| parameters | 4P | 4P | 4P/W, and small ones whole |
+| copy that the optimizer changes | | 4P/W | 4P/W |
+| Adam's two averages | 8P | 8P/W | 8P/W |
+| gradients | 4P | 1: 4P + 4P/W; 2: up to 8P/W, at the end | 4P/W, and 4B while they are made |
+| buckets, B = `reduce_bucket_size` | 4P | 4B; twice with `overlap_comm`, twice with bf16 | 4B, with bf16 6B |
+| whole parameters in a step | | | 4 × min(P, `stage3_max_live_parameters`) |
+| activations | b × `ModelCost.pretraining().bytes` | same | same |
+| bf16: casts of the weights | 2P' | 2P' | |
+| loss: texts of all ranks | N (4 (d + d_t) + 32) | same | same |
+
+P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t the features' widths. With
+bf16 activations take about half, more where norms keep float32. With micro-batches (`train.micro_batch_size`) b is one
+of them. **ZeRO 3 as shipped saves no parameters within a step**: DeepSpeed keeps up to 10⁹ whole from forward to
+backward, more than `base` has, and in return gathers them once instead of twice; lower
+`stage3_max_live_parameters` and `stage3_max_reuse_distance` to change that.
+
+## What travels
+
+Payload: the whole tensor of a collective. In a ring a rank sends 2 (W-1)/W of an all-reduce's, (W-1)/W of the others'.
+K micro-batches a step.
+
+| what | ZeRO 0 | 1 | 2 | 3 |
+| --- | --- | --- | --- | --- |
+| gradients | all-reduce 4P | all-reduce 4P | all-reduce 4P × K | reduce-scatter 4P × K |
+| parameters | | all-gather 4P | all-gather 4P | all-gather 4P (K > 1: × 2K) |
+| texts, teacher's texts, ids | all-gather N (4d + 4d_t + 16 + 4) | same | same | same |
+| sums over texts | all-reduce 20 N | same | same | same |
+| gradient of texts | reduce-scatter 4 N d | same | same | same |
+
+Under bf16 DeepSpeed sends gradients of P' (and, at ZeRO 3, these parameters) in two bytes; ZeRO 0 sends float32. ZeRO 1
+and 2 all-reduce although a rank needs its part only (`use_multi_rank_bucket_allreduce`). Images never travel.
+Momentum adds an all-gather of 4P at ZeRO 3 and of its queue's keys. For gradients, `train.coalesce_reduction` makes
+K = 1.
+
+## Measured beside the formulas
+
+MB of a rank, and measured / formula: at rest between steps, what forward adds, the peak of a step; payload a step.
+{model}, {pairs} pairs a rank, buckets of 400,000 (shipped: 50 million). Memory by PyTorch's allocator and the live
+tensors, traffic by PyTorch's dispatcher: the formulas take no part. Offload on a CPU is the same memory, and counts.
+
+{measured}
+Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Activation checkpointing, momentum, micro-batches,
+`stage3_max_live_parameters` below the model's size and NVMe are in the formulas, but not in this table.
+
+## ZeRO 3 where one rank's memory is too small
+
+![resident memory by rank and time](offload.png)
+
+`tools/show_offload.py`: {shown}, for which Adam in float32 needs {needed} GiB with weights
+and gradients; the kernel lets each rank have 1.0 GiB above what the libraries take. ZeRO 3 runs here with
+`stage3_max_live_parameters` of 4 million. On a CPU offloading moves nothing: it shows that it trains.
+
+{offload}
+
+## base at 256 px on H100s, computed
+
+Precision bf16, {tokens} tokens a caption, a teacher's features computed beforehand (d_t = {teacher}), the shipped
+`ds_configs/`. GB a GPU; sent: GB a GPU and step in rings. Hours to 100 million pairs: less if all transfers that
+backward can cover are covered, more if none is. **Assumed, not measured**: {share:.0f} % of {peak:.0f} TFLOP/s is
+reached, {inside:.0f} GB/s within a node of {node}, {outside:.0f} GB/s between nodes; data never waits.
+
+{worked}
+
+`base` fits an H100 at every stage; **ZeRO {advised} is advised**, for its gradients travel during backward, and with
+micro-batches ZeRO 1, which reduces them once a step (or `train.coalesce_reduction`). 3 pays only
+when parameters and optimizer no longer fit (of a model ten times as large), or where offloading is needed. Pass fewer
+pairs at once, or checkpoint, before reaching for 3: activations are the most of it.
+
+## From one GPU to 128: what to change, in this order
+
+1. **Batch**: `train.global_batch_size` up with the ranks, as long as a rank's pairs fit. Larger batches mean more false
+   negatives in each: look at `tools/weight_analysis.py report` again.
+2. **Learning rate**: about with the square root of the batch (Adam), `optim.warmup_steps` longer by as much; try two.
+3. **ZeRO stage**: `zero1.json` or `zero2.json` with several ranks. `zero3.json` only where memory asks for it.
+4. **Precision**: `train.precision=bf16`: about half the activations and half the gradient traffic.
+5. **Fewer pairs at once**: `train.micro_batch_size`, which keeps the batch and its gradients and costs one more
+   forward pass of both encoders. With ZeRO 2 and 3 gradients travel once a micro-batch, unless
+   `train.coalesce_reduction=true`.
+6. **Checkpointing**: `train.checkpoint_activations=true`: inputs of blocks only, for about a third more compute.
+7. **Teacher**: `tools/precompute_teacher.py` and `teacher.features`: its pass leaves the step.
+8. **Patch selection**: `model.patch_selection.placement=output` (docs/patches.md): fewer image tokens for fusion.
+9. **Several nodes**: a network of 400 Gbit/s a GPU is assumed above; with a tenth of it multiply the sent bytes out.
+"""
+
+
+def page(measured: dict[str, Any]) -> str:
+    """docs/scaling.md. measured: {"model", "pairs", "rows": of `tools/measure_scaling.py`, "shown",
+    "needed": the model of `tools/show_offload.py`, and "offload": its lines}."""
+    job = _job(8, _ADVISED)
+    return _PAGE.format(
+        model=measured["model"],
+        pairs=measured["pairs"],
+        measured=table(measured["rows"]),
+        worst_memory=_worst(measured["rows"], ("parameters", "optimizer", "at rest", "forward", "peak")),
+        worst_wire=_worst(measured["rows"], ("all-reduce", "all-gather", "reduce-scatter")),
+        shown=measured["shown"],
+        needed=measured["needed"],
+        offload="\n".join(f"* {line}" for line in measured["offload"]),
+        worked="\n".join(_worked()),
+        tokens=job.cost.text_tokens,
+        teacher=_TEACHER,
+        advised=_ADVISED,
+        share=100 * H100.share,
+        peak=H100.flops / 1e12,
+        inside=H100.inside / 1e9,
+        outside=H100.outside / 1e9,
+        node=H100.node,
+    )
+
+
+def _job(world: int, stage: int) -> Job:
+    train = {"global_batch_size": _WORLDS[world], "precision": "bf16"}
+    run = RunConfig.model_validate({"model": {"preset": "base"}, "train": train})
+    ds = read_ds_config(_ROOT / f"ds_configs/zero{stage}.json") if stage else {}
+    micro = _AT_ONCE if _WORLDS[world] // world > _AT_ONCE else None
+    return Job(run, world, Zero.of(ds), micro_batch=micro, teacher_width=_TEACHER)
+
+
+def _worked() -> list[str]:
+    head = ["GPUs, batch", "pairs a GPU, at once", "ZeRO", "at rest", "activations", "peak", "fits 80 GB"]
+    head += ["sent", "compute s", "hours to 100M"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * 3}{' ---: |' * 3} --- |{' ---: |' * 3}"]
+    for world, batch in _WORLDS.items():
+        for stage in _STAGES:
+            job = _job(world, stage)
+            found, took = memory(job), step_time(job, H100)
+            fewest, most = hours(job, H100, _TOTAL)
+            sent = sum(each.sent(world) for each in transfers(job))
+            figures = [f"{size / 1e9:.1f}" for size in (found.at_rest, found.forward["activations"], found.peak)]
+            cells = [f"{world}, {batch}", f"{job.pairs}, {job.at_once}", str(stage), *figures]
+            cells += ["yes" if found.peak < 0.9 * _ROOM else "no", f"{sent / 1e9:.2f}", f"{took.compute:.2f}"]
+            lines.append(f"| {' | '.join([*cells, f'{fewest:.2f} to {most:.2f}'])} |")
+    return lines
+
+
+def _worst(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
+    ratios = [row["ratio"][name] for row in rows for name in names]
+    return f"{100 * max(abs(ratio - 1) for ratio in ratios):.0f} %"
+
+
+if __name__ == "__main__":
+    made = page(json.loads(_MEASURED.read_text()))
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(made)
+    else:
+        print(made, end="")

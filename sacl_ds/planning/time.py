@@ -1,0 +1,74 @@
+"""How long a step takes: an estimate from assumed rates, which are inputs and no measurements."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sacl_ds.model.cost import BACKWARD
+from sacl_ds.planning.job import Job
+from sacl_ds.planning.wire import transfers
+
+_CHECKPOINTED = 1  # forwards more, for the activations computed again
+_LOSS = 8  # FLOPs a pair of pairs and dimension, forward and backward, and half as many a dimension of the teacher
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is assumed of the hardware. flops: peak a GPU and second, dense; share: of it that is reached (MFU);
+    inside, outside: bytes a GPU sends a second within its node and to other nodes; node: GPUs of one."""
+
+    flops: float
+    share: float
+    inside: float
+    outside: float
+    node: int = 8
+
+
+# an H100 SXM by NVIDIA's data sheet: 989 TFLOP/s dense bfloat16, NVLink 450 GB/s a direction; a 400 Gbit/s network port
+# a GPU. Of the links 80 % are taken to be reached, of the FLOPs 40 %.
+H100 = Rates(flops=989e12, share=0.4, inside=0.8 * 450e9, outside=0.8 * 50e9)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds. compute: of the model and the loss; hidden: transfers that the backward pass can cover; open: others."""
+
+    compute: float
+    hidden: float
+    open: float
+
+    @property
+    def least(self) -> float:
+        """With everything that can be covered covered."""
+        return max(self.compute, self.hidden) + self.open
+
+    @property
+    def most(self) -> float:
+        """With nothing covered."""
+        return self.compute + self.hidden + self.open
+
+
+def step_flops(job: Job) -> float:
+    """Of one rank: forward and backward of its pairs, once more forward of both encoders with micro-batches, and the
+    batch's similarities."""
+    forward = job.cost.pretraining().flops
+    a_pair = (BACKWARD + (_CHECKPOINTED if job.checkpointed else 0)) * forward
+    if job.parts > 1:
+        a_pair += job.cost.image(guided=False)[0].flops + job.cost.text().flops
+    width = job.run.model.embed_dim + job.teacher_width / 2
+    return job.pairs * (a_pair + _LOSS * job.run.train.global_batch_size * width)
+
+
+def step_time(job: Job, rates: Rates) -> StepTime:
+    """Rings run at the speed of their slowest link: the network's as soon as there is more than one node."""
+    speed = rates.inside if job.world <= rates.node else rates.outside
+    made = transfers(job)
+    hidden, rest = (sum(each.sent(job.world) for each in made if each.hidden is kind) / speed for kind in (True, False))
+    return StepTime(step_flops(job) / (rates.flops * rates.share), hidden, rest)
+
+
+def hours(job: Job, rates: Rates, pairs: float) -> tuple[float, float]:
+    """To see so many pairs, with all transfers covered that can be, and with none. Data never waits."""
+    steps, each = math.ceil(pairs / job.run.train.global_batch_size), step_time(job, rates)
+    return steps * each.least / 3600, steps * each.most / 3600

@@ -1,0 +1,124 @@
+"""What a training step really sends and really holds, seen from outside: by PyTorch's dispatcher and its allocator.
+
+Nothing here knows the formulas of `memory` and `wire`, nor how the step is made; it is what they are checked against.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# torch's operators -> the collective and which of its arguments is the whole, of which ranks hold or get parts
+_COLLECTIVES = {
+    "allreduce_": ("all-reduce", 0),
+    "_allgather_base_": ("all-gather", 0),
+    "allgather_": ("all-gather", 0),
+    "allgather_into_tensor_coalesced_": ("all-gather", 0),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "reduce_": ("reduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "alltoall_base_": ("all-to-all", 1),
+    "alltoall_": ("all-to-all", 1),
+}
+_SILENT = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_", "send")
+
+
+class SeenOnTheWire(TorchDispatchMode):
+    """Counts payload bytes of the collectives that are started inside: those of the whole tensor, as every rank hands
+    it over (all-reduce, reduce-scatter) or receives it (all-gather).
+
+    payload: {(collective, dtype): bytes}; calls: as many collectives. Raises ValueError for one it does not know.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payload: Counter[tuple[str, torch.dtype]] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, operator: str, args: tuple[Any, ...]) -> None:
+        if operator in _SILENT:
+            return
+        if operator not in _COLLECTIVES:
+            raise ValueError(f"c10d::{operator} is no collective that is counted")
+        collective, place = _COLLECTIVES[operator]
+        self.calls[collective] += 1
+        for tensor in tree_leaves(args[place]):
+            self.payload[collective, tensor.dtype] += tensor.nbytes
+
+    def total(self, collective: str) -> int:
+        """Payload bytes of a collective, over all dtypes."""
+        return sum(count for (name, _), count in self.payload.items() if name == collective)
+
+
+@dataclass
+class Allocations:
+    """Bytes of CPU memory that tensors take while it runs, on top of what there was: the curve and named moments."""
+
+    curve: list[int] = field(default_factory=list)  # after every allocation and release, in order
+    marks: dict[str, int] = field(default_factory=dict)  # places in the curve of the moments that `mark` named
+
+    def at(self, mark: str) -> int:
+        """Bytes held at that moment."""
+        return self.curve[self.marks[mark] - 1] if self.marks[mark] else 0
+
+    def peak(self, start: str, stop: str) -> int:
+        """Most bytes held between two moments."""
+        return max(self.curve[max(self.marks[start] - 1, 0) : self.marks[stop]], default=0)
+
+
+def allocations(work: Callable[[Callable[[str], None]], None]) -> Allocations:
+    """What `work(mark)` allocates through PyTorch's CPU allocator; mark(name) notes the bytes held at that moment.
+
+    What gloo and C++ libraries take for themselves is not seen. Nor is a release by another thread, such as gloo's of
+    what an asynchronous collective sent: compare moments of one step only.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+        def mark(name: str) -> None:
+            with torch.profiler.record_function(f"mark: {name}"):
+                pass
+
+        work(mark)
+    assert profiler.profiler is not None
+    result = profiler.profiler.kineto_results
+    events = [(event.start_ns(), event.name(), event.nbytes()) for event in result.events()]
+    found, held = Allocations(), 0
+    for _, name, size in sorted(events, key=lambda event: event[0]):
+        if name == "[memory]":
+            held += size
+            found.curve.append(held)
+        elif name.startswith("mark: "):
+            found.marks[name.removeprefix("mark: ")] = len(found.curve)
+    return found
+
+
+def live_tensors() -> dict[int, int]:
+    """{storage: its bytes} of the CPU tensors that Python knows."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+            found[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
+    return found
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages under the tensors."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,201 @@
+"""Memory and traffic of real steps on 1 to 4 ranks, at ZeRO 0 to 3, beside the formulas of `sacl_ds.planning`.
+
+Every case is a job of fresh processes over gloo, on the CPU: the model is built, DeepSpeed started as in ds_configs/
+(with smaller buckets, since the model is), and three steps are made. What a step sends is read from PyTorch's
+dispatcher, what it holds from PyTorch's allocator and Python's list of tensors: none of these knows the formulas.
+Writes results.json and table.md.
+
+example: python tools/measure_scaling.py --worlds 1 2 4 --out docs/scaling
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sacl_ds.command_line import Parser, exit_status
+from sacl_ds.config import ModelConfig, RunConfig
+from sacl_ds.data.batch import Batch
+from sacl_ds.data.text import IGNORED
+from sacl_ds.ds_config import read_ds_config, resolve
+from sacl_ds.machine import this_machine
+from sacl_ds.planning.checking import compared, table
+from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.ranks import on_ranks
+from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH, PREDICTED, VOCABULARY, TEACHER = 12, 3, 2000, 48
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "image_encoder_arguments": {"embed_dim": 96, "depth": 3, "num_heads": 3, "patch_size": 8},
+        "image_size": 48, "text_width": 96, "text_heads": 3, "text_layers": 1, "fusion_layers": 1, "embed_dim": 64,
+    },
+    "middle": {
+        "image_encoder_arguments": {"embed_dim": 256, "depth": 6, "num_heads": 4, "patch_size": 8},
+        "image_size": 64, "text_width": 256, "text_heads": 4, "text_layers": 3, "fusion_layers": 3, "embed_dim": 128,
+    },
+}  # fmt: skip
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    size: str
+    pairs: int  # a rank
+    world: int
+    stage: int
+    offload: bool
+    precision: str
+
+    @property
+    def run(self) -> RunConfig:
+        model = ModelConfig.model_validate({**SIZES[self.size], "max_tokens": LENGTH, "vocab_size": VOCABULARY})
+        train = {"global_batch_size": self.pairs * self.world, "precision": self.precision}
+        return RunConfig.model_validate({"model": model, "train": train})
+
+    @property
+    def ds(self) -> dict[str, Any]:
+        """As in ds_configs/, with buckets as much smaller as the model is."""
+        if self.stage == 0:
+            return {"zero_optimization": {"stage": 0}}
+        found = read_ds_config(ROOT / f"ds_configs/zero{self.stage}{'_offload' if self.offload else ''}.json")
+        smaller = {"reduce_bucket_size": 400_000, "allgather_bucket_size": 400_000}
+        if self.stage == 3:
+            smaller |= {"stage3_prefetch_bucket_size": 400_000, "stage3_param_persistence_threshold": 1000}
+        found["zero_optimization"] |= smaller
+        return found
+
+    @property
+    def job(self) -> Job:
+        return Job(
+            self.run, self.world, Zero.of(self.ds), predicted=PREDICTED, vocab_size=VOCABULARY, teacher_width=TEACHER
+        )
+
+
+def batch(case: Case, rank: int) -> tuple[Batch, tuple[torch.Tensor, torch.Tensor]]:
+    """Random pixels and captions of one length, and a teacher's features."""
+    g, pairs, size = torch.Generator().manual_seed(rank), case.pairs, case.run.model.image_size
+    ids = torch.randint(5, VOCABULARY, (pairs, LENGTH), generator=g)
+    masked = (torch.arange(LENGTH) < PREDICTED).expand(pairs, -1)
+    made = Batch(
+        keys=[""] * pairs, captions=[""] * pairs, shards=[""] * pairs,
+        images=torch.randint(0, 256, (pairs, 3, size, size), generator=g, dtype=torch.uint8),
+        input_ids=ids, attention_mask=torch.ones_like(ids),
+        pair_ids=(rank * pairs + torch.arange(pairs))[:, None].expand(-1, 2).contiguous(),
+        masked_ids=ids.masked_fill(masked, 4), mlm_labels=ids.masked_fill(~masked, IGNORED),
+    )  # fmt: skip
+    image, text = (torch.nn.functional.normalize(torch.randn(pairs, TEACHER, generator=g), dim=1) for _ in "it")
+    return made, (image, text)
+
+
+def measured(case: Case, rank: int) -> dict[str, Any]:
+    """Of this rank: bytes at rest, at the end of forward and at the peak, by part where parts can be told apart, and
+    the payload bytes of the collectives. The process must not have built an engine before."""
+    from sacl_ds.model.sacl import SaclModel
+    from sacl_ds.training.engine import build_engine
+    from sacl_ds.training.objectives import PretrainObjective, Targets
+
+    run = case.run
+    settings = resolve(case.ds, run, case.world, this_machine("cpu"))
+    data, teacher = batch(case, rank)
+    targets = Targets(teacher, 0.5, torch.Generator().manual_seed(rank))
+    engine: Any = None
+
+    def step(mark: Callable[[str], None]) -> None:
+        loss = engine(data, targets)["loss"]
+        mark("forward")
+        engine.backward(loss)
+        mark("backward")
+        engine.step()
+        del loss
+        gc.collect()
+
+    def build_and_step(mark: Callable[[str], None]) -> None:
+        nonlocal engine
+        torch.manual_seed(run.seed)
+        model = PretrainObjective(SaclModel(run.model, VOCABULARY, pretrained=False), run.loss)
+        engine = build_engine(model, settings, run.optim)
+        del model
+        for _ in range(STEPS):
+            gc.collect()
+            mark("rest")
+            step(mark)
+        mark("end")
+
+    before = live_tensors()
+    held = allocations(build_and_step)
+    rest = sum(size for storage, size in live_tensors().items() if storage not in before)
+    wire = SeenOnTheWire()
+    with wire:
+        step(lambda name: None)
+    own = list(engine.module.parameters())
+    whole = [p.data for p in own if getattr(p, "ds_persist", True)]
+    shards = [p.ds_tensor for p in own if hasattr(p, "ds_tensor")]
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    state = [value for each in inner.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
+    return {
+        "parameters": storage_bytes([*whole, *shards]),
+        "optimizer": storage_bytes(value for value in state if value.ndim),
+        "at rest": rest,
+        "forward": held.at("forward") - held.at("rest"),
+        "peak": rest + held.peak("rest", "end") - held.at("rest"),
+        "wire": {collective: wire.total(collective) for collective in ("all-reduce", "all-gather", "reduce-scatter")},
+    }
+
+
+def rank_of(rank: int, case: Case) -> dict[str, Any]:
+    """One rank's process."""
+    from sacl_ds.training.engine import start_process
+
+    start_process()
+    torch.set_num_threads(1)
+    found = measured(case, rank)
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    kinds = itertools.product(options.precision, options.worlds, options.stages, (False, True))
+    return [
+        Case(options.size, options.pairs, world, stage, offload, precision)
+        for precision, world, stage, offload in kinds
+        if not offload or (stage >= 2 and options.offload)
+    ]
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="middle", help="of the model (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=12, help="a rank (default: %(default)s)")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="ranks (default: 1 2 4)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO")
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"), help="default: fp32")
+    parser.add_argument("--offload", action="store_true", help="also with what ds_configs/ offloads to the CPU")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results.json and table.md")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for case in cases(options):
+        ranks = on_ranks(case.world, rank_of, case)
+        if None in ranks:
+            raise RuntimeError(f"{case}: a rank ended without a result; see above")
+        rows.append({"case": asdict(case), **compared(case.job, ranks)})
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (options.out / "table.md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
