@@ -72,6 +72,15 @@ class SaclModel(nn.Module):
         for encoder in (self.image_encoder, self.text_encoder, self.fusion_encoder):
             encoder.compile_layers(backend)
 
+    def train_for(self, matching: bool, words: bool) -> None:
+        """Leave the parts as they are that no loss reaches: the fusion encoder without ITM and MLM, and their heads.
+
+        Else weight decay would shrink them, and they would take an optimizer's memory and time.
+        """
+        self.fusion_encoder.requires_grad_(matching or words)
+        self.matching_head.requires_grad_(matching)
+        self.mlm_head.requires_grad_(words)
+
     def encode_image(self, images: Tensor, guide: Tensor | None = None) -> tuple[ImageStates, Tensor]:
         """(b, 3, H, W) uint8 -> states and unit features (b, d) float32.
 

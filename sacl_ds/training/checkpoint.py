@@ -25,8 +25,10 @@ from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import UserError
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.saved import write_tensors
+from sacl_ds.training.engine import fill_parameters, whole_parameters
 
 FOLDER, LATEST, STATE, MOMENTUM = "checkpoints", "latest", "state.json", "momentum.safetensors"
+FROZEN = "frozen.safetensors"  # what is not trained, which DeepSpeed's conversion to other ranks leaves out
 _UNIVERSAL = {"universal_checkpoint_version": 0.2}
 _CONVERTED = "_universal"
 
@@ -63,8 +65,11 @@ def save(
     tag = f"step_{step:08d}"
     # what DeepSpeed's conversion to another number of ranks asks for
     engine.save_checkpoint(str(folder), tag, {"universal_checkpoint_info": _UNIVERSAL}, save_latest=False)
+    frozen = {name: value.cpu().clone() for name, value in whole_parameters(engine, engine.module, trained=False)}
     barrier()
     if rank() == 0:
+        if frozen:
+            write_tensors(frozen, folder / tag / FROZEN)
         if momentum:  # the same on all ranks
             write_tensors(momentum.state(), folder / tag / MOMENTUM)
         state = RunState(step, world_size(), zero_stage(engine.config), identity.vocabulary, identity.data)
@@ -164,6 +169,8 @@ def _load_from_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str) -> s
         barrier()
         if rank() == 0:
             shutil.rmtree(folder / universal, ignore_errors=True)
+    if (folder / tag / FROZEN).exists():
+        fill_parameters(engine, load_file(folder / tag / FROZEN))
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
     for state in engine.optimizer.optimizer.state.values():

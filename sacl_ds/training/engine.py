@@ -123,13 +123,15 @@ def set_learning_rates(engine: DeepSpeedEngine, optim: OptimConfig, factor: floa
         group["lr"] = factor * (optim.lr_image if group["part"] == "image" else optim.lr_text)
 
 
-def whole_parameters(engine: DeepSpeedEngine, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def whole_parameters(
+    engine: DeepSpeedEngine, module: nn.Module, trained: bool | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Name and current value of every parameter of `module` (a part of the engine's), on every rank.
 
-    Every rank must go through all of them: under ZeRO 3 the shards are gathered, some at a time, and a value is good
-    only until the next one is asked for.
+    trained: only those that are, or that are not. Every rank must go through all of them: under ZeRO 3 the shards are
+    gathered, some at a time, and a value is good only until the next one is asked for.
     """
-    named = list(module.named_parameters())
+    named = [(name, p) for name, p in module.named_parameters() if trained in (None, p.requires_grad)]
     if zero_stage(engine.config) != 3:
         yield from ((name, parameter.detach()) for name, parameter in named)
         return
@@ -152,6 +154,19 @@ def _batched(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, 
         numbers += size
     if some:
         yield some
+
+
+def fill_parameters(engine: DeepSpeedEngine, values: dict[str, Tensor]) -> None:
+    """Write whole tensors into parameters that are not trained, by name in the engine's module; every rank calls it.
+
+    Raises KeyError where the module has no such parameter.
+    """
+    named = dict(engine.module.named_parameters())
+    for name, value in values.items():
+        sharded = [named[name]] if zero_stage(engine.config) == 3 else []
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+            if not sharded or engine.global_rank == 0:
+                named[name].copy_(value)
 
 
 def whole_state(engine: DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]:

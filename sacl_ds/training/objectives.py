@@ -94,6 +94,7 @@ class PretrainObjective(nn.Module):
         super().__init__()
         self.model = model
         self.settings = loss
+        model.train_for(matching=loss.matching_weight > 0, words=loss.mlm_weight > 0)
 
     def forward(
         self, batch: Batch, targets: Targets | MicroTargets | None
