@@ -67,6 +67,10 @@ def test_similarities_equal_those_of_transformers(clip: Path) -> None:
     collator = Collator(own, 0, None, teacher.view)
     batch = collator([collator.item(sample, Place(0, 0, 0)) for sample in samples()])
     image, text = teacher_features(teacher, batch)
+    halves = teacher_features(teacher, batch, "bf16")
+    assert all(half.dtype == torch.float32 for half in halves)
+    away = (halves[0] @ halves[1].T - image @ text.T).abs().max()
+    assert 1e-6 < away < 0.02  # bf16 keeps 8 bits: 1/256 of a product, less of a sum
 
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
     images = [Image.fromarray(sample.picture.pixels().permute(1, 2, 0).numpy()) for sample in samples()]

@@ -104,7 +104,9 @@ class OurStep:
         seed = self.taken * world_size() + rank()
         generator = torch.Generator(self.device).manual_seed(seed)
         step = TrainingStep(self.taken, seed, generator, self.device, self.rows)
-        return contrastive_step(self.engine, self.batch, step, _Aims(self.teacher, generator, features))
+        return contrastive_step(
+            self.engine, self.batch, step, _Aims(self.teacher, self.run.train.precision, generator, features)
+        )
 
     def loss_alone(self) -> Step:
         """Forward and backward of the contrastive loss of this step's own features, over all ranks."""
@@ -119,11 +121,14 @@ class OurStep:
 @dataclass(frozen=True)
 class _Aims:
     teacher: FrozenTeacher | None
+    precision: str
     generator: torch.Generator
     features: bool
 
     def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
-        return Beside(teacher_features(self.teacher, batch) if self.teacher and features else None)
+        if self.teacher is None or not features:
+            return Beside()
+        return Beside(teacher_features(self.teacher, batch, self.precision))
 
     def targets(self, beside: Beside) -> Targets:
         return Targets(beside.teacher, _ALPHA if beside.teacher else 0.0, self.generator, features=self.features)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.model.clip_teacher import ClipTeacher, is_clip
+from sacl_ds.model.precision import autocast
 from sacl_ds.model.saved import identity_of, load_model
 
 
@@ -33,8 +34,11 @@ class Teacher(Protocol):
         """(b, L_t) int64, twice -> (b, d_t)."""
 
 
-def teacher_features(teacher: Teacher, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(b, d_t) of images and (b, d_t) of captions: as the batch holds them, or computed."""
+def teacher_features(teacher: Teacher, batch: Batch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+    """(b, d_t) of images and (b, d_t) of captions, float32: as the batch holds them, or computed.
+
+    precision: of the products where they are computed, as `train.precision` names it.
+    """
     stored = batch.teacher_features
     if stored is not None:
         image, text = torch.nn.functional.normalize(stored.float(), dim=2).unbind(1)
@@ -43,7 +47,8 @@ def teacher_features(teacher: Teacher, batch: Batch) -> tuple[Tensor, Tensor]:
     ids, mask = batch.teacher_input_ids, batch.teacher_attention_mask
     if ids is None or mask is None:
         ids, mask = batch.input_ids, batch.attention_mask
-    return teacher.image_features(images), teacher.text_features(ids, mask)
+    with autocast(images.device, precision):
+        return teacher.image_features(images), teacher.text_features(ids, mask)
 
 
 def load_teacher(checkpoint: str, device: torch.device, setting: str = "teacher.checkpoint") -> Teacher:

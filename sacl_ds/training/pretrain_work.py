@@ -84,7 +84,9 @@ class _Aims:
 
     def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
         work, run = self.work, self.work.run
-        teacher = teacher_features(work.teacher, batch) if work.teacher and features else None
+        teacher = None
+        if work.teacher and features:
+            teacher = teacher_features(work.teacher, batch, run.train.precision)
         tokens = tokens and self._soft_weight > 0 and run.loss.mlm_weight > 0
         if work.momentum is None or not (features or tokens):
             return Beside(teacher)
