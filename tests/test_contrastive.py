@@ -225,6 +225,8 @@ def test_anchor_without_negatives_is_zero_with_zero_gradient() -> None:
         ({"backend": "fast"}, "choose one of"),
         ({"pair_ids": torch.zeros(3, dtype=torch.int64)}, "pair_ids"),
         ({"teacher_image": torch.randn(4, 2)}, "together"),
+        ({"counts": [3]}, r"counts=\[3\] of 1 ranks, and this one holds 4"),
+        ({"counts": [4, 4]}, "of 1 ranks"),
     ],
 )
 def test_bad_arguments(options: dict, message: str) -> None:

@@ -131,7 +131,9 @@ class _Aims:
         return Beside(teacher_features(self.teacher, batch, self.precision))
 
     def targets(self, beside: Beside) -> Targets:
-        return Targets(beside.teacher, _ALPHA if beside.teacher else 0.0, self.generator, features=self.features)
+        return Targets(
+            beside.teacher, _ALPHA if beside.teacher else 0.0, self.generator, features=self.features, even=True
+        )
 
 
 def _loss_step(run: RunConfig, targets: Targets, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Step:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sacl_ds.distributed import Group
+from sacl_ds.distributed import Group, rank, world_size
 from sacl_ds.losses.keys import Keys, keys_loss
 from sacl_ds.losses.reference import dense_keys_loss, dense_loss
 from sacl_ds.losses.regulation import Regulation
@@ -65,6 +65,7 @@ def similarity_regulated_loss(
     statistics: bool = False,
     keys: Keys | None = None,
     soft_weight: float = 0.0,
+    counts: Sequence[int] | None = None,
 ) -> ContrastiveOutput:
     """Image-text contrastive loss whose negatives are weighted by inverse similarity (module docstring).
 
@@ -85,6 +86,8 @@ def similarity_regulated_loss(
     keys: compare with these instead of with the other modality's features: momentum encoders, a queue.
     soft_weight: a in (1 - a) * L_i + a * S_i, in [0, 1]; S_i, unregulated, has the momentum model's distribution over
         the same keys as its target (`sacl_ds.losses.distillation`). Needs keys.
+    counts: pairs of every rank, in rank order, where they are known: else the ranks ask each other, and the host waits
+        for its device.
 
     Differentiable once, in image, text and logit_scale; the gradient that comes into the loss must be the same on all
     ranks, as under every engine that averages gradients. Raises ValueError for shapes or settings that do not fit.
@@ -97,6 +100,7 @@ def similarity_regulated_loss(
         keys.check(image, teacher is not None, pair_ids)
     if not 0 <= soft_weight <= 1 or (soft_weight and keys is None):
         raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
+    known = _counted(counts, image, group)
     make_tiles = _tiles(backend, image)
     with torch.autocast(image.device.type, enabled=False):
         arguments = (image, text, logit_scale, teacher, pair_ids, regulation)
@@ -104,17 +108,17 @@ def similarity_regulated_loss(
             figures = None
             if statistics:
                 tiles = (make_tiles or TorchTiles)(regulation)
-                figures = contrastive_statistics(joint_loss(*arguments, tiles, group)[1])
+                figures = contrastive_statistics(joint_loss(*arguments, tiles, group, known)[1])
             common = (*arguments[:-1], keys, regulation)
             if make_tiles is None:
                 return ContrastiveOutput(*dense_keys_loss(*common, group, soft_weight), figures)
-            return ContrastiveOutput(*keys_loss(*common, make_tiles, group, soft_weight), figures)
+            return ContrastiveOutput(*keys_loss(*common, make_tiles, group, soft_weight, known), figures)
         if make_tiles is None:
             figures = None
             if statistics:
-                figures = contrastive_statistics(joint_loss(*arguments, TorchTiles(regulation), group)[1])
+                figures = contrastive_statistics(joint_loss(*arguments, TorchTiles(regulation), group, known)[1])
             return ContrastiveOutput(*dense_loss(*arguments, group), figures)
-        loss, joint = joint_loss(*arguments, make_tiles(regulation), group)
+        loss, joint = joint_loss(*arguments, make_tiles(regulation), group, known)
         return ContrastiveOutput(
             loss,
             joint.image_anchors.loss.to(loss.dtype),
@@ -139,6 +143,15 @@ def _tiles(backend: str, features: Tensor) -> Callable[[Regulation], Tiles] | No
 
         return TritonTiles
     return None if backend == "reference" else TorchTiles
+
+
+def _counted(counts: Sequence[int] | None, image: Tensor, group: Group) -> list[int] | None:
+    """Raises ValueError where this rank holds other than what is said of it."""
+    if counts is None:
+        return None
+    if len(counts) != world_size(group) or counts[rank(group)] != len(image):
+        raise ValueError(f"counts={list(counts)} of {world_size(group)} ranks, and this one holds {len(image)} pairs")
+    return list(counts)
 
 
 def _checked(

@@ -23,7 +23,7 @@ TILE = (1024, 1024)
 
 
 @torch.no_grad()
-def expected_keys(anchors: Side, keys: Sequence[Side], logit_scale: float) -> Tensor:
+def expected_keys(anchors: Side, keys: Sequence[Side], logit_scale: Tensor) -> Tensor:
     """(b, d) kappa_i: the mean key of each anchor's candidates under the momentum model's softmax.
 
     anchors: (b, d) momentum features of this rank's pairs; keys: the global batch's, which hold the anchors' own at

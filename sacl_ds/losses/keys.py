@@ -92,9 +92,10 @@ def keys_loss(
     make_tiles: Callable[[Regulation], Tiles],
     group: Group,
     soft_weight: float = 0.0,
+    counts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (0-dim) and losses of this rank's anchors, (b,) of images and of texts."""
-    counts = row_counts(image, group)
+    counts = row_counts(image, group) if counts is None else counts
 
     def losses(anchor: Tensor, direction: Direction) -> Tensor:
         hard = _row_losses(anchor, logit_scale, direction, regulation, keys.regulate_queue, make_tiles)
@@ -183,7 +184,7 @@ def _soft_losses(even: Tensor, anchor: Tensor, logit_scale: Tensor, direction: D
     momentum = replace(direction.anchors, features=direction.momentum, teacher=None).to(dtype)
     sides = [side.to(dtype) for side in (direction.batch, direction.queue) if side is not None]
     own = sides[0].features[first : first + len(anchor)]
-    towards = own - expected_keys(momentum, sides, float(logit_scale.detach()))
+    towards = own - expected_keys(momentum, sides, logit_scale.detach())
     return even + logit_scale * (anchor.to(dtype) * towards).sum(1)
 
 

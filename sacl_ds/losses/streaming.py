@@ -123,12 +123,13 @@ def joint_loss(
     regulation: Regulation,
     tiles: Tiles,
     group: Group,
+    counts: list[int] | None = None,
 ) -> tuple[Tensor, Joint]:
     """The differentiable loss (0-dim), and what led to it; arguments as in `similarity_regulated_loss`.
 
     The gradient that comes into the loss must be the same on all ranks.
     """
-    counts = row_counts(image, group)
+    counts = row_counts(image, group) if counts is None else counts
     ids = shared = None
     if pair_ids is not None:
         ids, shared = shared_ids(gather_rows(pair_ids.view(len(image), -1), counts, group))

@@ -65,7 +65,7 @@ class _OwnSimilarity:
         return Beside()
 
     def targets(self, beside: Beside) -> Targets:
-        return Targets(None, 0.0, self.step.generator, statistics=self.step.logged)
+        return Targets(None, 0.0, self.step.generator, statistics=self.step.logged, even=True)
 
 
 class RetrievalTask(Task):

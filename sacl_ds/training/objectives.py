@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sacl_ds.config import LossConfig
 from sacl_ds.data.batch import Batch
-from sacl_ds.distributed import sum_over_ranks
+from sacl_ds.distributed import sum_over_ranks, world_size
 from sacl_ds.losses import (
     HardNegatives,
     Keys,
@@ -43,7 +43,8 @@ class Targets:
     """What the step takes from outside the model.
 
     teacher: (image, text) unit features (b, d_t) of the frozen teacher, or None; alpha: its share of the similarity.
-    generator: draws ITM's negatives. statistics: figures on mutual information among the losses as well.
+    generator: draws ITM's negatives. statistics: figures on mutual information among the losses as well. even: every
+    rank holds as many pairs, which need not be asked for.
     features: return the step's features beside the losses. momentum: None where there is no momentum model.
     """
 
@@ -53,6 +54,7 @@ class Targets:
     statistics: bool = False
     features: bool = False
     momentum: MomentumTargets | None = None
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class PretrainObjective(nn.Module):
             statistics=targets.statistics,
             keys=momentum.keys if momentum else None,
             soft_weight=momentum.soft_weight if momentum else 0.0,
+            counts=[len(image)] * world_size() if targets.even else None,
         )
         return {"itc": out.loss, **(out.statistics or {})}
 

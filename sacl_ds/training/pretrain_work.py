@@ -99,7 +99,7 @@ class _Aims:
         if work.momentum and beside.momentum:
             believed = momentum_targets(work.momentum, run, beside.momentum, self._soft_weight, beside.token_logits)
         share = alpha(step.number, run) if beside.teacher else 0.0
-        return Targets(beside.teacher, share, step.generator, step.logged or recorded, recorded, believed)
+        return Targets(beside.teacher, share, step.generator, step.logged or recorded, recorded, believed, even=True)
 
     @property
     def _soft_weight(self) -> float:

@@ -22,6 +22,7 @@ OPTIONS = {
     "teacher alone": {"alpha": 1.0, "sharpness": 4.0},
     "dropped": {"alpha": 0.5, "sharpness": 5.0, "drop_below": 0.9},
 }
+TOLD = ("sharp", "dropped")
 BACKENDS = {
     "reference": (torch.float64, 1e-12),
     "streaming": (torch.float64, 1e-12),
@@ -59,6 +60,7 @@ def on_each_rank(rank: int, world: int, folder: Path) -> None:
     found = {}
     for name, (dtype, _) in BACKENDS.items():
         for option, values in OPTIONS.items():
+            values = values | ({"counts": COUNTS[world]} if option in TOLD else {})  # else the ranks ask each other
             for soft_weight in (None, 0.0, 0.4):
                 of_image, of_text, of_scale = gradients(name.split(",")[0], part, dtype, soft_weight, **values)
                 dist.all_reduce(of_scale)
