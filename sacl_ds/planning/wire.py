@@ -45,13 +45,12 @@ def total(made: list[Transfer], collective: str) -> float:
 def _engine(job: Job) -> list[Transfer]:
     zero, whole = job.zero, FLOAT * job.parameters
     sent = whole - (FLOAT - HALF) * job.cast
-    times = 1 if job.coalesced else job.parts
+    times = job.reductions
     if zero.stage == 0:
         return [Transfer("gradients", "all-reduce", whole)]
     if zero.stage < 3:
-        reductions = times if zero.stage == 2 else 1
         return [
-            Transfer("gradients", "all-reduce", reductions * sent, hidden=zero.double),
+            Transfer("gradients", "all-reduce", times * sent, hidden=zero.double),
             Transfer("parameters", "all-gather", whole),
         ]
     padded = [(job.world * -(-size // job.world), cast, size) for size, cast in job.sizes]
