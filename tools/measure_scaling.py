@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sacl_ds.command_line import Parser, exit_status
-from sacl_ds.config import ModelConfig, RunConfig
+from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import read_ds_config, resolve
@@ -235,7 +234,9 @@ def main() -> None:
     if options.offload and min(options.stages) < 2:
         raise UserError("--offload: only ZeRO 2 and 3 offload; add --stages 2 3")
     if options.pairs % options.micro_batches:
-        raise UserError(f"--micro-batches {options.micro_batches} do not divide --pairs {options.pairs}; take a divisor")
+        raise UserError(
+            f"--micro-batches {options.micro_batches} do not divide --pairs {options.pairs}; take a divisor"
+        )
     for case in cases(options):
         ranks = on_ranks(case.world, rank_of, case)
         if None in ranks:

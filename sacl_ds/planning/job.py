@@ -107,23 +107,38 @@ class Job:
     @property
     def reductions(self) -> int:
         """Times a step that gradients are reduced: ZeRO 0 and 1 keep them whole until the last micro-batch."""
-        once = self.run.train.coalesce_reduction or self.zero.stage < 2
-        return 1 if once else self.parts
+        return self.parts if self.zero.stage > 1 and self.reduced_in_backward else 1
 
     @property
-    def autocast(self) -> bool:
-        return self.run.train.precision == "bf16"
+    def reduced_in_backward(self) -> bool:
+        """Not behind that of the last micro-batch, of all of them at once."""
+        return self.parts == 1 or not self.run.train.coalesce_reduction
 
     @cached_property
     def sizes(self) -> list[tuple[int, bool]]:
         """Of each parameter: how many numbers, and whether autocast computes with it in bfloat16, in which DeepSpeed
         then sends it and its gradient: weights and biases of plain linear layers and convolutions."""
+        return self._sizes(self.cost.model)
+
+    @cached_property
+    def late_sizes(self) -> list[tuple[int, bool]]:
+        """Of the parameters that the first pass of micro-batches, for ITC's features, does without."""
+        model = self.cost.model
+        return [
+            each for part in (model.fusion_encoder, model.matching_head, model.mlm_head) for each in self._sizes(part)
+        ]
+
+    def _sizes(self, module: nn.Module) -> list[tuple[int, bool]]:
         found: dict[int, tuple[int, bool]] = {}
-        for module in self.cost.model.modules():
-            cast = self.autocast and type(module) in (nn.Linear, nn.Conv2d)
-            for parameter in module.parameters(recurse=False):
+        for part in module.modules():
+            cast = self.autocast and type(part) in (nn.Linear, nn.Conv2d)
+            for parameter in part.parameters(recurse=False):
                 found.setdefault(id(parameter), (parameter.numel(), cast))
         return list(found.values())
+
+    @property
+    def autocast(self) -> bool:
+        return self.run.train.precision == "bf16"
 
     @cached_property
     def parameters(self) -> int:

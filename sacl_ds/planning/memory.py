@@ -73,23 +73,22 @@ def memory(job: Job) -> Memory:
     forward = {"activations": activations(job), "loss": loss_bytes(job)}
     if job.autocast and zero.stage < 3:
         forward["bfloat16 weights"] = HALF * job.cast
-    backward: dict[str, float] = {}
-    if zero.stage == 3 and job.world > 1:  # alone, the shard is whole as it is
-        forward["whole parameters"] = backward["whole parameters"] = FLOAT * min(job.parameters, zero.live)
-    backward |= _gradients(job)
-    if zero.stage in (1, 2):  # made as backward begins
-        forward["buckets"] = _bucket(job)
+    if zero.stage == 3:
+        forward["whole parameters"] = _whole_parameters(job)
+    if zero.stage in (1, 2) and job.reduced_in_backward:
+        early = zero.stage == 1 and job.parts > 1
+        forward["buckets since the first micro-batch" if early else "buckets"] = _bucket(job)
     if job.checkpointed:
         forward["block computed again"] = computed_again(job)
-    if job.parts > 1:  # earlier micro-batches have left theirs
+    if job.parts > 1:
         forward |= _accumulated(job)
     host, disk = ({}, away) if zero.optimizer == "nvme" else (away, {})
-    return Memory(kept, forward, backward, host, disk)
+    return Memory(kept, forward, _gradients(job), host, disk)
 
 
 def activations(job: Job) -> float:
-    """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`; with checkpointing, of the blocks
-    of all encoders only what goes in, in float32 also under autocast."""
+    """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`; with checkpointing, of all
+    encoders' blocks only what goes in, in float32 also under autocast."""
     numbers, extra = job.cost.pretraining().kept, _autocast_extra(job) if job.autocast else 0.0
     inputs = 0.0
     if job.checkpointed:
@@ -155,15 +154,25 @@ def _gradients(job: Job) -> dict[str, float]:
     zero, whole, shard = job.zero, FLOAT * job.parameters, FLOAT * job.shard
     if zero.stage == 0:
         return {"gradients": whole, "buckets": FLOAT * min(job.parameters, 500_000_000)}
-    if zero.stage == 1 or (job.run.train.coalesce_reduction and job.parts > 1):
+    if zero.stage == 3:
+        made = FLOAT * min(job.parameters, zero.reduce_bucket)
+        if job.reduced_in_backward:
+            return {"whole parameters": _whole_parameters(job), "gradients": made}
+        return {"gradients": whole + made}
+    if zero.stage == 1 or not job.reduced_in_backward:
         return {"gradients": whole + shard, "buckets": _bucket(job)}
-    if zero.stage == 2:
-        return {"gradients": 0 if zero.optimizer else 2 * shard, "buckets": _bucket(job)}
-    return {"gradients": FLOAT * min(job.parameters, zero.reduce_bucket)}
+    copies = 2 if job.parts == 1 else 3  # of the share, as it was reduced, for the optimizer, and added up before
+    return {"gradients": 0 if zero.optimizer else copies * shard, "buckets": _bucket(job)}
+
+
+def _whole_parameters(job: Job) -> float:
+    """That ZeRO 3 gathered; alone, the shard is whole as it is."""
+    return FLOAT * min(job.parameters, job.zero.live) if job.world > 1 else 0.0
 
 
 def _accumulated(job: Job) -> dict[str, float]:
-    if job.zero.stage in (0, 1) or job.run.train.coalesce_reduction:
+    """Gradients that earlier micro-batches have left."""
+    if job.zero.stage < 2 or not job.reduced_in_backward:
         return {"gradients": FLOAT * job.parameters}
     return {"gradients": FLOAT * job.shard if job.zero.stage == 2 and not job.zero.optimizer else 0.0}
 

@@ -22,7 +22,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); name another file, or remove it") from None
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
-        raise UserError(f"{path}: no record of measurements: it has no \"rows\"; name another file")
+        raise UserError(f'{path}: no record of measurements: it has no "rows"; name another file')
     return found
 
 

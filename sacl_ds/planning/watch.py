@@ -9,6 +9,7 @@ import ctypes
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,7 @@ def allocations(work: Callable[[Callable[[str], None]], None]) -> Allocations:
 
     What gloo and C++ libraries take for themselves is not seen, nor the release of what was there before.
     """
-    _count_all_threads()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _all_threads_counted(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
 
         def mark(name: str) -> None:
             with torch.profiler.record_function(f"mark: {name}"):
@@ -118,11 +118,17 @@ def _flat(tree: list[Any]) -> Iterator[Any]:
         yield event
 
 
-def _count_all_threads() -> None:
+@contextmanager
+def _all_threads_counted() -> Iterator[None]:
     """PyTorch's running total of CPU memory takes in what threads do that are not profiled, too: gloo's release what an
     asynchronous collective sent. There is no other way to set this flag from Python."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
-    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
+    flag = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
+    flag.value = True
+    try:
+        yield
+    finally:
+        flag.value = False
 
 
 def live_tensors() -> dict[int, int]:
