@@ -1,11 +1,12 @@
 """Memory and traffic of real steps on 1 to 4 ranks, at ZeRO 0 to 3, beside the formulas of `sacl_ds.planning`.
 
 Every case is a job of fresh processes over gloo, on the CPU: the model is built, DeepSpeed started as in ds_configs/
-(with smaller buckets, since the model is), and three steps are made. What a step sends is read from PyTorch's
-dispatcher, what it holds from PyTorch's allocator and Python's list of tensors: none of these knows the formulas.
-Writes results.json and table.md.
+(with smaller buckets, since the model is), and three steps are made as pre-training makes them. What a step sends is
+read from PyTorch's dispatcher, what it holds from PyTorch's allocator and Python's list of tensors: none of these knows
+the formulas. Options name the cases; each is done with all of --offload, --micro-batches, --coalesce and --checkpoint
+that are given. Prints a row of the table for each, and puts it in the file that docs/scaling.md is made of.
 
-example: python tools/measure_scaling.py --worlds 1 2 4 --out docs/scaling
+example: python tools/measure_scaling.py --worlds 2 --stages 2 3 --micro-batches 4 --docs docs/scaling_measured.json
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,17 +22,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sacl_ds.command_line import Parser, exit_status
-from sacl_ds.config import ModelConfig, RunConfig
+from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import read_ds_config, resolve
+from sacl_ds.errors import UserError
 from sacl_ds.machine import this_machine
+from sacl_ds.model.sacl import SaclModel
 from sacl_ds.planning.checking import compared, table
 from sacl_ds.planning.job import Job, Zero
 from sacl_ds.planning.ranks import on_ranks
+from sacl_ds.planning.record import record_row
 from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
+from sacl_ds.training.accumulation import Beside, contrastive_step
+from sacl_ds.training.engine import build_engine, start_process
+from sacl_ds.training.objectives import PretrainObjective, Targets
+from sacl_ds.training.preparation import prepare_model
+from sacl_ds.training.step import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH, PREDICTED, VOCABULARY, TEACHER = 12, 3, 2000, 48
@@ -55,13 +64,20 @@ class Case:
     pairs: int  # a rank
     world: int
     stage: int
-    offload: bool
     precision: str
+    offload: bool = False
+    micro_batches: int = 1
+    coalesced: bool = False
+    checkpointed: bool = False
 
     @property
     def run(self) -> RunConfig:
-        model = ModelConfig.model_validate({**SIZES[self.size], "max_tokens": LENGTH, "vocab_size": VOCABULARY})
-        train = {"global_batch_size": self.pairs * self.world, "precision": self.precision}
+        model = {**SIZES[self.size], "max_tokens": LENGTH, "vocab_size": VOCABULARY}
+        train = {
+            "global_batch_size": self.pairs * self.world, "micro_batch_size": max(1, self.pairs // self.micro_batches),
+            "precision": self.precision, "coalesce_reduction": self.coalesced,
+            "checkpoint_activations": self.checkpointed,
+        }  # fmt: skip
         return RunConfig.model_validate({"model": model, "train": train})
 
     @property
@@ -83,54 +99,75 @@ class Case:
         )
 
 
-def batch(case: Case, rank: int) -> tuple[Batch, tuple[torch.Tensor, torch.Tensor]]:
+@dataclass(frozen=True)
+class Precomputed:
+    """Aims of a step whose teacher's features come with the batch."""
+
+    generator: torch.Generator
+
+    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
+        if not features or batch.teacher_features is None:
+            return Beside()
+        image, text = batch.teacher_features.float().unbind(1)
+        return Beside((image, text))
+
+    def targets(self, beside: Beside) -> Targets:
+        return Targets(beside.teacher, 0.5, self.generator)
+
+
+def batch(case: Case, rank: int) -> Batch:
     """Random pixels and captions of one length, and a teacher's features."""
     g, pairs, size = torch.Generator().manual_seed(rank), case.pairs, case.run.model.image_size
     ids = torch.randint(5, VOCABULARY, (pairs, LENGTH), generator=g)
     masked = (torch.arange(LENGTH) < PREDICTED).expand(pairs, -1)
-    made = Batch(
+    teacher = torch.nn.functional.normalize(torch.randn(pairs, 2, TEACHER, generator=g), dim=2)
+    return Batch(
         keys=[""] * pairs, captions=[""] * pairs, shards=[""] * pairs,
         images=torch.randint(0, 256, (pairs, 3, size, size), generator=g, dtype=torch.uint8),
         input_ids=ids, attention_mask=torch.ones_like(ids),
         pair_ids=(rank * pairs + torch.arange(pairs))[:, None].expand(-1, 2).contiguous(),
         masked_ids=ids.masked_fill(masked, 4), mlm_labels=ids.masked_fill(~masked, IGNORED),
+        teacher_features=teacher.half(),
     )  # fmt: skip
-    image, text = (torch.nn.functional.normalize(torch.randn(pairs, TEACHER, generator=g), dim=1) for _ in "it")
-    return made, (image, text)
+
+
+def built(case: Case) -> DeepSpeedEngine:
+    """The engine of pre-training."""
+    run = case.run
+    settings = resolve(case.ds, run, case.world, this_machine("cpu"))
+    torch.manual_seed(run.seed)
+    model = SaclModel(run.model, VOCABULARY, pretrained=False)
+    prepare_model(model, run, settings)
+    return build_engine(PretrainObjective(model, run.loss), settings, run.optim)
 
 
 def measured(case: Case, rank: int) -> dict[str, Any]:
-    """Of this rank: bytes at rest, at the end of forward and at the peak, by part where parts can be told apart, and
-    the payload bytes of the collectives. The process must not have built an engine before."""
-    from sacl_ds.model.sacl import SaclModel
-    from sacl_ds.training.engine import build_engine
-    from sacl_ds.training.objectives import PretrainObjective, Targets
-
-    run = case.run
-    settings = resolve(case.ds, run, case.world, this_machine("cpu"))
-    data, teacher = batch(case, rank)
-    targets = Targets(teacher, 0.5, torch.Generator().manual_seed(rank))
+    """Of this rank: bytes at rest, where backward begins (of the last micro-batch) and at the peak, by part where parts
+    can be told apart, and the payload bytes of the collectives. The process must not have built an engine before."""
+    data, generator = batch(case, rank), torch.Generator().manual_seed(rank)
+    step = Step(0, rank, generator, torch.device("cpu"), case.run.micro_batches(case.world)[0], case.coalesced)
     engine: Any = None
 
-    def step(mark: Callable[[str], None]) -> None:
-        loss = engine(data, targets)["loss"]
-        mark("forward")
-        engine.backward(loss)
-        mark("backward")
+    def one_step(mark: Callable[[str], None]) -> None:
+        backward = engine.backward
+
+        def marked(loss: torch.Tensor) -> None:
+            mark("forward")
+            backward(loss)
+
+        engine.backward = marked
+        contrastive_step(engine, data, step, Precomputed(generator))
+        engine.backward = backward
         engine.step()
-        del loss
         gc.collect()
 
     def build_and_step(mark: Callable[[str], None]) -> None:
         nonlocal engine
-        torch.manual_seed(run.seed)
-        model = PretrainObjective(SaclModel(run.model, VOCABULARY, pretrained=False), run.loss)
-        engine = build_engine(model, settings, run.optim)
-        del model
+        engine = built(case)
         for _ in range(STEPS):
             gc.collect()
             mark("rest")
-            step(mark)
+            one_step(mark)
         mark("end")
 
     before = live_tensors()
@@ -138,7 +175,7 @@ def measured(case: Case, rank: int) -> dict[str, Any]:
     rest = sum(size for storage, size in live_tensors().items() if storage not in before)
     wire = SeenOnTheWire()
     with wire:
-        step(lambda name: None)
+        one_step(lambda name: None)
     own = list(engine.module.parameters())
     whole = [p.data for p in own if getattr(p, "ds_persist", True)]
     shards = [p.ds_tensor for p in own if hasattr(p, "ds_tensor")]
@@ -156,8 +193,6 @@ def measured(case: Case, rank: int) -> dict[str, Any]:
 
 def rank_of(rank: int, case: Case) -> dict[str, Any]:
     """One rank's process."""
-    from sacl_ds.training.engine import start_process
-
     start_process()
     torch.set_num_threads(1)
     found = measured(case, rank)
@@ -167,11 +202,19 @@ def rank_of(rank: int, case: Case) -> dict[str, Any]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    kinds = itertools.product(options.precision, options.worlds, options.stages, (False, True))
     return [
-        Case(options.size, options.pairs, world, stage, offload, precision)
-        for precision, world, stage, offload in kinds
-        if not offload or (stage >= 2 and options.offload)
+        Case(
+            options.size,
+            options.pairs,
+            world,
+            stage,
+            options.precision,
+            offload=options.offload,
+            micro_batches=options.micro_batches,
+            coalesced=options.coalesce,
+            checkpointed=options.checkpoint,
+        )
+        for world, stage in itertools.product(options.worlds, options.stages)
     ]
 
 
@@ -181,20 +224,26 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12, help="a rank (default: %(default)s)")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="ranks (default: 1 2 4)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO")
-    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"), help="default: fp32")
-    parser.add_argument("--offload", action="store_true", help="also with what ds_configs/ offloads to the CPU")
-    parser.add_argument("--out", type=Path, required=True, help="folder of results.json and table.md")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="default: %(default)s")
+    parser.add_argument("--offload", action="store_true", help="with what ds_configs/ offloads to the CPU: ZeRO 2, 3")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step (default: %(default)s)")
+    parser.add_argument("--coalesce", action="store_true", help="their gradients reduced together, not one by one")
+    parser.add_argument("--checkpoint", action="store_true", help="with checkpointing of activations")
+    parser.add_argument("--docs", type=Path, required=True, help="JSON file; rows of the same cases are replaced")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    if options.offload and min(options.stages) < 2:
+        raise UserError("--offload: only ZeRO 2 and 3 offload; add --stages 2 3")
+    if options.pairs % options.micro_batches:
+        raise UserError(
+            f"--micro-batches {options.micro_batches} do not divide --pairs {options.pairs}; take a divisor"
+        )
     for case in cases(options):
         ranks = on_ranks(case.world, rank_of, case)
         if None in ranks:
             raise RuntimeError(f"{case}: a rank ended without a result; see above")
-        rows.append({"case": asdict(case), **compared(case.job, ranks)})
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-        (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (options.out / "table.md").write_text(table(rows))
+        row = {"case": asdict(case), "parameters": case.job.parameters, **compared(case.job, ranks)}
+        print(table([row]).splitlines()[-1], flush=True)
+        record_row(options.docs, row)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from sacl_ds.planning.wire import total, transfers
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
 _FIGURES = ("parameters", "optimizer", "at rest", "forward", "peak", *COLLECTIVES)
+_LATER = ("buckets", "block computed again")  # made when backward has begun
 _NEGLIGIBLE = 1000  # bytes a step: norms and counters, which no formula follows
 
 
@@ -23,7 +24,7 @@ def predicted(job: Job) -> dict[str, float]:
         "parameters": of.kept["parameters"] + of.host.get("parameters", 0),
         "optimizer": of.kept.get("optimizer", 0) + of.host.get("optimizer", 0),
         "at rest": sum(all_kept.values()),
-        "forward": sum(size for name, size in of.forward.items() if name != "buckets"),
+        "forward": sum(size for name, size in of.forward.items() if name not in _LATER),
         "peak": of.peak + sum(of.host.values()),
         **{collective: total(made, collective) for collective in COLLECTIVES},
     }
@@ -49,15 +50,22 @@ def _ratio(measured: float, formula: float) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a case, measured MB and their ratio to the formula."""
     lines = [
-        f"| ranks | ZeRO | precision | {' | '.join(_FIGURES)} |",
+        f"| ranks | ZeRO | with | {' | '.join(_FIGURES)} |",
         f"|{' ---: | --- | --- |'}{' ---: |' * len(_FIGURES)}",
     ]
     for row in rows:
         case = row["case"]
-        stage = f"{case['stage']}{', offload' if case['offload'] else ''}"
         figures = [_figure(row["measured"][name], row["ratio"][name]) for name in _FIGURES]
-        lines.append(f"| {case['world']} | {stage} | {case['precision']} | {' | '.join(figures)} |")
+        lines.append(f"| {case['world']} | {case['stage']} | {_extras(case)} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
+
+
+def _extras(case: dict[str, Any]) -> str:
+    """What sets a case apart from a plain step in float32."""
+    parts = f"{case['micro_batches']} micro-batches" if case["micro_batches"] > 1 else ""
+    named = {"bf16": case["precision"] == "bf16", "offload": case["offload"], parts: bool(parts)}
+    named |= {"coalesced": case["coalesced"], "checkpointing": case["checkpointed"]}
+    return ", ".join(name for name, there in named.items() if there)
 
 
 def _figure(measured: float, ratio: float) -> str:

@@ -60,18 +60,13 @@ class Zero:
 class Job:
     """A pre-training run on `world` ranks.
 
-    micro_batch: pairs that pass through the model at once; None: all of a rank's. checkpointed: activations, a block at
-    a time. coalesced: gradients of all micro-batches are reduced together. text_tokens, predicted, vocab_size: as for
-    `ModelCost`. teacher_width: of the teacher's features, 0 without one. id_columns: ids of a pair, by which its
-    duplicates are known.
+    text_tokens, predicted, vocab_size: as for `ModelCost`. teacher_width: of the teacher's features, 0 without one.
+    id_columns: ids of a pair, by which its duplicates are known. Raises UserError where the batch does not divide.
     """
 
     run: RunConfig
     world: int
     zero: Zero
-    micro_batch: int | None = None
-    checkpointed: bool = False
-    coalesced: bool = False
     text_tokens: int | None = None
     predicted: float | None = None
     vocab_size: int | None = None
@@ -79,15 +74,9 @@ class Job:
     id_columns: int = 2
 
     def __post_init__(self) -> None:
-        """Raises UserError where the batch does not divide."""
-        total = self.run.train.global_batch_size
-        if self.world < 1 or total % self.world:
-            raise UserError(f"train.global_batch_size={total} does not divide over {self.world} ranks; take a multiple")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.pairs % self.micro_batch):
-            raise UserError(
-                f"a micro-batch of {self.micro_batch} pairs does not divide the {self.pairs} pairs that "
-                f"train.global_batch_size={total} gives each of {self.world} ranks; take a divisor"
-            )
+        if self.world < 1:
+            raise UserError(f"a run on {self.world} ranks: take 1 or more")
+        self.run.micro_batches(self.world)
 
     @cached_property
     def cost(self) -> ModelCost:
@@ -103,27 +92,53 @@ class Job:
     @property
     def at_once(self) -> int:
         """Pairs that pass through the model together."""
-        return self.pairs if self.micro_batch is None else self.micro_batch
+        return self.run.micro_batches(self.world)[0]
 
     @property
     def parts(self) -> int:
         """Micro-batches of a step."""
-        return self.pairs // self.at_once
+        return self.run.micro_batches(self.world)[1]
 
     @property
-    def autocast(self) -> bool:
-        return self.run.train.precision == "bf16"
+    def checkpointed(self) -> bool:
+        """Whether backward computes each block again."""
+        return self.run.train.checkpoint_activations
+
+    @property
+    def reductions(self) -> int:
+        """Times a step that gradients are reduced: ZeRO 0 and 1 keep them whole until the last micro-batch."""
+        return self.parts if self.zero.stage > 1 and self.reduced_in_backward else 1
+
+    @property
+    def reduced_in_backward(self) -> bool:
+        """Not behind that of the last micro-batch, of all of them at once."""
+        return self.parts == 1 or not self.run.train.coalesce_reduction
 
     @cached_property
     def sizes(self) -> list[tuple[int, bool]]:
         """Of each parameter: how many numbers, and whether autocast computes with it in bfloat16, in which DeepSpeed
         then sends it and its gradient: weights and biases of plain linear layers and convolutions."""
+        return self._sizes(self.cost.model)
+
+    @cached_property
+    def late_sizes(self) -> list[tuple[int, bool]]:
+        """Of the parameters that the first pass of micro-batches, for ITC's features, does without."""
+        model = self.cost.model
+        return [
+            each for part in (model.fusion_encoder, model.matching_head, model.mlm_head) for each in self._sizes(part)
+        ]
+
+    def _sizes(self, module: nn.Module) -> list[tuple[int, bool]]:
         found: dict[int, tuple[int, bool]] = {}
-        for module in self.cost.model.modules():
-            cast = self.autocast and type(module) in (nn.Linear, nn.Conv2d)
-            for parameter in module.parameters(recurse=False):
+        for part in module.modules():
+            cast = self.autocast and type(part) in (nn.Linear, nn.Conv2d)
+            for parameter in part.parameters(recurse=False):
                 found.setdefault(id(parameter), (parameter.numel(), cast))
         return list(found.values())
+
+    @property
+    def autocast(self) -> bool:
+        return self.run.train.precision == "bf16"
 
     @cached_property
     def parameters(self) -> int:

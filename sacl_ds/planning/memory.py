@@ -9,6 +9,7 @@ unused blocks (on GPUs often 5 to 10 %) and the context of CUDA and NCCL (1 to 2
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sacl_ds.planning.job import FLOAT, HALF, Job
 
@@ -16,15 +17,18 @@ _IDS = 8  # bytes of an id
 _SUMS = 3 * 8  # of a text: two float64 log-sums and a count
 # passes of a pair through the text encoder, captions and masked ones, and through the fusion encoder, ITM's and MLM's
 _TEXTS, _FUSIONS = 2, 4
-_IMAGES_READ = 4  # pairings for which a pair's image tokens are projected to keys and values
+_ELSEWHERE = 1  # of these texts, looks at another pair's image, whose keys and values are copied for it
+_COLOURS = 3
 _OFFLOAD_BUFFERS = 2  # of the largest gradient, under ZeRO 2 with offload
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part. kept: between steps; forward, backward: on top of it, where backward begins and
-    where it ends; host: the memory of
-    the machine that offloading takes for this rank; disk: what NVMe holds of it."""
+    """Bytes by part.
+
+    kept: between steps; forward, backward: on top of it, where backward begins and where it ends; host: the memory of
+    the machine that offloading takes for this rank; disk: what NVMe holds of it.
+    """
 
     kept: dict[str, float]
     forward: dict[str, float]
@@ -69,42 +73,73 @@ def memory(job: Job) -> Memory:
     forward = {"activations": activations(job), "loss": loss_bytes(job)}
     if job.autocast and zero.stage < 3:
         forward["bfloat16 weights"] = HALF * job.cast
-    backward: dict[str, float] = {}
-    if zero.stage == 3 and job.world > 1:  # alone, the shard is whole as it is
-        forward["whole parameters"] = backward["whole parameters"] = FLOAT * min(job.parameters, zero.live)
-    backward |= _gradients(job)
-    if zero.stage in (1, 2):  # made as backward begins
-        forward["buckets"] = _bucket(job)
-    if job.parts > 1:  # earlier micro-batches have left theirs
+    if zero.stage == 3:
+        forward["whole parameters"] = _whole_parameters(job)
+    if zero.stage in (1, 2) and job.reduced_in_backward:
+        early = zero.stage == 1 and job.parts > 1
+        forward["buckets since the first micro-batch" if early else "buckets"] = _bucket(job)
+    if job.checkpointed:
+        forward["block computed again"] = computed_again(job)
+    if job.parts > 1:
         forward |= _accumulated(job)
     host, disk = ({}, away) if zero.optimizer == "nvme" else (away, {})
-    return Memory(kept, forward, backward, host, disk)
+    return Memory(kept, forward, _gradients(job), host, disk)
 
 
 def activations(job: Job) -> float:
-    """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`, or, with checkpointing, the
-    inputs of all blocks and one block as a whole."""
-    model, tokens, length = job.run.model, 1 + job.cost.patches, job.cost.text_tokens
-    vit, image_width, width = job.cost.model.image_encoder.vit, job.cost.model.image_encoder.width, model.text_width
+    """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`; with checkpointing, of all
+    encoders' blocks only what goes in, in float32 also under autocast."""
+    numbers, extra = job.cost.pretraining().kept, _autocast_extra(job) if job.autocast else 0.0
+    inputs = 0.0
+    if job.checkpointed:
+        blocks = _blocks(job)
+        numbers -= sum(each.kept for each in blocks)
+        extra -= sum(each.extra for each in blocks) if job.autocast else 0
+        inputs = sum(each.input for each in blocks)
     size = HALF if job.autocast else FLOAT
-    if not job.checkpointed:
-        return job.at_once * (size * job.cost.pretraining().kept + (HALF * _autocast_extra(job) if job.autocast else 0))
-    inputs = len(vit.blocks) * tokens * image_width
-    inputs += (_TEXTS * model.text_layers + _FUSIONS * model.fusion_layers) * length * width
-    image_block = job.cost.image(guided=False)[0].kept / len(vit.blocks)
-    fusion_layer = _FUSIONS * job.cost.fused(length, tokens).kept / model.fusion_layers
-    return job.at_once * (FLOAT * inputs + size * max(image_block, fusion_layer))
+    return job.at_once * (size * numbers + HALF * extra + FLOAT * inputs)
+
+
+def computed_again(job: Job) -> float:
+    """Bytes of the largest block, which backward holds as a whole with checkpointing."""
+    size = HALF if job.autocast else FLOAT
+    most = max(size * each.kept + (HALF * each.extra if job.autocast else 0) for each in _blocks(job))
+    return job.at_once * most if job.checkpointed else 0.0
+
+
+class _Block(NamedTuple):
+    """Numbers a pair. input: what goes in; kept: by `ModelCost`; extra: see `_autocast_extra`."""
+
+    input: float
+    kept: float
+    extra: float
+
+
+def _blocks(job: Job) -> list[_Block]:
+    """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts."""
+    cost, model = job.cost, job.run.model
+    encoder, length, width = cost.model.image_encoder, cost.text_tokens, model.text_width
+    image, text = cost.image(guided=False)[0], cost.text()
+    tokens, image_width = 1 + cost.patches, encoder.width
+    whole = image.kept - _COLOURS * model.image_size**2 - tokens * (2 * image_width + 2)  # pixels, the last norm
+    depth = len(encoder.vit.blocks)
+    read = text.kept - length * (width + 2)  # behind the embeddings
+    fused = cost.fused_together(length, tokens, _FUSIONS, _ELSEWHERE)
+    state = length * width
+    # inputs of norms, two or three a block; of queries, keys and values of a text, and keys and values of the image
+    of_image = _Block(tokens * image_width, whole / depth, 2 * tokens * image_width)
+    of_text = _Block(_TEXTS * state, _TEXTS * read / model.text_layers, (2 + 2) * _TEXTS * state)
+    of_both = _Block(
+        _FUSIONS * state, fused.kept / model.fusion_layers, (3 + 2) * _FUSIONS * state + 2 * tokens * image_width
+    )
+    return [of_image] * depth + [of_text] * model.text_layers + [of_both] * model.fusion_layers
 
 
 def _autocast_extra(job: Job) -> float:
     """bfloat16 numbers a pair on top of half of what float32 keeps: inputs of norms stay float32, and every linear
     layer keeps its own bfloat16 copy of what several of them read."""
-    model, tokens, length = job.run.model, 1 + job.cost.patches, job.cost.text_tokens
-    encoder, width = job.cost.model.image_encoder, model.text_width
-    texts, fusions = _TEXTS * model.text_layers, _FUSIONS * model.fusion_layers
-    norms = (2 * len(encoder.vit.blocks) + 1) * tokens * encoder.width + (2 * texts + 3 * fusions) * length * width
-    queries_keys_values = 2 * (texts + fusions) * length * width
-    return norms + queries_keys_values + 2 * model.fusion_layers * _IMAGES_READ * tokens * encoder.width
+    last_norm = (1 + job.cost.patches) * job.cost.model.image_encoder.width
+    return sum(each.extra for each in _blocks(job)) + last_norm
 
 
 def loss_bytes(job: Job) -> float:
@@ -119,15 +154,25 @@ def _gradients(job: Job) -> dict[str, float]:
     zero, whole, shard = job.zero, FLOAT * job.parameters, FLOAT * job.shard
     if zero.stage == 0:
         return {"gradients": whole, "buckets": FLOAT * min(job.parameters, 500_000_000)}
-    if zero.stage == 1 or (job.coalesced and job.parts > 1):
+    if zero.stage == 3:
+        made = FLOAT * min(job.parameters, zero.reduce_bucket)
+        if job.reduced_in_backward:
+            return {"whole parameters": _whole_parameters(job), "gradients": made}
+        return {"gradients": whole + made}
+    if zero.stage == 1 or not job.reduced_in_backward:
         return {"gradients": whole + shard, "buckets": _bucket(job)}
-    if zero.stage == 2:
-        return {"gradients": 0 if zero.optimizer else 2 * shard, "buckets": _bucket(job)}
-    return {"gradients": FLOAT * min(job.parameters, zero.reduce_bucket)}
+    copies = 2 if job.parts == 1 else 3  # of the share, as it was reduced, for the optimizer, and added up before
+    return {"gradients": 0 if zero.optimizer else copies * shard, "buckets": _bucket(job)}
+
+
+def _whole_parameters(job: Job) -> float:
+    """That ZeRO 3 gathered; alone, the shard is whole as it is."""
+    return FLOAT * min(job.parameters, job.zero.live) if job.world > 1 else 0.0
 
 
 def _accumulated(job: Job) -> dict[str, float]:
-    if job.zero.stage in (0, 1) or job.coalesced:
+    """Gradients that earlier micro-batches have left."""
+    if job.zero.stage < 2 or not job.reduced_in_backward:
         return {"gradients": FLOAT * job.parameters}
     return {"gradients": FLOAT * job.shard if job.zero.stage == 2 and not job.zero.optimizer else 0.0}
 

@@ -151,11 +151,11 @@ def page(measured: dict[str, Any]) -> str:
 
 
 def _job(world: int, stage: int) -> Job:
-    train = {"global_batch_size": _WORLDS[world], "precision": "bf16"}
+    micro = _AT_ONCE if _WORLDS[world] // world > _AT_ONCE else None
+    train = {"global_batch_size": _WORLDS[world], "precision": "bf16", "micro_batch_size": micro}
     run = RunConfig.model_validate({"model": {"preset": "base"}, "train": train})
     ds = read_ds_config(_ROOT / f"ds_configs/zero{stage}.json") if stage else {}
-    micro = _AT_ONCE if _WORLDS[world] // world > _AT_ONCE else None
-    return Job(run, world, Zero.of(ds), micro_batch=micro, teacher_width=_TEACHER)
+    return Job(run, world, Zero.of(ds), teacher_width=_TEACHER)
 
 
 def _worked() -> list[str]:

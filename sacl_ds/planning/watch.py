@@ -5,10 +5,13 @@ Nothing here knows the formulas of `memory` and `wire`, nor how the step is made
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,10 +88,9 @@ class Allocations:
 def allocations(work: Callable[[Callable[[str], None]], None]) -> Allocations:
     """What `work(mark)` allocates through PyTorch's CPU allocator; mark(name) notes the bytes held at that moment.
 
-    What gloo and C++ libraries take for themselves is not seen. Nor is a release by another thread, such as gloo's of
-    what an asynchronous collective sent: compare moments of one step only.
+    What gloo and C++ libraries take for themselves is not seen, nor the release of what was there before.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _all_threads_counted(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
 
         def mark(name: str) -> None:
             with torch.profiler.record_function(f"mark: {name}"):
@@ -96,16 +98,37 @@ def allocations(work: Callable[[Callable[[str], None]], None]) -> Allocations:
 
         work(mark)
     assert profiler.profiler is not None
-    result = profiler.profiler.kineto_results
-    events = [(event.start_ns(), event.name(), event.nbytes()) for event in result.events()]
-    found, held = Allocations(), 0
-    for _, name, size in sorted(events, key=lambda event: event[0]):
-        if name == "[memory]":
-            held += size
-            found.curve.append(held)
-        elif name.startswith("mark: "):
-            found.marks[name.removeprefix("mark: ")] = len(found.curve)
+    events = _flat(profiler.profiler.kineto_results.experimental_event_tree())
+    found, before = Allocations(), None
+    for event in sorted(events, key=lambda event: int(event.start_time_ns)):
+        if event.name == "[memory]":
+            taken = event.extra_fields
+            before = taken.total_allocated - taken.alloc_size if before is None else before
+            found.curve.append(taken.total_allocated - before)
+        elif event.name.startswith("mark: "):
+            found.marks[event.name.removeprefix("mark: ")] = len(found.curve)
     return found
+
+
+def _flat(tree: list[Any]) -> Iterator[Any]:
+    left = list(tree)
+    while left:
+        event = left.pop()
+        left += event.children
+        yield event
+
+
+@contextmanager
+def _all_threads_counted() -> Iterator[None]:
+    """PyTorch's running total of CPU memory takes in what threads do that are not profiled, too: gloo's release what an
+    asynchronous collective sent. There is no other way to set this flag from Python."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+    flag = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
+    flag.value = True
+    try:
+        yield
+    finally:
+        flag.value = False
 
 
 def live_tensors() -> dict[int, int]:

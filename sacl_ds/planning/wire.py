@@ -45,27 +45,45 @@ def total(made: list[Transfer], collective: str) -> float:
 def _engine(job: Job) -> list[Transfer]:
     zero, whole = job.zero, FLOAT * job.parameters
     sent = whole - (FLOAT - HALF) * job.cast
-    times = 1 if job.coalesced else job.parts
+    times = job.reductions
     if zero.stage == 0:
         return [Transfer("gradients", "all-reduce", whole)]
     if zero.stage < 3:
-        reductions = times if zero.stage == 2 else 1
         return [
-            Transfer("gradients", "all-reduce", reductions * sent, hidden=zero.double),
+            Transfer("gradients", "all-reduce", times * sent, hidden=zero.double),
             Transfer("parameters", "all-gather", whole),
         ]
-    padded = [(job.world * -(-size // job.world), cast, size) for size, cast in job.sizes]
-    gradient = sum(size * (HALF if cast else FLOAT) for size, cast, _ in padded)
     # parameters that always stay whole are gathered once, behind the optimizer's step, in float32
-    persistent = sum(FLOAT * size for size, _, own in padded if own <= zero.persistent)
-    others = sum(size * (HALF if cast else FLOAT) for size, cast, own in padded if own > zero.persistent)
-    forwards = job.parts if job.parts == 1 else 2 * job.parts
-    once = job.parameters <= zero.live  # forward leaves them whole for backward
-    passes = forwards if once else forwards + job.parts
+    persistent = sum(FLOAT * _padded(job, size) for size, _ in job.sizes if size <= zero.persistent)
     return [
-        Transfer("gradients", "reduce-scatter", times * gradient, hidden=True),
-        Transfer("parameters", "all-gather", passes * others + persistent, hidden=True),
+        Transfer("gradients", "reduce-scatter", times * _sent(job, job.sizes), hidden=True),
+        Transfer("parameters", "all-gather", _gathered(job) + persistent, hidden=True),
     ]
+
+
+def _gathered(job: Job) -> float:
+    """Bytes of parameters that ZeRO 3 gathers in a step, those aside that stay whole.
+
+    What forward gathers stays until backward is done with it, if there is room; and what the first pass of the first
+    micro-batch gathers, until the second pass is. Fetching ahead knows but one order of modules, the second pass's: at
+    the end of each first pass it fetches what follows there, for nothing.
+    """
+    every, late = (
+        _sent(job, [each for each in sizes if each[0] > job.zero.persistent]) for sizes in (job.sizes, job.late_sizes)
+    )
+    once = job.parameters <= job.zero.live
+    if job.parts == 1:
+        return every if once else 2 * every
+    return job.parts * (every + late if once else 3 * every)
+
+
+def _sent(job: Job, sizes: list[tuple[int, bool]]) -> float:
+    return sum(_padded(job, size) * (HALF if cast else FLOAT) for size, cast in sizes)
+
+
+def _padded(job: Job, size: int) -> int:
+    """To equal shares of all ranks."""
+    return job.world * -(-size // job.world)
 
 
 def _loss(job: Job) -> list[Transfer]:
@@ -87,6 +105,7 @@ def _loss(job: Job) -> list[Transfer]:
     for purpose, weight in means.items():
         if weight:
             made.append(Transfer(purpose, "all-reduce", FLOAT))
+    made.append(Transfer("gradient of the temperature", "all-reduce", FLOAT * job.parts))
     return made
 
 

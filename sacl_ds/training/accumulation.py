@@ -29,6 +29,7 @@ from sacl_ds.data.text import IGNORED
 from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.losses import HardNegatives
+from sacl_ds.training.engine import forget_order
 from sacl_ds.training.objectives import Features, MicroTargets, PretrainObjective, Targets
 from sacl_ds.training.step import Step
 
@@ -135,6 +136,7 @@ def _look(engine: DeepSpeedEngine, parts: Sequence[Batch], step: Step, aims: Aim
     for number, part in enumerate(ahead(parts, step.device)):
         torch.manual_seed(step.seed_of(number))
         image, text, logit_scale = engine(part, None)
+        forget_order(engine)
         features.append((image, text))
         others.append(aims.beside(part, features=True, tokens=False))
         ids.append(part.pair_ids)

@@ -123,6 +123,18 @@ def set_learning_rates(engine: DeepSpeedEngine, optim: OptimConfig, factor: floa
         group["lr"] = factor * (optim.lr_image if group["part"] == "image" else optim.lr_text)
 
 
+def forget_order(engine: DeepSpeedEngine) -> None:
+    """Behind a pass that those after it are not like: ZeRO 3 does not learn from it.
+
+    It notes the order of modules in one pass, and keeps for good what this tells of parameters that can go: behind a
+    pass without backward all of them, which would then be gathered anew for every backward pass to come.
+    """
+    if zero_stage(engine.config) == 3:
+        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        if coordinator.is_record_trace():
+            coordinator._invalidate_trace()
+
+
 def whole_parameters(
     engine: DeepSpeedEngine, module: nn.Module, trained: bool | None = None
 ) -> Iterator[tuple[str, Tensor]]:

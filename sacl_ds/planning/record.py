@@ -1,0 +1,49 @@
+"""docs/scaling_measured.json: what tools measured for docs/scaling.md, each its own part of it.
+
+{"rows": of `tools/measure_scaling.py`, {"case", "parameters", "measured", "formula", "ratio"} each,
+"limited": of `tools/show_offload.py`, {"parameters", "limit", "arms": lines}}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sacl_ds.errors import UserError
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Without rows where there is no such file. Raises UserError where it holds something else."""
+    if not path.exists():
+        return {"rows": []}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); name another file, or remove it") from None
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise UserError(f'{path}: no record of measurements: it has no "rows"; name another file')
+    return found
+
+
+def record_row(path: Path, row: dict[str, Any]) -> None:
+    """In the place of the row of the same case, or behind all of its kind: by precision and what else, ranks, stage."""
+    record = read_record(path)
+    rows = [each for each in record["rows"] if each["case"] != row["case"]]
+    _write(path, record | {"rows": sorted([*rows, row], key=lambda each: _order(each["case"]))})
+
+
+def record_limited(path: Path, limited: dict[str, Any]) -> None:
+    """Instead of what `tools/show_offload.py` found before."""
+    _write(path, read_record(path) | {"limited": limited})
+
+
+def _order(case: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        case["size"], case["pairs"], case["precision"] != "fp32", case["micro_batches"], case["coalesced"],
+        case["checkpointed"], case["world"], case["stage"], case["offload"],
+    )  # fmt: skip
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n")
