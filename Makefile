@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: venv pretrain test lint soak docs study study-quick clean
+.PHONY: venv pretrain test lint soak gpu docs study study-quick clean
 
 venv: $(VENV)/.ready
 
@@ -38,6 +38,14 @@ study: venv
 
 study-quick: venv
 	python tools/study.py --plan launch/configs/study_quick.yaml --out runs/study
+
+# what only a GPU can show (docs/step_benchmark.md): tests, a step beside open_clip's, a batch of 32,768 pairs on one device
+gpu: venv
+	python -m pytest -m gpu -q
+	python tools/benchmark_step.py --device cuda --preset base --precision bf16 --batch 256 \
+		--warm-up 10 --repeats 5 --rounds 9 --out runs/gpu_step
+	python tools/benchmark_step.py --device cuda --preset base --precision bf16 --batch 32768 --micro-batch 256 \
+		--steps 'three losses' --warm-up 1 --rounds 1 --no-memory --out runs/gpu_large_batch
 
 docs: venv
 	python -m sacl_ds.config_help docs/configuration.md
