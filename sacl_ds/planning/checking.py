@@ -10,7 +10,7 @@ from sacl_ds.planning.wire import total, transfers
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
 _FIGURES = ("parameters", "optimizer", "at rest", "forward", "peak", *COLLECTIVES)
-_LATER = ("buckets", "block computed again")  # made when backward has begun
+_LATER = ("buckets", "gradients of the share", "block computed again")  # made when backward has begun
 _NEGLIGIBLE = 1000  # bytes a step: norms and counters, which no formula follows
 
 

@@ -79,6 +79,8 @@ def memory(job: Job) -> Memory:
     if zero.stage in (1, 2) and job.reduced_in_backward:
         early = zero.stage == 1 and job.parts > 1
         forward["buckets since the first micro-batch" if early else "buckets"] = _bucket(job)
+    if zero.stage == 2 and job.reduced_in_backward and not zero.optimizer:  # with the first gradient, for all
+        forward["gradients of the share"] = shard
     if job.checkpointed:
         forward["block computed again"] = computed_again(job)
     if job.parts > 1:
