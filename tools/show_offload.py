@@ -126,7 +126,7 @@ def train(rank: int, arm: Arm) -> dict[str, Any]:
         refused = [line for line in str(error).splitlines() if "can't allocate memory" in line]
         if not refused and "Connection closed by peer" not in str(error):
             raise
-        failed = refused[0].split(" == 0. ")[-1] if refused else "another rank ended"
+        failed = refused[0].split(" == 0. ")[-1].split(". Error code")[0] if refused else "another rank ended"
     done.set()
     watcher.join()
     dist.destroy_process_group()
