@@ -87,11 +87,10 @@ Memory by PyTorch's allocator and the live tensors, traffic by PyTorch's dispatc
 on a CPU is the same memory, and counts.
 
 {measured}
-Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Not fitted: the peak, to which kernels add workspace of
-their own. Corrected after a first measurement, from what DeepSpeed's source or a trace of the step then showed: that
-buckets are made as backward begins, and at ZeRO 1 stay through all micro-batches; that there are two kinds under bf16;
-the copies of a rank's share of gradients; bfloat16 copies that linear layers keep; P''. In the formulas, but not
-measured: momentum, `stage3_max_live_parameters` below the model's size, checkpointing at ZeRO 3, NVMe, GPUs.
+Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Corrected after measuring, by DeepSpeed's source or a
+trace of the step: buckets are made as backward begins, and at ZeRO 1 stay through all micro-batches; two kinds of them
+under bf16; copies of a rank's share of gradients; bfloat16 copies that linear layers keep; P''. In the formulas, but
+not measured: momentum, `stage3_max_live_parameters` below the model's size, checkpointing at ZeRO 3, NVMe, GPUs.
 
 ```
 measure="python tools/measure_scaling.py --docs docs/scaling_measured.json"  # then: make docs
@@ -123,9 +122,8 @@ reached, {inside:.0f} GB/s within a node of {node}, {outside:.0f} GB/s between n
 {worked}
 
 `base` fits an H100 at every stage; **ZeRO {advised} is advised**, for its gradients travel during backward, and with
-micro-batches ZeRO 1, which reduces them once a step (or `train.coalesce_reduction`). 3 pays only
-when parameters and optimizer no longer fit (of a model ten times as large), or where offloading is needed. Pass fewer
-pairs at once, or checkpoint, before reaching for 3: activations are the most of it.
+micro-batches ZeRO 1, which reduces them once a step (or `train.coalesce_reduction`). 3 pays only when parameters and
+optimizer no longer fit, or to offload. Pass fewer pairs at once, or checkpoint, first: activations are the most of it.
 
 ## From one GPU to 128: what to change, in this order
 
@@ -140,7 +138,7 @@ pairs at once, or checkpoint, before reaching for 3: activations are the most of
 6. **Checkpointing**: `train.checkpoint_activations=true`: inputs of blocks only, for about a third more compute.
 7. **Teacher**: `tools/precompute_teacher.py` and `teacher.features`: its pass leaves the step.
 8. **Patch selection**: `model.patch_selection.placement=output` (docs/patches.md): fewer image tokens for fusion.
-9. **Several nodes**: a network of 400 Gbit/s a GPU is assumed above; with a tenth of it multiply the sent bytes out.
+9. **Several nodes**: 400 Gbit/s a GPU are assumed above; with a tenth of it multiply the sent bytes out.
 """
 
 
