@@ -57,8 +57,7 @@ bf16 activations take about half, more where norms keep float32. With K micro-ba
 one of them, and earlier ones have left gradients, which `train.coalesce_reduction` keeps whole, 4P, at every stage.
 With checkpointing activations are inputs of blocks, and in backward one block as a whole. **ZeRO 3 as shipped saves no
 parameters within a step**: DeepSpeed keeps up to 10⁹ whole from forward to backward, more than `base` has, and in
-return gathers them once instead of twice; lower `stage3_max_live_parameters` and `stage3_max_reuse_distance` to change
-that.
+return gathers them once instead of twice; `stage3_max_live_parameters` and `stage3_max_reuse_distance` change that.
 
 ## What travels
 
@@ -82,9 +81,8 @@ ahead, for nothing. Momentum adds an all-gather of 4P at ZeRO 3 and of its queue
 ## Measured beside the formulas
 
 MB of a rank, and measured / formula: at rest between steps, what forward adds (of the last micro-batch), the peak of a
-step; payload a step. {million} million parameters, {pairs} pairs a rank, buckets of 400,000 (shipped: 50 million).
-Memory by PyTorch's allocator and the live tensors, traffic by PyTorch's dispatcher: the formulas take no part. Offload
-on a CPU is the same memory, and counts.
+step; payload a step. {million} million parameters, {pairs} pairs a rank, buckets of 400,000 (shipped: 50 million). By
+PyTorch's allocator, live tensors and dispatcher, not by formulas. Offload on a CPU is the same memory, and counts.
 
 {measured}
 Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Corrected after measuring, by DeepSpeed's source or a
