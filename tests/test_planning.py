@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 
+from sacl_ds.command_line import exit_status
 from sacl_ds.config import RunConfig
 from sacl_ds.ds_config import read_ds_config
 from sacl_ds.errors import UserError
@@ -22,14 +24,23 @@ from sacl_ds.model.sacl import SaclModel
 from sacl_ds.planning.job import Job, Zero
 from sacl_ds.planning.memory import activations, memory
 from sacl_ds.planning.page import page
+from sacl_ds.planning.record import read_record, record_limited, record_row
 from sacl_ds.planning.time import H100, hours, step_flops, step_time
 from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors
 from sacl_ds.planning.wire import total, transfers
 
 
-def job(world: int = 2, batch: int = 16, precision: str = "fp32", zero: Zero | None = None, **more: Any) -> Job:
-    run = RunConfig.model_validate({"train": {"global_batch_size": batch, "precision": precision}})
-    return Job(run, world, zero or Zero(), **more)
+def job(
+    world: int = 2,
+    batch: int = 16,
+    precision: str = "fp32",
+    zero: Zero | None = None,
+    micro: int | None = None,
+    preset: str = "tiny",
+    **train: Any,
+) -> Job:
+    values = {"global_batch_size": batch, "precision": precision, "micro_batch_size": micro, **train}
+    return Job(RunConfig.model_validate({"model": {"preset": preset}, "train": values}), world, zero or Zero())
 
 
 def test_parameters_are_those_of_the_model() -> None:
@@ -74,14 +85,48 @@ def test_more_ranks_and_higher_stages_never_need_more_between_steps(stage: int, 
     assert rest(world, stage) <= rest(world, stage - 1)
 
 
-def test_activations_follow_the_micro_batch_and_checkpointing() -> None:
+def test_activations_follow_the_micro_batch() -> None:
     whole = job(2, 64)
-    assert activations(job(2, 64, micro_batch=8)) == activations(whole) / 4
+    assert activations(job(2, 64, micro=8)) == activations(whole) / 4
     assert activations(whole) == 32 * whole.cost.pretraining().bytes
-    run = RunConfig.model_validate({"model": {"preset": "base"}, "train": {"global_batch_size": 64}})
-    base = [activations(Job(run, 2, Zero(), checkpointed=on)) for on in (False, True)]
-    inputs = 12 * 257 * 768 + (2 * 6 + 4 * 6) * 30 * 768  # of 12, 6 and 6 layers, by hand
-    assert 32 * 4 * inputs < base[1] < 0.25 * base[0]
+
+
+@pytest.mark.parametrize(("precision", "bytes_of"), [("fp32", 4), ("bf16", 2)])
+def test_checkpointing_keeps_what_goes_into_blocks_by_hand(precision: str, bytes_of: int) -> None:
+    """base: 12 layers of 257 tokens, 6 and 6 layers of 30 tokens, all 768 wide; two and four texts a pair."""
+    kept = job(2, 64, precision, preset="base", checkpoint_activations=True)
+    inputs = 12 * 257 * 768 + (2 * 6 + 4 * 6) * 30 * 768
+    pixels, embedded, last_norm = 3 * 256**2, 2 * 30 * (768 + 2), 257 * (2 * 768 + 2)
+    predicted = 0.15 * 28 * (4 * 768 + 2 + kept.run.model.vocab_size)
+    heads = 2 * 2 * 256 + 3 * 768 + predicted
+    others = bytes_of * (pixels + embedded + last_norm + heads) + (2 * 257 * 768 if precision == "bf16" else 0)
+    assert activations(kept) == pytest.approx(32 * (4 * inputs + others))
+    again = memory(kept).forward["block computed again"]
+    image_block = 257 * (16 * 768 + 4 + 12)  # norms, queries, keys, values, results, the hidden layer twice; by row
+    assert again >= 32 * bytes_of * image_block
+    assert again + activations(kept) < 0.3 * activations(job(2, 64, precision, preset="base"))
+
+
+def test_checkpointing_with_patch_selection_is_refused() -> None:
+    values = {"model": {"patch_selection": {"placement": "output"}}, "train": {"checkpoint_activations": True}}
+    with pytest.raises(UserError, match=r"patch_selection.*checkpoint_activations") as error:
+        activations(Job(RunConfig.model_validate(values), 1, Zero()))
+    assert "\n" not in str(error.value)
+
+
+def test_gradients_of_earlier_micro_batches() -> None:
+    """Whole where they are reduced once, a share where every micro-batch reduces them."""
+    alone = job()
+    for stage, coalesce, left in (
+        (0, False, 1),
+        (1, False, 1),
+        (2, False, 0.5),
+        (2, True, 1),
+        (3, False, 0),
+        (3, True, 1),
+    ):
+        held = memory(job(2, 64, zero=Zero(stage), micro=8, coalesce_reduction=coalesce)).forward["gradients"]
+        assert held == pytest.approx(left * 4 * alone.parameters, rel=0.001), (stage, coalesce)
 
 
 def test_offloading_moves_and_loses_nothing() -> None:
@@ -102,13 +147,16 @@ def test_rings() -> None:
 
 
 def test_micro_batches_repeat_what_they_must() -> None:
-    def gradients(stage: int, **more: Any) -> float:
-        made = transfers(job(2, 64, zero=Zero(stage), **more))
-        return sum(each.payload for each in made if each.purpose == "gradients")
+    def payload(stage: int, purpose: str = "gradients", **more: Any) -> float:
+        made = transfers(job(2, 64, zero=Zero(stage, persistent=0), **more))
+        return sum(each.payload for each in made if each.purpose == purpose)
 
     for stage, times in ((0, 1), (1, 1), (2, 4), (3, 4)):
-        assert gradients(stage, micro_batch=8) == times * gradients(stage)
-        assert gradients(stage, micro_batch=8, coalesced=True) == gradients(stage)
+        assert payload(stage, micro=8) == times * payload(stage)
+        assert payload(stage, micro=8, coalesce_reduction=True) == payload(stage)
+    assert payload(2, "parameters", micro=8) == payload(2, "parameters")
+    late = job().cost.parameters()["fusion"], job().cost.parameters()["heads"]
+    assert 4 + 4 * 0.9 * late[0] / job().parameters < payload(3, "parameters", micro=8) / payload(3, "parameters") < 8
 
 
 def test_flops_and_time_by_hand() -> None:
@@ -116,7 +164,7 @@ def test_flops_and_time_by_hand() -> None:
     a_pair = 3 * plain.cost.pretraining().flops
     assert step_flops(plain) == 32 * (a_pair + 8 * 64 * plain.run.model.embed_dim)
     again = plain.cost.image(guided=False)[0].flops + plain.cost.text().flops
-    assert step_flops(job(2, 64, micro_batch=8)) == step_flops(plain) + 32 * again
+    assert step_flops(job(2, 64, micro=8)) == step_flops(plain) + 32 * again
     took = step_time(plain, H100)
     assert took.compute == step_flops(plain) / (0.4 * 989e12)
     assert took.least <= took.most
@@ -126,7 +174,7 @@ def test_flops_and_time_by_hand() -> None:
     assert step_time(job(16, 64), H100).open > step_time(job(8, 64), H100).open  # over the network
 
 
-@pytest.mark.parametrize(("world", "more"), [(3, {}), (2, {"micro_batch": 3}), (2, {"micro_batch": 0})])
+@pytest.mark.parametrize(("world", "more"), [(3, {}), (2, {"micro": 3})])
 def test_a_batch_that_does_not_divide_says_so(world: int, more: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="does not divide") as error:
         job(world, **more)
@@ -172,12 +220,14 @@ def test_what_is_seen_of_memory() -> None:
 
 
 def test_real_ranks_hold_and_send_what_the_formulas_say(root: Path, tmp_path: Path) -> None:
-    """Two ranks, ZeRO 2 and 3, through the tool: within 15 %, traffic within 1 %."""
-    line = ["tools/measure_scaling.py", "--size", "small", "--pairs", "16", "--worlds", "2", "--stages", "2", "3"]
-    done = subprocess.run([sys.executable, *line, "--out", str(tmp_path)], cwd=root, capture_output=True, text=True)
+    """Two ranks, ZeRO 2 and 3, one pass and four micro-batches, through the tool: within 15 %, traffic within 1 %."""
+    record = tmp_path / "measured.json"
+    line = ["tools/measure_scaling.py", "--size", "small", "--worlds", "2", "--stages", "2", "3"]
+    line += ["--micro-batches", "1", "4", "--docs", str(record)]
+    done = subprocess.run([sys.executable, *line], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["case"]["stage"] for row in rows] == [2, 3]
+    rows = json.loads(record.read_text())["rows"]
+    assert [(row["case"]["micro_batches"], row["case"]["stage"]) for row in rows] == [(1, 2), (1, 3), (4, 2), (4, 3)]
     for row in rows:
         for name, ratio in row["ratio"].items():
             within = 0.01 if name in ("all-reduce", "all-gather", "reduce-scatter", "parameters", "optimizer") else 0.15
@@ -185,7 +235,49 @@ def test_real_ranks_hold_and_send_what_the_formulas_say(root: Path, tmp_path: Pa
     assert total(transfers(job()), "all-reduce") > 0
 
 
+def test_a_measured_row_takes_the_place_of_its_case(tmp_path: Path) -> None:
+    def row(stage: int, figure: int, **more: Any) -> dict[str, Any]:
+        case = {
+            "size": "small", "pairs": 12, "world": 2, "stage": stage, "precision": "fp32", "offload": False,
+            "micro_batches": 1, "coalesced": False, "checkpointed": False,
+        }  # fmt: skip
+        return {"case": case | more, "figure": figure}
+
+    path = tmp_path / "measured.json"
+    for made in (row(3, 1), row(1, 2), row(1, 3, precision="bf16"), row(1, 4, micro_batches=4), row(3, 5)):
+        record_row(path, made)
+    record_limited(path, {"arms": ["a line"]})
+    found = read_record(path)
+    assert [each["figure"] for each in found["rows"]] == [2, 5, 4, 3]
+    assert found["limited"] == {"arms": ["a line"]}
+
+
+@pytest.mark.parametrize("held", ["no JSON", "[]", '{"rows": 3}'])
+def test_another_file_is_not_written_over(tmp_path: Path, held: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(held)
+    with pytest.raises(UserError, match=r"other\.json") as error:
+        record_row(path, {"case": {}})
+    assert "\n" not in str(error.value)
+    assert path.read_text() == held
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [("--offload", "--stages 2 3"), ("--micro-batches 1 5", "no divisor of --pairs 12")]
+)
+def test_options_that_do_not_fit_say_so(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str,
+    named: str,
+) -> None:  # fmt: skip
+    told = ["measure_scaling.py", *options.split(), "--docs", str(tmp_path / "measured.json")]
+    monkeypatch.setattr(sys, "argv", told)
+    assert exit_status(runpy.run_path(str(root / "tools/measure_scaling.py"))["main"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert named in said
+
+
 def test_the_page_in_docs_is_what_the_command_prints(root: Path) -> None:
-    measured = root / "docs/scaling_measured.json"
+    measured = read_record(root / "docs/scaling_measured.json")
     told = "python -m sacl_ds.planning.page docs/scaling.md"
-    assert (root / "docs/scaling.md").read_text() == page(json.loads(measured.read_text())), told
+    assert (root / "docs/scaling.md").read_text() == page(measured), told

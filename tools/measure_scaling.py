@@ -210,11 +210,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
             stage,
             options.precision,
             offload=options.offload,
-            micro_batches=options.micro_batches,
+            micro_batches=count,
             coalesced=options.coalesce,
             checkpointed=options.checkpoint,
         )
-        for world, stage in itertools.product(options.worlds, options.stages)
+        for count, world, stage in itertools.product(options.micro_batches, options.worlds, options.stages)
     ]
 
 
@@ -226,17 +226,16 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="default: %(default)s")
     parser.add_argument("--offload", action="store_true", help="with what ds_configs/ offloads to the CPU: ZeRO 2, 3")
-    parser.add_argument("--micro-batches", type=int, default=1, help="of a step (default: %(default)s)")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1], help="of a step (default: 1)")
     parser.add_argument("--coalesce", action="store_true", help="their gradients reduced together, not one by one")
     parser.add_argument("--checkpoint", action="store_true", help="with checkpointing of activations")
     parser.add_argument("--docs", type=Path, required=True, help="JSON file; rows of the same cases are replaced")
     options = parser.parse_args()
     if options.offload and min(options.stages) < 2:
         raise UserError("--offload: only ZeRO 2 and 3 offload; add --stages 2 3")
-    if options.pairs % options.micro_batches:
-        raise UserError(
-            f"--micro-batches {options.micro_batches} do not divide --pairs {options.pairs}; take a divisor"
-        )
+    for count in options.micro_batches:
+        if count < 1 or options.pairs % count:
+            raise UserError(f"--micro-batches {count}: no divisor of --pairs {options.pairs}; take one")
     for case in cases(options):
         ranks = on_ranks(case.world, rank_of, case)
         if None in ranks:

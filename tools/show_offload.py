@@ -2,16 +2,16 @@
 
 Every rank gets the same limit (RLIMIT_DATA, on top of what the libraries take before there is a model); the kernel
 refuses what is beyond. One rank without ZeRO runs out of memory; four with ZeRO 3 stay within, also with the optimizer
-and the parameters offloaded, which on a CPU means the same memory and shows that it works, not that it saves. Writes
-results.json and memory.png: resident memory over time, by rank.
+and the parameters offloaded, which on a CPU means the same memory and shows that it works, not that it saves. Puts a
+line for each in the file that docs/scaling.md is made of, and a picture beside it, offload.png: resident memory over
+time, by rank.
 
-example: python tools/show_offload.py --limit 1.0 --out docs/offload
+example: python tools/show_offload.py --docs docs/scaling_measured.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -30,7 +30,9 @@ from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import read_ds_config, resolve
 from sacl_ds.machine import this_machine
+from sacl_ds.planning.job import Job, Zero
 from sacl_ds.planning.ranks import on_ranks
+from sacl_ds.planning.record import record_limited
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, LENGTH, PAIRS = 4000, 12, 4
@@ -124,7 +126,7 @@ def train(rank: int, arm: Arm) -> dict[str, Any]:
         refused = [line for line in str(error).splitlines() if "can't allocate memory" in line]
         if not refused and "Connection closed by peer" not in str(error):
             raise
-        failed = refused[0].split(" == 0. ")[-1] if refused else "another rank ended"
+        failed = refused[0].split(" == 0. ")[-1].split(". Error code")[0] if refused else "another rank ended"
     done.set()
     watcher.join()
     dist.destroy_process_group()
@@ -158,10 +160,9 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=float, default=1.0, help="GiB a rank may use (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help="with ZeRO 3 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True, help="folder of results.json and memory.png")
+    parser.add_argument("--steps", type=int, default=6, help="default: %(default)s")
+    parser.add_argument("--docs", type=Path, required=True, help="JSON file, beside which offload.png is written")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     many, common = options.ranks, (options.limit, options.steps)
     arms = [
         Arm("1 rank, no ZeRO", 1, None, *common),
@@ -170,7 +171,7 @@ def main() -> None:
     ]
     # every large tensor by a mapping of its own, which goes back to the kernel when it is freed
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    results = []
+    results, lines = [], []
     for arm in arms:
         ranks = on_ranks(arm.world, train, arm)
         if None in ranks:
@@ -180,9 +181,11 @@ def main() -> None:
         losses = ranks[0]["losses"]
         reasons = sorted({each["failed"] for each in ranks if each["failed"]})
         ended = "; ".join(reasons) or f"loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
-        print(f"{arm.name}: at most {most:.2f} of {arm.limit} GiB; {ended}", flush=True)
-    (options.out / "results.json").write_text(json.dumps(results) + "\n")
-    draw(results, options.limit, options.out / "memory.png")
+        lines.append(f"{arm.name}: at most {most:.2f} of {arm.limit} GiB; {ended}")
+        print(lines[-1], flush=True)
+    parameters = Job(run_of(arms[0]), 1, Zero(), vocab_size=VOCABULARY).parameters
+    record_limited(options.docs, {"parameters": parameters, "limit": options.limit, "arms": lines})
+    draw(results, options.limit, options.docs.parent / "offload.png")
 
 
 if __name__ == "__main__":

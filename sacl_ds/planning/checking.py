@@ -10,7 +10,7 @@ from sacl_ds.planning.wire import total, transfers
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
 _FIGURES = ("parameters", "optimizer", "at rest", "forward", "peak", *COLLECTIVES)
-_LATER = ("buckets", "block computed again")  # made when backward has begun
+_LATER = ("buckets", "gradients of the share", "block computed again")  # made when backward has begun
 _NEGLIGIBLE = 1000  # bytes a step: norms and counters, which no formula follows
 
 
@@ -53,18 +53,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"| ranks | ZeRO | with | {' | '.join(_FIGURES)} |",
         f"|{' ---: | --- | --- |'}{' ---: |' * len(_FIGURES)}",
     ]
+    usual = rows[0]["case"]["pairs"]
     for row in rows:
         case = row["case"]
         figures = [_figure(row["measured"][name], row["ratio"][name]) for name in _FIGURES]
-        lines.append(f"| {case['world']} | {case['stage']} | {_extras(case)} | {' | '.join(figures)} |")
+        lines.append(f"| {case['world']} | {case['stage']} | {_extras(case, usual)} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 
-def _extras(case: dict[str, Any]) -> str:
-    """What sets a case apart from a plain step in float32."""
+def _extras(case: dict[str, Any], usual: int) -> str:
+    """What sets a case apart from a plain step in float32. usual: pairs a rank."""
     parts = f"{case['micro_batches']} micro-batches" if case["micro_batches"] > 1 else ""
     named = {"bf16": case["precision"] == "bf16", "offload": case["offload"], parts: bool(parts)}
     named |= {"coalesced": case["coalesced"], "checkpointing": case["checkpointed"]}
+    named[f"{case['pairs']} pairs"] = case["pairs"] != usual
     return ", ".join(name for name, there in named.items() if there)
 
 

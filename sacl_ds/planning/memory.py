@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sacl_ds.errors import UserError
 from sacl_ds.planning.job import FLOAT, HALF, Job
 
 _IDS = 8  # bytes of an id
@@ -78,6 +79,8 @@ def memory(job: Job) -> Memory:
     if zero.stage in (1, 2) and job.reduced_in_backward:
         early = zero.stage == 1 and job.parts > 1
         forward["buckets since the first micro-batch" if early else "buckets"] = _bucket(job)
+    if zero.stage == 2 and job.reduced_in_backward and not zero.optimizer:  # with the first gradient, for all
+        forward["gradients of the share"] = shard
     if job.checkpointed:
         forward["block computed again"] = computed_again(job)
     if job.parts > 1:
@@ -92,6 +95,11 @@ def activations(job: Job) -> float:
     numbers, extra = job.cost.pretraining().kept, _autocast_extra(job) if job.autocast else 0.0
     inputs = 0.0
     if job.checkpointed:
+        if job.cost.model.image_encoder.layers:
+            raise UserError(
+                "what model.patch_selection needs with train.checkpoint_activations is not known; set its placement "
+                "to none, or checkpoint_activations to false"
+            )
         blocks = _blocks(job)
         numbers -= sum(each.kept for each in blocks)
         extra -= sum(each.extra for each in blocks) if job.autocast else 0
@@ -116,7 +124,8 @@ class _Block(NamedTuple):
 
 
 def _blocks(job: Job) -> list[_Block]:
-    """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts."""
+    """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts;
+    without patch selection."""
     cost, model = job.cost, job.run.model
     encoder, length, width = cost.model.image_encoder, cost.text_tokens, model.text_width
     image, text = cost.image(guided=False)[0], cost.text()

@@ -5,7 +5,6 @@ It is made of the formulas, and of docs/scaling_measured.json, which `tools/meas
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sacl_ds.ds_config import read_ds_config
 from sacl_ds.planning.checking import table
 from sacl_ds.planning.job import Job, Zero
 from sacl_ds.planning.memory import memory
+from sacl_ds.planning.record import read_record
 from sacl_ds.planning.time import H100, hours, step_time
 from sacl_ds.planning.wire import transfers
 
@@ -27,6 +27,7 @@ _TOTAL = 100e6
 _TEACHER = 256
 _AT_ONCE = 256  # pairs that a GPU passes through the model
 _ROOM = 80e9  # bytes of an H100
+_ADAM = 16  # bytes a parameter: weight, gradient, two averages
 
 _PAGE = """# Scaling: memory, traffic, time
 
@@ -43,18 +44,20 @@ P parameters, W ranks, b pairs a rank at once; everything float32 but what autoc
 | parameters | 4P | 4P | 4P/W, and small ones whole |
 | copy that the optimizer changes | | 4P/W | 4P/W |
 | Adam's two averages | 8P | 8P/W | 8P/W |
-| gradients | 4P | 1: 4P + 4P/W; 2: up to 8P/W, at the end | 4P/W, and 4B while they are made |
+| gradients | 4P | 1: 4P + 4P/W; 2: up to 8P/W, at the end (K > 1: 12P/W) | 4P/W, and 4B while they are made |
 | buckets, B = `reduce_bucket_size` | 4P | 4B; twice with `overlap_comm`, twice with bf16 | 4B, with bf16 6B |
 | whole parameters in a step | | | 4 × min(P, `stage3_max_live_parameters`) |
 | activations | b × `ModelCost.pretraining().bytes` | same | same |
+| gradients of earlier micro-batches | 4P | 1: 4P; 2: 4P/W | |
 | bf16: casts of the weights | 2P' | 2P' | |
 | loss: texts of all ranks | N (4 (d + d_t) + 32) | same | same |
 
 P' are the weights of linear layers and convolutions; N pairs in the global batch, d and d_t the features' widths. With
-bf16 activations take about half, more where norms keep float32. With micro-batches (`train.micro_batch_size`) b is one
-of them. **ZeRO 3 as shipped saves no parameters within a step**: DeepSpeed keeps up to 10⁹ whole from forward to
-backward, more than `base` has, and in return gathers them once instead of twice; lower
-`stage3_max_live_parameters` and `stage3_max_reuse_distance` to change that.
+bf16 activations take about half, more where norms keep float32. With K micro-batches (`train.micro_batch_size`) b is
+one of them, and earlier ones have left gradients, which `train.coalesce_reduction` keeps whole, 4P, at every stage.
+With checkpointing activations are inputs of blocks, and in backward one block as a whole. **ZeRO 3 as shipped saves no
+parameters within a step**: DeepSpeed keeps up to 10⁹ whole from forward to backward, more than `base` has, and in
+return gathers them once instead of twice; `stage3_max_live_parameters` and `stage3_max_reuse_distance` change that.
 
 ## What travels
 
@@ -64,33 +67,46 @@ K micro-batches a step.
 | what | ZeRO 0 | 1 | 2 | 3 |
 | --- | --- | --- | --- | --- |
 | gradients | all-reduce 4P | all-reduce 4P | all-reduce 4P × K | reduce-scatter 4P × K |
-| parameters | | all-gather 4P | all-gather 4P | all-gather 4P (K > 1: × 2K) |
+| parameters | | all-gather 4P | all-gather 4P | all-gather 4P; K > 1: K (4P + 4P'') |
 | texts, teacher's texts, ids | all-gather N (4d + 4d_t + 16 + 4) | same | same | same |
 | sums over texts | all-reduce 20 N | same | same | same |
 | gradient of texts | reduce-scatter 4 N d | same | same | same |
 
 Under bf16 DeepSpeed sends gradients of P' (and, at ZeRO 3, these parameters) in two bytes; ZeRO 0 sends float32. ZeRO 1
 and 2 all-reduce although a rank needs its part only (`use_multi_rank_bucket_allreduce`). Images never travel.
-Momentum adds an all-gather of 4P at ZeRO 3 and of its queue's keys. For gradients, `train.coalesce_reduction` makes
-K = 1.
+P'' are the parameters of fusion encoder and heads: at the end of every first pass of a micro-batch ZeRO 3 fetches them
+ahead, for nothing. Momentum adds an all-gather of 4P at ZeRO 3 and of its queue's keys. For gradients,
+`train.coalesce_reduction` makes K = 1.
 
 ## Measured beside the formulas
 
-MB of a rank, and measured / formula: at rest between steps, what forward adds, the peak of a step; payload a step.
-{model}, {pairs} pairs a rank, buckets of 400,000 (shipped: 50 million). Memory by PyTorch's allocator and the live
-tensors, traffic by PyTorch's dispatcher: the formulas take no part. Offload on a CPU is the same memory, and counts.
+MB of a rank, and measured / formula: at rest between steps, what forward adds (of the last micro-batch), the peak of a
+step; payload a step. {million} million parameters, {pairs} pairs a rank, buckets of 400,000 (shipped: 50 million). By
+PyTorch's allocator, live tensors and dispatcher, not by formulas. Offload on a CPU is the same memory, and counts.
 
 {measured}
-Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Activation checkpointing, momentum, micro-batches,
-`stage3_max_live_parameters` below the model's size and NVMe are in the formulas, but not in this table.
+Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Corrected after measuring, by DeepSpeed's source or a
+trace of the step: buckets are made as backward begins, and at ZeRO 1 stay through all micro-batches; two kinds of them
+under bf16; copies of a rank's share of gradients; bfloat16 copies that linear layers keep; P''. In the formulas, but
+not measured: momentum, `stage3_max_live_parameters` below the model's size, checkpointing at ZeRO 3, NVMe, GPUs.
+
+```
+measure="python tools/measure_scaling.py --docs docs/scaling_measured.json"  # then: make docs
+$measure --worlds 1 2 4
+$measure --worlds 2 --stages 2 3 --offload
+$measure --worlds 2 --precision bf16
+$measure --worlds 2 --stages 1 2 3 --micro-batches 4            # and again with --coalesce
+$measure --worlds 2 --stages 2 --checkpoint                     # and again with --worlds 1 --pairs 96
+```
 
 ## ZeRO 3 where one rank's memory is too small
 
 ![resident memory by rank and time](offload.png)
 
-`tools/show_offload.py`: {shown}, for which Adam in float32 needs {needed} GiB with weights
-and gradients; the kernel lets each rank have 1.0 GiB above what the libraries take. ZeRO 3 runs here with
-`stage3_max_live_parameters` of 4 million. On a CPU offloading moves nothing: it shows that it trains.
+`python tools/show_offload.py --docs docs/scaling_measured.json`: {shown} million parameters, for which Adam in float32
+needs {needed:.2f} GiB with weights and gradients; the kernel lets each rank have {limit} GiB above what the libraries
+take. ZeRO 3 runs here with `stage3_max_live_parameters` of 4 million. On a CPU offloading moves nothing: it shows that
+it trains.
 
 {offload}
 
@@ -104,9 +120,8 @@ reached, {inside:.0f} GB/s within a node of {node}, {outside:.0f} GB/s between n
 {worked}
 
 `base` fits an H100 at every stage; **ZeRO {advised} is advised**, for its gradients travel during backward, and with
-micro-batches ZeRO 1, which reduces them once a step (or `train.coalesce_reduction`). 3 pays only
-when parameters and optimizer no longer fit (of a model ten times as large), or where offloading is needed. Pass fewer
-pairs at once, or checkpoint, before reaching for 3: activations are the most of it.
+micro-batches ZeRO 1, which reduces them once a step (or `train.coalesce_reduction`). 3 pays only when parameters and
+optimizer no longer fit, or to offload. Pass fewer pairs at once, or checkpoint, first: activations are the most of it.
 
 ## From one GPU to 128: what to change, in this order
 
@@ -121,23 +136,23 @@ pairs at once, or checkpoint, before reaching for 3: activations are the most of
 6. **Checkpointing**: `train.checkpoint_activations=true`: inputs of blocks only, for about a third more compute.
 7. **Teacher**: `tools/precompute_teacher.py` and `teacher.features`: its pass leaves the step.
 8. **Patch selection**: `model.patch_selection.placement=output` (docs/patches.md): fewer image tokens for fusion.
-9. **Several nodes**: a network of 400 Gbit/s a GPU is assumed above; with a tenth of it multiply the sent bytes out.
+9. **Several nodes**: 400 Gbit/s a GPU are assumed above; with a tenth of it multiply the sent bytes out.
 """
 
 
 def page(measured: dict[str, Any]) -> str:
-    """docs/scaling.md. measured: {"model", "pairs", "rows": of `tools/measure_scaling.py`, "shown",
-    "needed": the model of `tools/show_offload.py`, and "offload": its lines}."""
-    job = _job(8, _ADVISED)
+    """docs/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
+    job, rows, limited = _job(8, _ADVISED), measured["rows"], measured["limited"]
     return _PAGE.format(
-        model=measured["model"],
-        pairs=measured["pairs"],
-        measured=table(measured["rows"]),
-        worst_memory=_worst(measured["rows"], ("parameters", "optimizer", "at rest", "forward", "peak")),
-        worst_wire=_worst(measured["rows"], ("all-reduce", "all-gather", "reduce-scatter")),
-        shown=measured["shown"],
-        needed=measured["needed"],
-        offload="\n".join(f"* {line}" for line in measured["offload"]),
+        million=f"{rows[0]['parameters'] / 1e6:.1f}",
+        pairs=rows[0]["case"]["pairs"],
+        measured=table(rows),
+        worst_memory=_worst(rows, ("parameters", "optimizer", "at rest", "forward", "peak")),
+        worst_wire=_worst(rows, ("all-reduce", "all-gather", "reduce-scatter")),
+        shown=round(limited["parameters"] / 1e6),
+        needed=_ADAM * limited["parameters"] / 2**30,
+        limit=limited["limit"],
+        offload="\n".join(f"* {line}" for line in limited["arms"]),
         worked="\n".join(_worked()),
         tokens=job.cost.text_tokens,
         teacher=_TEACHER,
@@ -181,7 +196,7 @@ def _worst(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    made = page(json.loads(_MEASURED.read_text()))
+    made = page(read_record(_MEASURED))
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(made)
     else:
