@@ -238,7 +238,9 @@ def _precision(out: dict[str, Any], run: TrainingConfig, machine: Machine, name:
     for kind, has_it in (("bf16", machine.bf16), ("fp16", machine.fp16)):
         if precision == kind and not has_it:
             other = "fp32" if not machine.bf16 else "bf16"
-            raise UserError(f"train.precision={kind}, but {machine.device_name} has no {kind}; set it to {other}")
+            raise UserError(
+                f"train.precision={kind}, but {machine.device_name} has no {kind}; set train.precision={other}"
+            )
     section = out.setdefault("torch_autocast", {})
     _settle(section, "enabled", precision != "fp32", f"train.precision={precision}: autocast", name)
     if section["enabled"]:

@@ -116,7 +116,7 @@ def test_the_shipped_files_resolve(root: Path, stage: int) -> None:
     assert (out["train_batch_size"], out["train_micro_batch_size_per_gpu"]) == (64, 32)
     assert out["gradient_accumulation_steps"] == 1
     assert out["optimizer"]["params"] == {
-        "lr": 0.002, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True
+        "lr": 0.002, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True, "fused": True
     }  # fmt: skip
     assert out["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert out["zero_optimization"]["stage"] == stage
@@ -162,7 +162,7 @@ def test_fp16_is_autocast_as_well() -> None:
         ({}, ["train.global_batch_size=127"], ["127 does not divide over 2 ranks", "128"]),
         ({}, ["train.micro_batch_size=24"], ["=24 does not divide the 64 pairs", "each of 2 ranks; take 16,"]),
         ({}, ["train.micro_batch_size=100"], ["=100 does not divide the 64 pairs", "take 64,"]),
-        ({}, ["train.precision=fp16"], ["train.precision=fp16, but this cpu has no fp16; set it to bf16"]),
+        ({}, ["train.precision=fp16"], ["train.precision=fp16, but this cpu has no fp16; set train.precision=bf16"]),
     ],
 )
 def test_contradictions(ds: dict, overrides: list[str], parts: list[str]) -> None:

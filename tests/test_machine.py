@@ -100,7 +100,7 @@ def test_the_registrys_apex_is_no_requirement(root: Path) -> None:
     ("ds", "machine", "overrides", "parts"),
     [
         ({}, replace(GPU, bf16=False), ["train.precision=bf16"], ["My GPU has no bf16", "train.precision=fp32"]),
-        ({"fp16": {"enabled": True}}, CPU, [], ["fp16.enabled=true", "train.precision=bf16"]),
+        ({"fp16": {"enabled": True}}, CPU, [], ["fp16.enabled=true", "train.precision=fp16"]),
         ({"wandb": {"enabled": True}}, CPU, [], ["enables wandb", "pip install wandb", "wandb.enabled to false"]),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/no/such"}}},

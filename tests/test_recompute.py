@@ -169,7 +169,11 @@ def compiling(stage: int) -> None:
     run = tiny.config()
     run = run.model_copy(update={"kernels": run.kernels.model_copy(update={"compile": True})})
     resolve(
-        {"zero_optimization": {"stage": stage}}, run, 1, Machine("cpu", "this cpu", True, "none", None), name="my.json"
+        {"zero_optimization": {"stage": stage}},
+        run,
+        1,
+        Machine("cpu", "this cpu", True, False, "none", None),
+        name="my.json",
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from transformers.models.bert.modeling_bert import BertAttention, BertLayer
 
 from sacl_ds.model.indexing import take
@@ -44,7 +44,7 @@ def _self_attention(attention: BertAttention, states: Tensor, packing: Packing, 
     query, key, value = (
         _split(packing.unpack(projection(states)), heads) for projection in (inner.query, inner.key, inner.value)
     )
-    mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return attention.output(packing.pack(_joined(mixed)), states)
 
 
@@ -68,7 +68,7 @@ def _cross_attention(attention: BertAttention, states: Tensor, packing: Packing,
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float) -> Tensor:
     """query (n, m, width), key and value (n, P, width) -> (n, heads, m, head width)."""
     split_query, split_key, split_value = (_split(x, heads) for x in (query, key, value))
-    return scaled_dot_product_attention(split_query, split_key, split_value, dropout_p=dropout)
+    return functional.scaled_dot_product_attention(split_query, split_key, split_value, dropout_p=dropout)
 
 
 def _split(states: Tensor, heads: int) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -114,7 +114,7 @@ class PairBlock(nn.Module):
         attended, _ = self.attention(text_states, mask)
         query = _split(self.query(attended), self.heads)
         dropout = self.dropout if self.training else 0.0
-        seen = scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
+        seen = functional.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
         crossed = self.cross_output(seen.transpose(1, 2).flatten(2), attended)
         return self.output(self.intermediate(crossed), crossed)
 

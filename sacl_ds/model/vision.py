@@ -11,7 +11,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sacl_ds.config import PatchSelectionConfig
@@ -210,7 +210,7 @@ class _FirstHalf:
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = attention.q_norm(query), attention.k_norm(key)
         dropout = attention.attn_drop.p if attention.training else 0.0
-        mixed = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         mixed = attention.norm(mixed.transpose(1, 2).flatten(2))
         mixed = attention.proj_drop(attention.proj(mixed if gate is None else mixed * gate))
         return x + block.drop_path1(block.ls1(mixed)), key, query[:, :, 0]

@@ -59,6 +59,7 @@ def step_of(engine, momentum: Momentum, step: int, rank: int, world: int) -> Non
 
 def averaging_ranks(rank: int, world: int, folder: Path) -> None:
     """The averages of each stage, and the full parameters after each step as DeepSpeed itself hands them out."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     for stage in range(4):
@@ -68,6 +69,10 @@ def averaging_ranks(rank: int, world: int, folder: Path) -> None:
             step_of(engine, momentum, step, rank, world)
             full = {}
             for name, parameter in engine.module.model.named_parameters():
+                if not parameter.requires_grad:  # ITM's head, which DeepSpeed has no optimizer's copy of
+                    with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+                        full[name] = parameter.detach().clone()
+                    continue
                 # at stage 0 there is nothing to ask: the parameter is whole
                 value = parameter.detach() if stage == 0 else safe_get_full_fp32_param(parameter)
                 full[name] = value.view(trajectory[0][name].shape).clone()
