@@ -70,7 +70,7 @@ def loss_and_gradients(
     return out.loss.detach(), out.image_to_text, out.text_to_image, [image.grad, text.grad, logit_scale.grad]
 
 
-def agree(got, expected, tolerance: float) -> None:
+def assert_agree(got, expected, tolerance: float) -> None:
     """Relative to the largest element; for the scale's gradient, whose terms may cancel, to the size of the terms."""
     terms = -torch.expm1(-torch.cat(expected[1:3])).mean().item()  # share of the anchors that pull
     flat = (*got[:3], *got[3]), (*expected[:3], *expected[3])
@@ -94,7 +94,7 @@ def test_streaming_in_float64(name: str, ids: str, n: int) -> None:
     pairs, numbers = features(n, 7, n), ids_of(n, IDS[ids])
     got = loss_and_gradients("streaming", pairs, 14.0, numbers, torch.float64, **OPTIONS[name])
     expected = loss_and_gradients("reference", pairs, 14.0, numbers, torch.float64, **OPTIONS[name])
-    agree(got, expected, 1e-12)
+    assert_agree(got, expected, 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["near 0", "near 1", "mixed"])
@@ -122,7 +122,7 @@ def test_the_whole_range(
     options = OPTIONS[name]
     got = loss_and_gradients(backend, pairs, scale, None, dtype, **options)
     expected = loss_and_gradients("reference", pairs, scale, None, torch.float64, **options)
-    agree(got, expected, 3 * tolerance if scale == 100 and dtype == torch.float32 else tolerance)
+    assert_agree(got, expected, 3 * tolerance if scale == 100 and dtype == torch.float32 else tolerance)
 
 
 @pytest.mark.parametrize(("name", "ids"), [*product(OPTIONS, ["columns"]), *product(["sharp", "teacher"], IDS)])
@@ -132,7 +132,7 @@ def test_triton(name: str, ids: str, dtype: torch.dtype) -> None:
     numbers = ids_of(45, IDS[ids])
     got = loss_and_gradients("triton", pairs, 14.0, numbers, dtype, **OPTIONS[name])
     expected = loss_and_gradients("reference", pairs, 14.0, numbers, torch.float64, **OPTIONS[name])
-    agree(got, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert_agree(got, expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("n", [1, 2, 127, 128, 129, 257])
@@ -144,7 +144,7 @@ def test_triton_shapes(n: int, d: int) -> None:
     expected = loss_and_gradients(
         "reference", [x.float().double() for x in pairs], 14.0, None, torch.float64, **OPTIONS["teacher"]
     )
-    agree(got, expected, 1e-5)
+    assert_agree(got, expected, 1e-5)
 
 
 def test_triton_is_reproducible_to_the_bit() -> None:
@@ -192,7 +192,7 @@ def test_keys(backend: str, dtype: torch.dtype, name: str, queue: int, ids: str,
             backend, pairs, 14.0, None if numbers is None else numbers[:n], dtype, keys, **options
         )
 
-    agree(run(backend, dtype), run("reference", torch.float64), 1e-12 if dtype == torch.float64 else 1e-5)
+    assert_agree(run(backend, dtype), run("reference", torch.float64), 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 def test_keys_equal_to_the_features_are_the_loss_without_keys() -> None:

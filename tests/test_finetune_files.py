@@ -9,7 +9,7 @@ import downstream_files
 import pytest
 from saved import saved_run
 from starting import run_script
-from test_mistakes import documented, said
+from test_mistakes import assert_documented, said
 
 from sacl_ds.config import TASKS
 from sacl_ds.telemetry.metrics import read
@@ -68,7 +68,7 @@ def test_missing_images_are_counted_named_and_limited(settings: list[str], pretr
         (tmp_path / "images" / name).unlink()
     refused = said(tune(pretrained, "vqa", tmp_path, *settings, "train.eval_every=1", check=False), tmp_path)
     assert refused.count("no file ") == 3  # three are named
-    documented(re.sub(r"no file .*?;", "no file ...;", refused))
+    assert_documented(re.sub(r"no file .*?;", "no file ...;", refused))
     shutil.rmtree(tmp_path / "run")
     done = tune(
         pretrained, "vqa", tmp_path, *settings, "data.max_bad_share=0.2", "train.steps=24", "vqa.test_questions=null"
@@ -110,4 +110,4 @@ def test_mistakes(mistake: tuple[str, list[str]], pretrained: Path, tmp_path: Pa
     (tmp_path / "broken.json").write_text('{"identifier": "a-1-2-3", "sentence": "x"}\n{"identifier": \n')
     task, arguments = mistake
     done = tune(pretrained, task, tmp_path, *(each.format(here=tmp_path) for each in arguments), check=False)
-    documented(said(done, tmp_path))
+    assert_documented(said(done, tmp_path))

@@ -46,6 +46,16 @@ def test_texts_that_move_most() -> None:
     assert telling(ranking({}), 2) == [18, 16]  # no second stage: found, but late; images 10 and 11 are not found
 
 
+def test_no_words_are_shown_twice() -> None:
+    """Of two images with the same caption the one that re-ranking moves further."""
+    made = ranking({19: UP, 0: DOWN, 4: [2, 0, 1, *range(3, 10)]})
+    assert telling(made, 3) == [19, 0, 4]
+    made.captions[4] = made.captions[19]
+    assert telling(made, 3) == [19, 0, 2]  # the first of those that did not move
+    made.captions[:] = ["one caption"] * TEXTS
+    assert telling(made, 3) == [19]
+
+
 @pytest.mark.parametrize("moved", [MOVED, {}], ids=["both stages", "first stage"])
 def test_pictures_stand_in_their_order(moved: dict[int, list[int]], tmp_path: Path) -> None:
     asked: list[int] = []

@@ -40,7 +40,7 @@ def said(done: subprocess.CompletedProcess, folder: Path) -> str:
     return errors[0].replace(str(folder), "/data")
 
 
-def documented(line: str) -> None:
+def assert_documented(line: str) -> None:
     assert f"`{line}`" in DOCUMENTED, line
 
 
@@ -83,7 +83,7 @@ def test_too_many_broken_samples(tmp_path: Path) -> None:
     path = shard(tmp_path, {20: (b"not a picture", None)})
     arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0", "data.max_bad_share=0"]
     line = said(start(tmp_path / "run", *arguments, ranks=2, check=False), tmp_path)
-    documented(re.sub(r"1 of \d+", "1 of 16", line))
+    assert_documented(re.sub(r"1 of \d+", "1 of 16", line))
 
 
 def test_nothing_that_can_be_used(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_nothing_that_can_be_used(tmp_path: Path) -> None:
     path = shard(tmp_path, dict.fromkeys(range(32), (None, " ")))
     arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0", "model.vocab_size=300"]
     line = said(start(tmp_path / "run", *arguments, check=False), tmp_path)
-    documented(re.sub(r"sample \d{4}", "sample 0007", line))
+    assert_documented(re.sub(r"sample \d{4}", "sample 0007", line))
 
 
 def test_fewer_shards_than_ranks_and_workers_is_no_mistake(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_resume_with_another_model(finished: Path) -> None:
     done = start(finished / "run", "--resume", "teacher.steps=0", "model.text_layers=3", check=False)
-    documented(said(done, finished))
+    assert_documented(said(done, finished))
 
 
 def test_resume_with_another_vocabulary(finished: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_resume_with_another_vocabulary(finished: Path, tmp_path: Path) -> None:
     tokenizer["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
     kept.write_text(json.dumps(tokenizer))
     done = start(tmp_path / "run", "--resume", "teacher.steps=0", "train.steps=4", check=False)
-    documented(said(done, tmp_path))
+    assert_documented(said(done, tmp_path))
 
 
 def test_an_output_directory_in_use(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_an_output_directory_in_use(tmp_path: Path) -> None:
         held.write("process 4711 on gpu-node-3")
         held.flush()
         fcntl.lockf(held, fcntl.LOCK_EX)
-        documented(said(start(tmp_path / "run", check=False), tmp_path))
+        assert_documented(said(start(tmp_path / "run", check=False), tmp_path))
     assert not (tmp_path / "run/config.yaml").exists()
 
 
@@ -155,14 +155,14 @@ def test_a_full_disk_end_to_end(tmp_path: Path) -> None:
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run([*unshare, script], cwd=ROOT, env=env, capture_output=True, text=True)
     line = re.sub(r"\d+\.\d (kB|MB)", "N MB", said(done, tmp_path))
-    documented(line)
+    assert_documented(line)
 
 
 def test_out_of_gpu_memory() -> None:
     """The line; tests/gpu provokes it."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of ...")
     line = out_of_memory(load_config(None, ["train.global_batch_size=4096"]), 1, 512, 8, error)
-    documented(f"error: {line}")
+    assert_documented(f"error: {line}")
 
 
 @pytest.mark.parametrize("setting", ["model.text_encoder", "teacher.checkpoint", "model.image_encoder"])
@@ -170,30 +170,30 @@ def test_a_hub_name_without_network(setting: str, tmp_path: Path) -> None:
     value = {"model.image_encoder": "vit_small_patch16_224"}.get(setting, "some/model")
     more = ["model.image_pretrained=true", "model.image_encoder_arguments={}"] if "image" in setting else []
     done = start(tmp_path / "run", f"{setting}={value}", *more, "teacher.steps=0", check=False)
-    documented(re.sub(r" \([^()]*\)$", "", said(done, tmp_path)))
+    assert_documented(re.sub(r" \([^()]*\)$", "", said(done, tmp_path)))
 
 
 def test_a_clip_with_another_activation(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(tmp_path / "clip")
     more = ["model.image_encoder=vit_base_patch16_clip_224", f"model.image_weights={tmp_path}/clip"]
-    documented(said(start(tmp_path / "run", *more, "teacher.steps=0", check=False), tmp_path))
+    assert_documented(said(start(tmp_path / "run", *more, "teacher.steps=0", check=False), tmp_path))
 
 
 def test_an_albef_without_its_tokenizer(tmp_path: Path) -> None:
     torch.save({"model": {"temp": torch.ones(1)}}, tmp_path / "ALBEF.pth")
-    documented(said(start(tmp_path / "run", f"model.start={tmp_path}/ALBEF.pth", check=False), tmp_path))
+    assert_documented(said(start(tmp_path / "run", f"model.start={tmp_path}/ALBEF.pth", check=False), tmp_path))
 
 
 @pytest.mark.parametrize("more", [[], ["model.patch_selection.layers=[1]", "model.text_width=64"]])
 def test_patches_that_cannot_be_selected(more: list[str], tmp_path: Path) -> None:
     arguments = ["model.patch_selection.placement=tower", *more, "teacher.steps=0"]
-    documented(said(start(tmp_path / "run", *arguments, check=False), tmp_path))
+    assert_documented(said(start(tmp_path / "run", *arguments, check=False), tmp_path))
 
 
 def test_a_misspelt_hostfile(tmp_path: Path) -> None:
     options = (f"--hostfile={tmp_path}/hots",)
-    documented(said(launch("--ds_config", "ds_configs/zero2.json", *SMALL, options=options), tmp_path))
+    assert_documented(said(launch("--ds_config", "ds_configs/zero2.json", *SMALL, options=options), tmp_path))
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         arguments = ["--ds_config", "ds_configs/zero2.json", f"output_dir={tmp_path}/run", *SMALL]
         done = launch(*arguments, options=("--num_gpus", "1", "--master_port", str(port)))
-    documented(said(done, tmp_path).replace(str(port), "29500").replace(str(port + 1), "29501"))
+    assert_documented(said(done, tmp_path).replace(str(port), "29500").replace(str(port + 1), "29501"))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_which_hostfile_the_launcher_was_given(words: str, named: str | None) ->
 )
 def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> None:
     """Said once and not per rank, also where the launcher ends the ranks that are left."""
-    documented(said(start(tmp_path / "run", *arguments, ranks=2, check=False, launcher=True), tmp_path))
+    assert_documented(said(start(tmp_path / "run", *arguments, ranks=2, check=False, launcher=True), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> 
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], tmp_path: Path) -> None:
-    documented(said(start(tmp_path / "run", *arguments, ranks=2, check=False), tmp_path))
+    assert_documented(said(start(tmp_path / "run", *arguments, ranks=2, check=False), tmp_path))
 
 
 def answer(*arguments: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from starting import losses, start
-from test_mistakes import documented, said
+from test_mistakes import assert_documented, said
 
 from sacl_ds.telemetry.metrics import read
 
@@ -90,7 +90,7 @@ def test_another_decay_goes_on(whole: Path, tmp_path: Path) -> None:
 def test_another_momentum_cannot_go_on(arguments: list[str], line: str, whole: Path, tmp_path: Path) -> None:
     folder = stopped(whole, tmp_path / "run")
     done = start(folder, "--resume", *MOMENTUM, *STEPS, *arguments, check=False)
-    documented(said(done, tmp_path))
+    assert_documented(said(done, tmp_path))
     assert line in done.stderr
     assert (folder / "checkpoints/latest").read_text() == "step_00000004"
 
@@ -98,20 +98,20 @@ def test_another_momentum_cannot_go_on(arguments: list[str], line: str, whole: P
 def test_another_teacher_cannot_go_on(whole: Path, tmp_path: Path) -> None:
     folder = stopped(whole, tmp_path / "run")
     done = start(folder, "--resume", *MOMENTUM, *STEPS, f"teacher.checkpoint={whole}", check=False)
-    documented(said(done, tmp_path))
+    assert_documented(said(done, tmp_path))
 
 
 def test_a_run_without_momentum_gets_none(tmp_path: Path) -> None:
     start(tmp_path / "run", "teacher.steps=0", "train.steps=2")
     arguments = ["--resume", "teacher.steps=0", "train.steps=3", "momentum.enabled=true"]
-    documented(said(start(tmp_path / "run", *arguments, check=False), tmp_path))
+    assert_documented(said(start(tmp_path / "run", *arguments, check=False), tmp_path))
 
 
 def test_a_queue_without_the_teacher_is_not_regulated_later(tmp_path: Path) -> None:
     arguments = [*MOMENTUM, "teacher.steps=1", "train.save_every=2", "momentum.regulate_queue="]
     start(tmp_path / "run", *arguments[:-1], f"{arguments[-1]}false", "train.steps=2")
     done = start(tmp_path / "run", "--resume", *arguments[:-1], f"{arguments[-1]}true", "train.steps=3", check=False)
-    documented(said(done, tmp_path))
+    assert_documented(said(done, tmp_path))
 
 
 @pytest.mark.parametrize("arguments", [("train.precision=bf16",), ("--ds_config", "ds_configs/zero3_offload.json")])

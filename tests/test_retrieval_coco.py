@@ -56,7 +56,7 @@ def drawn(metrics: Any, dim: int = 32) -> tuple[CocoIds, Encoded]:
     return CocoIds(images, captions), Encoded(np.arange(len(images)), keys, said, owner, *unit, None, [])
 
 
-def compare(metrics: Any, depth: int, whole: Any) -> None:
+def assert_as_the_package(metrics: Any, depth: int, whole: Any) -> None:
     ids, encoded = drawn(metrics)
     first = (
         rank_candidates(encoded.text, encoded.image, {}, min(depth, len(ids.images))),
@@ -100,13 +100,13 @@ def compare(metrics: Any, depth: int, whole: Any) -> None:
 def test_as_the_package_on_part_of_the_split() -> None:
     metrics = smaller(20)
     assert len(metrics.eccv_gts["i2t"]) > 5
-    compare(metrics, DEPTH, lambda order: order.tolist())
+    assert_as_the_package(metrics, DEPTH, lambda order: order.tolist())
 
 
 @pytest.mark.soak
 def test_as_the_package_on_the_whole_split() -> None:
     metrics = pytest.importorskip("eccv_caption").Metrics()
-    compare(metrics, DEPTH, lambda order: order.astype(np.int32))  # as lists they would fill 9 GB
+    assert_as_the_package(metrics, DEPTH, lambda order: order.astype(np.int32))  # as lists they would fill 9 GB
 
 
 def test_chance_is_what_random_features_give() -> None:

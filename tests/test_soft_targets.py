@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_backends import OPTIONS, agree, features, ids_of, loss_and_gradients
+from test_backends import OPTIONS, assert_agree, features, ids_of, loss_and_gradients
 
 from sacl_ds.losses import Keys, contrastive, distillation, masked_language_loss, similarity_regulated_loss
 from sacl_ds.losses.tiles import TorchTiles
@@ -41,7 +41,7 @@ def found(
 def test_streaming_is_dense(name: str, queue: int, ids: int, regulate_queue: bool, soft_weight: float) -> None:
     options = {"queue": queue, "ids": ids, "regulate_queue": regulate_queue, "soft_weight": soft_weight}
     got = found("streaming", torch.float64, **options, **OPTIONS[name])
-    agree(got, found("reference", torch.float64, **options, **OPTIONS[name]), 1e-12)
+    assert_agree(got, found("reference", torch.float64, **options, **OPTIONS[name]), 1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
@@ -49,7 +49,7 @@ def test_streaming_is_dense(name: str, queue: int, ids: int, regulate_queue: boo
 @pytest.mark.parametrize("backend", ["reference", "streaming", "triton"])
 def test_float32_at_any_scale(backend: str, kind: str, scale: float) -> None:
     options = {"queue": 29, "ids": 1, "scale": scale, "kind": kind, "soft_weight": 0.4, **OPTIONS["teacher"]}
-    agree(found(backend, torch.float32, **options), found("reference", torch.float64, **options), 2e-5)
+    assert_agree(found(backend, torch.float32, **options), found("reference", torch.float64, **options), 2e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "streaming"])

@@ -74,16 +74,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     return {w: [pickle.loads((folder / f"{w}-{r}").read_bytes()) for r in range(w)] for w in (1, 2, 3)}
 
 
-def same(a: Any, b: Any, tolerance: float = 0.0) -> None:
+def assert_same(a: Any, b: Any, tolerance: float = 0.0) -> None:
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a:
-            same(a[key], b[key], tolerance)
+            assert_same(a[key], b[key], tolerance)
     elif hasattr(a, "__dict__"):
-        same(vars(a), vars(b), tolerance)
+        assert_same(vars(a), vars(b), tolerance)
     elif isinstance(a, list) and isinstance(a[0], np.ndarray):
         for mine, other in zip(a, b, strict=True):
-            same(mine, other, tolerance)
+            assert_same(mine, other, tolerance)
     elif isinstance(a, np.ndarray) and a.dtype.kind == "f":
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
     else:
@@ -94,16 +94,16 @@ def test_ranks_agree(results: dict[int, list[dict[str, Any]]]) -> None:
     """To the bit within a world, so that none decides otherwise than the others; also in the number of passes."""
     for each in results.values():
         for other in each[1:]:
-            same(each[0], other)
+            assert_same(each[0], other)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_worlds_agree(results: dict[int, list[dict[str, Any]]], world: int) -> None:
     one, several = results[1][0], results[world][0]
     for name in ("plain", "tower"):
-        same({**one[name], "passes": 0}, {**several[name], "passes": 0}, 1e-5)
+        assert_same({**one[name], "passes": 0}, {**several[name], "passes": 0}, 1e-5)
         assert one[name]["image"].shape[0] == COUNT
-    same({**one["missing"], "notes": 0}, {**several["missing"], "notes": 0}, 1e-12)
+    assert_same({**one["missing"], "notes": 0}, {**several["missing"], "notes": 0}, 1e-12)
 
 
 def test_passes_are_those_of_the_longest_part(results: dict[int, list[dict[str, Any]]]) -> None:
