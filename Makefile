@@ -40,12 +40,17 @@ study-quick: venv
 	python tools/study.py --plan launch/configs/study_quick.yaml --out runs/study
 
 # what only a GPU can show (docs/step_benchmark.md): tests, a step beside open_clip's, a batch of 32,768 pairs on one device
+gpu: BESIDE := --device cuda --preset base --precision bf16 --batch 256 --warm-up 10 --repeats 5 --rounds 9
 gpu: venv
 	python -m pytest -m gpu -q
-	python tools/benchmark_step.py --device cuda --preset base --precision bf16 --batch 256 \
-		--warm-up 10 --repeats 5 --rounds 9 --out runs/gpu_step
+	python tools/benchmark_step.py $(BESIDE) --captions full --out runs/gpu_step_full \
+		--steps 'open_clip, our towers' 'open_clip, its towers' 'ITC, InfoNCE' 'ITC, SACL' 'three losses'
+	python tools/benchmark_step.py $(BESIDE) --out runs/gpu_step \
+		--steps 'open_clip, our towers' 'ITC, SACL' 'ITC, SACL, live teacher' 'three losses' 'three losses, live teacher'
+	python tools/benchmark_step.py $(BESIDE) --out runs/gpu_patches \
+		--steps 'three losses' 'three losses, patches at output' 'three losses, patches as published'
 	python tools/benchmark_step.py --device cuda --preset base --precision bf16 --batch 32768 --micro-batch 256 \
-		--steps 'three losses' --warm-up 1 --rounds 1 --no-memory --out runs/gpu_large_batch
+		--steps 'three losses' --warm-up 1 --rounds 1 --out runs/gpu_large_batch
 
 docs: venv
 	python -m sacl_ds.config_help docs/configuration.md

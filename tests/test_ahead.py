@@ -43,3 +43,8 @@ def test_errors_in_their_place() -> None:
         next(batches)
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_only_what_lies_on_the_host_is_page_locked() -> None:
+    elsewhere = tiny.batch(2)[0].to(torch.device("meta"))
+    assert elsewhere.pin_memory().images.is_meta

@@ -68,7 +68,7 @@ def test_the_command(root: Path, tmp_path: Path, ranks: int) -> None:
         assert row["of_itc"] == pytest.approx([statistics.median(ratios), min(ratios), max(ratios)])
         assert f"| {name} |" in done[0].stdout
     if ranks == 1:
-        assert rows["ITC, SACL"]["bytes"] > 1e6
+        assert all(row["bytes"] > 1e6 for row in rows.values())
     if peers():
         assert rows[EQUAL]["of_peer"] == [1, 1, 1]
         itc, same = (rows[name]["flops_per_second"] * rows[name]["seconds"] for name in ("ITC, SACL", EQUAL))
@@ -83,6 +83,8 @@ def test_the_command(root: Path, tmp_path: Path, ranks: int) -> None:
     ("words", "said"),
     [
         (["--batch", "1"], "--batch 1: at least 2"),
+        (["--micro-batch", "0"], "--micro-batch 0: at least 1"),
+        (["--micro-batch", "3"], "--micro-batch 3 does not divide the 4 pairs of a rank"),
         (["--steps", "ITC"], "--steps 'ITC': there is "),
         (["--ds_config", "nowhere.json"], "cannot read the DeepSpeed configuration nowhere.json"),
         (["--heads", "5"], "must be a multiple of model.text_heads=5"),
@@ -93,6 +95,22 @@ def test_mistakes(root: Path, words: list[str], said: str) -> None:
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("error: ") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_no_gpu(root: Path) -> None:
+    done = command(root, "--device", "cuda")[0]
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: --device cuda: PyTorch finds no GPU here; leave it out, or take cpu"]
+
+
+def test_micro_batches_in_bf16(root: Path) -> None:
+    """As the large batch of `make gpu`, whose peak is that of a micro-batch."""
+    words = ["--precision", "bf16", "--micro-batch", "2", "--checkpoint", "--steps", "three losses, live teacher"]
+    done = command(root, *words, "--no-memory")[0]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "(our steps: micro-batches of 2, activations recomputed)" in done.stdout
+    assert "| three losses, live teacher |" in done.stdout
 
 
 def setting(captions: str = "full") -> Setting:

@@ -139,6 +139,12 @@ def test_fp16_is_autocast_as_well() -> None:
     assert "fp16" not in out
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_does_not_go_with_zero(stage: int) -> None:
+    with pytest.raises(UserError, match=rf"my\.json: .*stage={stage} clips gradients of fp16.*bf16 or fp32"):
+        engine({"zero_optimization": {"stage": stage}}, "train.precision=fp16", machine=GPU)
+
+
 @pytest.mark.parametrize(
     ("ds", "overrides", "parts"),
     [
@@ -162,6 +168,7 @@ def test_fp16_is_autocast_as_well() -> None:
         ({}, ["train.global_batch_size=127"], ["127 does not divide over 2 ranks", "128"]),
         ({}, ["train.micro_batch_size=24"], ["=24 does not divide the 64 pairs", "each of 2 ranks; take 16,"]),
         ({}, ["train.micro_batch_size=100"], ["=100 does not divide the 64 pairs", "take 64,"]),
+        ({}, ["train.micro_batch_size=1"], ["=1 leaves ITM without negatives", "loss.matching_weight=0"]),
         ({}, ["train.precision=fp16"], ["train.precision=fp16, but this cpu has no fp16; set train.precision=bf16"]),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from sacl_ds.config import LossConfig, ModelConfig, RunConfig
-from sacl_ds.data.batch import Batch
+from sacl_ds.data.batch import Batch, places_of
 from sacl_ds.data.text import IGNORED
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.training.objectives import PretrainObjective
@@ -44,6 +46,13 @@ def varied(model: nn.Module, seed: int = 5) -> nn.Module:
 def objective(run: RunConfig, seed: int = 0) -> PretrainObjective:
     torch.manual_seed(seed)
     return PretrainObjective(SaclModel(run.model, VOCABULARY, pretrained=False), run.loss)
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The same batch with the places of its tokens, as the collator makes it, so that padding is not computed."""
+    assert batch.mlm_labels is not None
+    tokens, predicted = places_of(batch.attention_mask), places_of(batch.mlm_labels != IGNORED)
+    return replace(batch, token_places=tokens, mlm_places=predicted)
 
 
 def batch(pairs: int, seed: int = 1) -> tuple[Batch, tuple[torch.Tensor, torch.Tensor]]:

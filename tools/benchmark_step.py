@@ -2,7 +2,8 @@
 
 Ours goes through the DeepSpeed engine: forward, backward, clipping, AdamW. open_clip's is its own way of training, over
 our towers and over its own of the same size (pip install open_clip_torch; left out where missing). Data lie on the
-device. Rounds alternate between all steps and medians count; memory is that of a process of its own.
+device (with --micro-batch, ours on the host). Rounds alternate between all steps and medians count; memory is that of
+a process of its own. All steps are held at once: on a GPU name few with --steps where they do not fit.
 
 examples: python tools/benchmark_step.py --batch 64 --out benchmark
           deepspeed --num_gpus 8 tools/benchmark_step.py --preset base --precision bf16 --batch 2048 --out benchmark
@@ -65,8 +66,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     least = {"--batch": (options.batch, 2), "--rounds": (options.rounds, 1), "--repeats": (options.repeats, 1)}
+    least["--micro-batch"] = options.micro_batch, 1
     for name, (given, needed) in least.items():
-        if given < needed:
+        if given is not None and given < needed:
             raise UserError(f"{name} {given}: at least {needed}")
     return options
 
@@ -82,6 +84,22 @@ def chosen(asked: list[str] | None) -> list[str]:
     return [name for name in known if asked is None or name in asked]
 
 
+def check(names: list[str], setting: Setting, machine: Machine) -> None:
+    """UserError for what no step could be built with."""
+    from sacl_ds.benchmark.ours import CASES, run_of
+    from sacl_ds.distributed import world_size
+    from sacl_ds.ds_config import resolve
+
+    mine, left = divmod(setting.batch, world_size())
+    if left:
+        raise UserError(f"--batch {setting.batch} does not divide over {world_size()} ranks")
+    if setting.micro_batch and mine % setting.micro_batch:
+        raise UserError(f"--micro-batch {setting.micro_batch} does not divide the {mine} pairs of a rank")
+    for name in names:
+        if name in CASES:
+            resolve(setting.ds, run_of(CASES[name], setting), world_size(), machine, name=setting.ds_name)
+
+
 def build(name: str, setting: Setting, machine: Machine) -> Any:
     """The step of that name, with a batch of its own."""
     from sacl_ds.benchmark.ours import CASES, OurStep
@@ -89,8 +107,6 @@ def build(name: str, setting: Setting, machine: Machine) -> Any:
     from sacl_ds.benchmark.setting import random_batch
     from sacl_ds.distributed import rank, world_size
 
-    if setting.batch % world_size():
-        raise UserError(f"--batch {setting.batch} does not divide over {world_size()} ranks")
     batch = random_batch(setting, setting.batch // world_size(), rank())
     return OurStep(CASES[name], setting, batch, machine) if name in CASES else OpenClipStep(name, setting, batch)
 
@@ -165,8 +181,12 @@ def main() -> None:
         return
     from dataclasses import replace
 
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; leave it out, or take cpu")
     from sacl_ds.benchmark.measure import peak_bytes
-    from sacl_ds.benchmark.peers import peers
+    from sacl_ds.benchmark.peers import load, peers
     from sacl_ds.benchmark.report import as_json, plot, rows_of, table
     from sacl_ds.benchmark.setting import Setting, model_config
     from sacl_ds.distributed import rank
@@ -188,12 +208,21 @@ def main() -> None:
         options.checkpoint,
         options.compile,
     )
+    check(names, setting, machine)
     if options.memory_of:
+        load(options.memory_of)
         found = peak_bytes(lambda: build(options.memory_of, setting, machine), device)
         print(json.dumps(found))
         return
     held = {name: None if options.no_memory else memory_of(name, words) for name in names}
-    measured = measure(names, setting, machine, options)
+    try:
+        measured = measure(names, setting, machine, options)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise UserError(
+            f"out of GPU memory with {len(names)} steps held at once ({reason}); name fewer with --steps, or take a "
+            "smaller --batch"
+        ) from None
     rows = rows_of(
         {name: replace(found, bytes=held[name]) for name, found in measured.items()},
         setting.batch,

@@ -152,6 +152,7 @@ def _loss_step(run: RunConfig, targets: Targets, image: Tensor, text: Tensor, sc
             sharpness=regulation.sharpness,
             teacher_sharpness=regulation.teacher_sharpness,
             pair_ids=ids,
+            counts=[len(image)] * world_size(),
             **of_teacher,
         ).loss.backward()
 

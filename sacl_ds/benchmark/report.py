@@ -80,12 +80,14 @@ def table(rows: Sequence[Row]) -> str:
         "step": [row.step for row in rows],
         "s a step": [f"{row.seconds:.3g}" for row in rows],
         "pairs/s": [f"{row.pairs_per_second:.4g}" for row in rows],
-        "time, of open_clip's": [_ratio(row.of_peer) for row in rows],
-        "time, of ITC": [_ratio(row.of_itc) for row in rows],
-        "a device": [f"{flops_text(row.flops_per_second)}/s" if row.flops_per_second else "" for row in rows],
+        "time / open_clip's": [_ratio(row.of_peer) for row in rows],
+        "time / ITC, SACL": [_ratio(row.of_itc) for row in rows],
+        "FLOP/s of a device": [
+            flops_text(row.flops_per_second).removesuffix("FLOP") if row.flops_per_second else "" for row in rows
+        ],
         "MFU": [f"{row.mfu:.1%}" if row.mfu else "" for row in rows],
         "peak GB": [f"{row.bytes / 1e9:.3g}" if row.bytes else "" for row in rows],
-        "loss, of step": [f"{row.loss_share:.1%}" if row.loss_share else "" for row in rows],
+        "loss's share": [f"{row.loss_share:.1%}" if row.loss_share else "" for row in rows],
     }
     shown = {head: cells for head, cells in columns.items() if any(cells)}
     lines = [list(shown), ["---"] + ["---:"] * (len(shown) - 1), *map(list, zip(*shown.values(), strict=True))]

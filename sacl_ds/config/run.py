@@ -8,6 +8,7 @@ from sacl_ds.config.data import DataConfig
 from sacl_ds.config.loss import LossConfig, MomentumConfig, TeacherConfig
 from sacl_ds.config.room import Natural, Room
 from sacl_ds.config.training import TrainingConfig
+from sacl_ds.errors import UserError
 
 
 class RecordsConfig(Room):
@@ -43,6 +44,16 @@ class RunConfig(TrainingConfig):
                 "teacher.steps, or leave it out"
             )
         return self
+
+    def micro_batches(self, world: int) -> tuple[int, int]:
+        """As for every training; a UserError, too, where ITM would find no negatives within a micro-batch."""
+        rows, passes = super().micro_batches(world)
+        if rows == 1 and passes > 1 and self.loss.matching_weight:
+            raise UserError(
+                "train.micro_batch_size=1 leaves ITM without negatives, which it draws from the pairs at hand; take 2 "
+                "or more, or loss.matching_weight=0"
+            )
+        return rows, passes
 
     @property
     def alpha_end_step(self) -> int:

@@ -32,17 +32,18 @@ class TrainConfig(Room):
     micro_batch_size: Positive | None = Field(
         None,
         description="pairs that a rank passes through the model at once; null: global_batch_size / ranks. Fewer need "
-        "less memory and a second forward pass (docs/scaling.md); all pairs stay contrasted, with the same gradients",
+        "less memory and a second forward pass (docs/scaling.md); ITC and MLM keep their gradients, ITM draws its "
+        "negatives from these pairs",
     )
     coalesce_reduction: bool = Field(
         False,
-        description="with several micro-batches a step, under ZeRO 2 and 3: add up their gradients whole on each rank "
+        description="with several micro-batches a step: under ZeRO 2 and 3 add up their gradients whole on each rank "
         "and reduce them once, not at every one: less traffic for the memory of a whole gradient",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="bf16, fp16: autocast; parameters, logit scale and losses stay fp32. fp16, for GPUs without bf16, "
-        "scales the loss and leaves out steps that overflow",
+        description="bf16, fp16: autocast; parameters, logit scale and losses stay fp32. fp16, for GPUs without bf16 "
+        "and without ZeRO, scales the loss and leaves out steps that overflow",
     )
     checkpoint_activations: bool = Field(
         False,

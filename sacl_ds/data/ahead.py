@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ def ahead(batches: Iterable[Moved], device: torch.device) -> Iterator[Moved]:
 
 
 def _copied_ahead(batches: Iterator[Moved], device: torch.device) -> Iterator[Moved]:
-    copies = torch.cuda.Stream(device)
+    copies = _stream(device)
     coming = _start(batches, device, copies)
     while coming is not None:
         # the copy is waited for before the one after it begins: on one stream it would have to end as well
@@ -50,6 +51,12 @@ def _copied_ahead(batches: Iterator[Moved], device: torch.device) -> Iterator[Mo
         del batch  # or its memory would be held while the batch after the next is copied
         if failure is not None:
             raise failure
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all copies to a device: the allocator keeps memory that was freed for the stream it was taken on."""
+    return torch.cuda.Stream(device)
 
 
 def _start(batches: Iterator[Moved], device: torch.device, copies: torch.cuda.Stream) -> Moved | None:

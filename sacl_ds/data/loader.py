@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from sacl_ds.data.ahead import Moves
 from sacl_ds.data.faults import Fault
 from sacl_ds.data.feed import Feed
 from sacl_ds.data.order import GlobalOrder, Place
@@ -24,7 +25,7 @@ _PREFETCHED = 4  # pieces a worker makes ahead
 Made = TypeVar("Made", bound="Loadable")
 
 
-class Loadable(Protocol):
+class Loadable(Moves, Protocol):
     """A batch as the loader makes it and the training loop takes it: tensors whose first dimension are its rows."""
 
     @property
@@ -37,16 +38,8 @@ class Loadable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def to(self: Made, device: torch.device) -> Made: ...
-
     def parts(self: Made, rows: int) -> list[Made]:
         """Its rows in order, so many in each, their texts no longer than the longest of them."""
-
-    def pin_memory(self: Made) -> Made:
-        """In page-locked memory, from which copies to a GPU do not wait."""
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory of what lies on a GPU until all that `stream` was given so far is done."""
 
 
 class Collates(Protocol[Made]):

@@ -22,7 +22,7 @@ def part_of(batch: Any, rows: slice, texts: Mapping[str, tuple[str, ...]]) -> di
     for mask, others in texts.items():
         if mask in cut:
             longest = int(cut[mask].sum(1).max())
-            cut |= {name: cut[name][:, :longest] for name in (mask, *others) if name in cut}
+            cut |= {name: cut[name][:, :longest].contiguous() for name in (mask, *others) if name in cut}
     return cut
 
 
@@ -33,8 +33,8 @@ class Movable:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: Self) -> Self:
-        """In page-locked memory, from which copies to a GPU do not wait."""
-        return self._mapped(Tensor.pin_memory)
+        """In page-locked memory, from which copies to a GPU do not wait; what lies on a GPU stays there."""
+        return self._mapped(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of what lies on a GPU until all that `stream` was given so far is done."""

@@ -36,7 +36,7 @@ class Packing(NamedTuple):
             flat = packed
         else:
             room = packed.new_zeros(self.rows * self.length, *packed.shape[1:])
-            flat = room.index_copy(0, self.places, packed)
+            flat = room.index_copy_(0, self.places, packed)
         return flat.unflatten(0, (self.rows, self.length))
 
     def positions(self, device: torch.device) -> Tensor:
@@ -59,4 +59,4 @@ class _Pack(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
         room = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
-        return room.index_copy(0, places, gradient), None
+        return room.index_copy_(0, places, gradient), None

@@ -1,4 +1,4 @@
-"""Reduced precision for passes that no engine runs: momentum model, evaluation."""
+"""Reduced precision for passes that no engine runs: teacher, momentum model, evaluation."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sacl_ds.telemetry.peaks import dense_peak
 
+_PEAK = "memory_peak_bytes"
 WARM_UP = 5  # steps in which memory is claimed and kernels are compiled; medians of a run leave them out
 _LENGTHS = (8, 16, 24)
 
@@ -93,13 +94,13 @@ class Throughput:
         self._logged[-1][1].update(figures)
 
     def medians(self) -> dict[str, float]:
-        """Over the logged steps behind the first WARM_UP steps of this process, or over all where there are no such."""
+        """Of memory the most. Over the logged steps behind the first WARM_UP steps of this process, or over all where there are no such."""
         if not self._logged:
             return {}
         first = self._logged[0][0]
         used = [figures for done, figures in self._logged if done >= first + WARM_UP]
         used = used or [figures for _, figures in self._logged]
-        return {name: statistics.median(each[name] for each in used) for name in used[0]}
+        return {name: (max if name == _PEAK else statistics.median)(each[name] for each in used) for name in used[0]}
 
     def summary(self) -> str | None:
         """The medians as a line; None where nothing was logged."""
@@ -115,8 +116,8 @@ class Throughput:
             parts.append(f"{flops_text(found['flops_per_second'])}/s a device")
         if "mfu" in found:
             parts.append(f"MFU {found['mfu']:.1%}")
-        if "memory_peak_bytes" in found:
-            parts.append(f"{found['memory_peak_bytes'] / 1e9:.3g} GB at the peak")
+        if _PEAK in found:
+            parts.append(f"{found[_PEAK] / 1e9:.3g} GB at the peak")
         if "data_wait_share" in found:
             parts.append(f"{found['data_wait_share']:.0%} of the time waiting for data")
         return f"{', '.join(parts)} (medians)"
@@ -130,7 +131,7 @@ def flops_text(flops: float) -> str:
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """Dense FLOP/s of this device as a run of that precision (fp32 or bf16) uses it; None where it is not known.
+    """Dense FLOP/s of this device as a run of that precision (fp32, bf16 or fp16) uses it; None where it is not known.
 
     fp32 counts as tf32 where PyTorch may use that for matrix products.
     """

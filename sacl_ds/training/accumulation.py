@@ -89,8 +89,8 @@ def contrastive_step(
     losses, wanted = _meet(objective, looked, parts, targets)
     with _reduction(engine, step.coalesce):
         for number, part in enumerate(ahead(parts, step.device)):
-            torch.manual_seed(step.seed_of(number))
             logits = aims.beside(part, features=False, tokens=True).token_logits
+            torch.manual_seed(step.seed_of(number))  # as in the first pass, right before the engine's
             engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
             made = engine(part, replace(wanted[number], token_logits=logits))
             engine.backward(made.pop("loss"))
@@ -104,11 +104,12 @@ def summed_step(engine: DeepSpeedEngine, batch: Loadable, step: Step) -> dict[st
 
     batch: this rank's, on the host where it takes several micro-batches.
     """
-    parts = batch.parts(step.rows) if len(batch) > step.rows else [batch]
+    several = len(batch) > step.rows
+    parts = batch.parts(step.rows) if several else [batch]
     share = 1 / len(parts)  # all are equally long
     losses: dict[str, Tensor] = {}
-    with _reduction(engine, step.coalesce and len(parts) > 1):
-        for number, part in enumerate(ahead(parts, step.device)):
+    with _reduction(engine, step.coalesce and several):
+        for number, part in enumerate(ahead(parts, step.device) if several else parts):
             engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
             made = {name: share * value for name, value in engine(part).items()}
             engine.backward(made["loss"])

@@ -65,7 +65,10 @@ def save(
     tag = f"step_{step:08d}"
     # what DeepSpeed's conversion to another number of ranks asks for
     engine.save_checkpoint(str(folder), tag, {"universal_checkpoint_info": _UNIVERSAL}, save_latest=False)
-    frozen = {name: value.cpu().clone() for name, value in whole_parameters(engine, engine.module, trained=False)}
+    frozen = {}
+    for name, value in whole_parameters(engine, engine.module, trained=False):  # all ranks take part in gathering
+        if rank() == 0:
+            frozen[name] = value.cpu().clone()
     barrier()
     if rank() == 0:
         if frozen:

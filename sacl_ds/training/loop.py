@@ -86,7 +86,7 @@ class Loop:
         self.engine.train()
         for step in range(start, train.steps):
             before = time.perf_counter()
-            batch = next(batches)
+            batch = self._next(batches, step)
             waited += time.perf_counter() - before
             ledger.add(batch.faults)
             self._count_tokens(batch)
@@ -98,6 +98,9 @@ class Loop:
                 speed = self._speed(done, done - since, clock, waited)
                 self._record(done, losses, self._account(done, batch, ledger), speed)
                 clock, since, waited = time.perf_counter(), done, 0.0
+            between = _due(done, train.eval_every) or _due(done, train.save_every)
+            if between and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the steps that are queued are no part of what follows
             before = time.perf_counter()
             if _due(done, train.eval_every) or done == train.steps:
                 result = self._evaluate(done)
@@ -114,6 +117,16 @@ class Loop:
             return ahead(self.batches, self.device)
         return (replace(batch, pair_ids=batch.pair_ids.to(self.device)) for batch in self.batches)  # type: ignore[type-var]
 
+    def _next(self, batches: Iterator[Any], number: int) -> Any:
+        try:
+            return next(batches)
+        except torch.OutOfMemoryError as error:  # of the batch after it, which is copied ahead
+            raise self._out_of_memory(number, error) from None
+
+    def _out_of_memory(self, number: int, error: BaseException) -> UserError:
+        rows = self.run.micro_batches(world_size())[0]
+        return UserError(out_of_memory(self.run, number, rows, world_size(), error, self.work.rows))
+
     def _step(self, number: int, batch: Any, logged: bool) -> dict[str, Tensor]:
         run = self.run
         # what is random in a step follows from (seed, step, rank): a resumed run needs no random state
@@ -128,7 +141,7 @@ class Loop:
             self.engine.step()
             said = self.work.after(self.engine, batch, step)
         except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(run, number, rows, world_size(), error, self.work.rows)) from None
+            raise self._out_of_memory(number, error) from None
         self._caution(number + 1, said)
         return losses
 
@@ -214,10 +227,8 @@ def out_of_memory(
     run: TrainingConfig, step: int, count: int, world: int, error: BaseException, rows: str = "pairs"
 ) -> str:
     """What ran out, where, and what lowers it, as one line."""
-    fitting = [size for size in range(1, count // 2 + 1) if count % size == 0]
-    advice = [
-        f"train.micro_batch_size={size}, which changes neither the batch nor its gradients" for size in fitting[-1:]
-    ]
+    fitting = [size for size in range(2, count // 2 + 1) if count % size == 0]
+    advice = [f"train.micro_batch_size={size}, which keeps the batch as it is" for size in fitting[-1:]]
     if run.train.precision == "fp32":
         advice.append("train.precision=bf16")
     advice += [f"more than {world} rank{'s' if world > 1 else ''}", "ds_configs/zero3_offload.json"]

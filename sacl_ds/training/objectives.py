@@ -90,7 +90,10 @@ def step_regulation(loss: LossConfig, targets: Targets) -> tuple[Regulation, tup
 
 
 class PretrainObjective(nn.Module):
-    """ITC + ITM + MLM (ALBEF's three) with the similarity-regulated ITC."""
+    """ITC + ITM + MLM (ALBEF's three) with the similarity-regulated ITC.
+
+    Of the model's parameters those are set to be trained that the losses reach (`SaclModel.train_for`).
+    """
 
     def __init__(self, model: SaclModel, loss: LossConfig) -> None:
         super().__init__()

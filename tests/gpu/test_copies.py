@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -40,3 +42,13 @@ def test_a_failure_waits_for_the_batches_before_it() -> None:
 def test_the_end() -> None:
     assert list(ahead(iter(()), torch.device("cuda"))) == []
     assert len(list(ahead([tiny.batch(2)[0]], torch.device("cuda")))) == 1
+
+
+def test_what_lies_there_already_is_taken_as_it_is() -> None:
+    device = torch.device("cuda")
+    whole = tiny.batch(8)[0]
+    there, half = whole.to(device), replace(whole, pair_ids=whole.pair_ids.to(device))
+    for batch in ahead([there, half], device):
+        assert all(tensor.is_cuda for tensor in vars(batch).values() if isinstance(tensor, torch.Tensor))
+        assert torch.equal(batch.images.cpu(), whole.images)
+        assert torch.equal(batch.pair_ids.cpu(), whole.pair_ids)

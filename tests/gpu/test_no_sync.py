@@ -1,13 +1,11 @@
 """A step's forward and backward pass do not wait for the GPU."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from sacl_ds.data.text import IGNORED
 from sacl_ds.training.objectives import Targets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -29,12 +27,7 @@ def test_forward_and_backward(
     objective = tiny.objective(tiny.config(selection, sharpness=5.0, backend=backend)).to(device)
     objective.model.checkpoint_activations(recompute)
     batch, teacher = tiny.batch(8)
-    assert batch.mlm_labels is not None
-    places = {
-        "token_places": batch.attention_mask.flatten().nonzero().squeeze(1),
-        "mlm_places": (batch.mlm_labels.flatten() != IGNORED).nonzero().squeeze(1),
-    }
-    batch = replace(batch, **places).to(device)
+    batch = tiny.without_padding(batch).to(device)
     features = teacher[0].float().to(device), teacher[1].float().to(device)
     targets = Targets(features, 0.5, torch.Generator(device).manual_seed(0))
     objective(batch, targets)["loss"].backward()  # kernels are built and tuned here, which may wait

@@ -19,4 +19,4 @@ def test_out_of_memory(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert len(errors) == 1
     assert "error: out of GPU memory at step 0 with 65536 pairs at once (CUDA out of memory" in errors[0]
-    assert "try train.micro_batch_size=32768, which changes neither the batch nor its gradients" in errors[0]
+    assert "try train.micro_batch_size=32768, which keeps the batch as it is" in errors[0]

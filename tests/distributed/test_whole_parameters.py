@@ -1,0 +1,36 @@
+"""What evaluation, the momentum model and model.safetensors get of sharded weights: all their digits."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from ranks import on_ranks
+
+from sacl_ds.ds_config import resolve
+from sacl_ds.machine import this_machine
+
+
+def gathering(rank: int, stage: int, precision: str) -> None:
+    from sacl_ds.training.engine import build_engine, start_process, whole_state
+
+    start_process()
+    run = tiny.config()
+    train = run.train.model_copy(update={"global_batch_size": 8, "precision": precision})
+    run = run.model_copy(update={"train": train})
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # tiny as they are, they are cut up
+    settings = resolve({"zero_optimization": zero}, run, 2, this_machine("cpu"))
+    engine = build_engine(tiny.objective(run), settings, run.optim)
+    engine(tiny.batch(4)[0], None)  # forward gathers in what autocast computes with
+    state = whole_state(engine, engine.module.model)
+    if rank == 0:
+        begun = tiny.objective(run).model.state_dict()
+        assert state.keys() == begun.keys()
+        for name, value in begun.items():
+            assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_are_gathered_in_float32(stage: int, precision: str) -> None:
+    on_ranks(2, gathering, stage, precision)
