@@ -244,8 +244,8 @@ def _precision(out: dict[str, Any], run: TrainingConfig, machine: Machine, name:
     if precision == "fp16" and zero_stage(out):
         # they clip gradients, and look for overflow, before the loss's scale is taken out of them (0.19.8)
         raise UserError(
-            f"{name}: DeepSpeed's zero_optimization.stage={zero_stage(out)} clips gradients of fp16 by the scaled loss; "
-            "set train.precision=bf16 or fp32, or zero_optimization.stage to 0"
+            f"{name}: zero_optimization.stage={zero_stage(out)} clips gradients of fp16 before DeepSpeed takes the "
+            "loss's scale out of them; set train.precision=bf16 or fp32, or zero_optimization.stage to 0"
         )
     section = out.setdefault("torch_autocast", {})
     _settle(section, "enabled", precision != "fp32", f"train.precision={precision}: autocast", name)

@@ -8,6 +8,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where kernels are defined
+_worker, _workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _worker and hasattr(os, "sched_setaffinity"):
+    # each of pytest's processes, and all that it starts, keeps to its own cores: threads of two that share a core wait
+    # for each other, actively
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, _cores[int(_worker.removeprefix("gw")) :: _workers] or _cores)
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent))
 

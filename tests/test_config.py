@@ -141,7 +141,7 @@ def test_fp16_is_autocast_as_well() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_does_not_go_with_zero(stage: int) -> None:
-    with pytest.raises(UserError, match=rf"my\.json: .*stage={stage} clips gradients of fp16.*bf16 or fp32"):
+    with pytest.raises(UserError, match=rf"my\.json: .*stage={stage} clips gradients of fp16 .*bf16 or fp32"):
         engine({"zero_optimization": {"stage": stage}}, "train.precision=fp16", machine=GPU)
 
 

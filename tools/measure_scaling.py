@@ -16,7 +16,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,14 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sacl_ds.command_line import Parser, exit_status
-from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
-from sacl_ds.ds_config import read_ds_config, resolve
+from sacl_ds.ds_config import resolve
 from sacl_ds.errors import UserError
 from sacl_ds.machine import this_machine
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.planning.checking import compared, table
-from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.case import LENGTH, PAIRS, PREDICTED, SIZES, TEACHER, VOCABULARY, Case
+from sacl_ds.planning.checking import Compared, row_of
 from sacl_ds.planning.ranks import on_ranks
 from sacl_ds.planning.record import record_row
 from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
@@ -43,60 +42,7 @@ from sacl_ds.training.objectives import PretrainObjective, Targets
 from sacl_ds.training.preparation import prepare_model
 from sacl_ds.training.step import Step
 
-ROOT = Path(__file__).resolve().parent.parent
-LENGTH, PREDICTED, VOCABULARY, TEACHER = 12, 3, 2000, 48
-SIZES: dict[str, dict[str, Any]] = {
-    "small": {
-        "image_encoder_arguments": {"embed_dim": 96, "depth": 3, "num_heads": 3, "patch_size": 8},
-        "image_size": 48, "text_width": 96, "text_heads": 3, "text_layers": 1, "fusion_layers": 1, "embed_dim": 64,
-    },
-    "middle": {
-        "image_encoder_arguments": {"embed_dim": 256, "depth": 6, "num_heads": 4, "patch_size": 8},
-        "image_size": 64, "text_width": 256, "text_heads": 4, "text_layers": 3, "fusion_layers": 3, "embed_dim": 128,
-    },
-}  # fmt: skip
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Case:
-    size: str
-    pairs: int  # a rank
-    world: int
-    stage: int
-    precision: str
-    offload: bool = False
-    micro_batches: int = 1
-    coalesced: bool = False
-    checkpointed: bool = False
-
-    @property
-    def run(self) -> RunConfig:
-        model = {**SIZES[self.size], "max_tokens": LENGTH, "vocab_size": VOCABULARY}
-        train = {
-            "global_batch_size": self.pairs * self.world, "micro_batch_size": max(1, self.pairs // self.micro_batches),
-            "precision": self.precision, "coalesce_reduction": self.coalesced,
-            "checkpoint_activations": self.checkpointed,
-        }  # fmt: skip
-        return RunConfig.model_validate({"model": model, "train": train})
-
-    @property
-    def ds(self) -> dict[str, Any]:
-        """As in ds_configs/, with buckets as much smaller as the model is."""
-        if self.stage == 0:
-            return {"zero_optimization": {"stage": 0}}
-        found = read_ds_config(ROOT / f"ds_configs/zero{self.stage}{'_offload' if self.offload else ''}.json")
-        smaller = {"reduce_bucket_size": 400_000, "allgather_bucket_size": 400_000}
-        if self.stage == 3:
-            smaller |= {"stage3_prefetch_bucket_size": 400_000, "stage3_param_persistence_threshold": 1000}
-        found["zero_optimization"] |= smaller
-        return found
-
-    @property
-    def job(self) -> Job:
-        return Job(
-            self.run, self.world, Zero.of(self.ds), predicted=PREDICTED, vocab_size=VOCABULARY, teacher_width=TEACHER
-        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +58,7 @@ class Precomputed:
         return Beside((image, text))
 
     def targets(self, beside: Beside) -> Targets:
-        return Targets(beside.teacher, 0.5, self.generator)
+        return Targets(beside.teacher, 0.5, self.generator, even=True)
 
 
 def batch(case: Case, rank: int) -> Batch:
@@ -213,6 +159,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             micro_batches=count,
             coalesced=options.coalesce,
             checkpointed=options.checkpoint,
+            itc_alone=options.itc,
         )
         for count, world, stage in itertools.product(options.micro_batches, options.worlds, options.stages)
     ]
@@ -221,7 +168,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="middle", help="of the model (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=12, help="a rank (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="a rank (default: %(default)s)")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="ranks (default: 1 2 4)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="default: %(default)s")
@@ -229,6 +176,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1], help="of a step (default: 1)")
     parser.add_argument("--coalesce", action="store_true", help="their gradients reduced together, not one by one")
     parser.add_argument("--checkpoint", action="store_true", help="with checkpointing of activations")
+    parser.add_argument("--itc", action="store_true", help="without ITM and MLM")
     parser.add_argument("--docs", type=Path, required=True, help="JSON file; rows of the same cases are replaced")
     options = parser.parse_args()
     if options.offload and min(options.stages) < 2:
@@ -240,8 +188,8 @@ def main() -> None:
         ranks = on_ranks(case.world, rank_of, case)
         if None in ranks:
             raise RuntimeError(f"{case}: a rank ended without a result; see above")
-        row = {"case": asdict(case), "parameters": case.job.parameters, **compared(case.job, ranks)}
-        print(table([row]).splitlines()[-1], flush=True)
+        row = row_of(case, ranks)
+        print(Compared.of(row).row, flush=True)
         record_row(options.docs, row)
 
 

@@ -82,9 +82,7 @@ def table(rows: Sequence[Row]) -> str:
         "pairs/s": [f"{row.pairs_per_second:.4g}" for row in rows],
         "time / open_clip's": [_ratio(row.of_peer) for row in rows],
         "time / ITC, SACL": [_ratio(row.of_itc) for row in rows],
-        "FLOP/s of a device": [
-            flops_text(row.flops_per_second).removesuffix("FLOP") if row.flops_per_second else "" for row in rows
-        ],
+        "FLOP/s of a device": [_flops(row.flops_per_second) for row in rows],
         "MFU": [f"{row.mfu:.1%}" if row.mfu else "" for row in rows],
         "peak GB": [f"{row.bytes / 1e9:.3g}" if row.bytes else "" for row in rows],
         "loss's share": [f"{row.loss_share:.1%}" if row.loss_share else "" for row in rows],
@@ -92,6 +90,11 @@ def table(rows: Sequence[Row]) -> str:
     shown = {head: cells for head, cells in columns.items() if any(cells)}
     lines = [list(shown), ["---"] + ["---:"] * (len(shown) - 1), *map(list, zip(*shown.values(), strict=True))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _flops(rate: float | None) -> str:
+    """'41.2 G'"""
+    return flops_text(rate).removesuffix("FLOP") if rate else ""
 
 
 def _ratio(of: tuple[float, float, float] | None) -> str:

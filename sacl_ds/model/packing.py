@@ -23,7 +23,8 @@ class Packing(NamedTuple):
     def of(cls, texts: Tensor, places: Tensor | None) -> Packing:
         """Of texts like these, (n, length)."""
         rows, length = texts.shape
-        return cls(rows, length, places)
+        everything = places is None or len(places) == rows * length
+        return cls(rows, length, None if everything else places)
 
     def pack(self, states: Tensor) -> Tensor:
         """(n, length, ...) -> (T, ...), without a copy where all are computed."""

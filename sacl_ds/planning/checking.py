@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from sacl_ds.planning.case import PAIRS, Case
 from sacl_ds.planning.job import Job
 from sacl_ds.planning.memory import memory
 from sacl_ds.planning.wire import total, transfers
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
-_FIGURES = ("parameters", "optimizer", "at rest", "forward", "peak", *COLLECTIVES)
+HELD = ("parameters", "optimizer", "at rest", "forward", "peak")
+_FIGURES = (*HELD, *COLLECTIVES)
 _LATER = ("buckets", "gradients of the share", "block computed again")  # made when backward has begun
 _NEGLIGIBLE = 1000  # bytes a step: norms and counters, which no formula follows
 
@@ -21,7 +24,7 @@ def predicted(job: Job) -> dict[str, float]:
     all_kept = of.kept | {f"{name}, offloaded": size for name, size in of.host.items()}
     made = transfers(job)
     return {
-        "parameters": of.kept["parameters"] + of.host.get("parameters", 0),
+        "parameters": of.kept["parameters"] + of.kept["parameters that are not trained"] + of.host.get("parameters", 0),
         "optimizer": of.kept.get("optimizer", 0) + of.host.get("optimizer", 0),
         "at rest": sum(all_kept.values()),
         "forward": sum(size for name, size in of.forward.items() if name not in _LATER),
@@ -30,15 +33,37 @@ def predicted(job: Job) -> dict[str, float]:
     }
 
 
-def compared(job: Job, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """measured: the greatest of the ranks, in bytes; formula; ratio: measured / formula, 1 where both are next to
-    nothing. ranks: of each what `tools/measure_scaling.py` measured."""
-    expected = predicted(job)
+def row_of(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """For the record: the case, and the most that any of its ranks measured, in bytes.
+
+    ranks: of each what `tools/measure_scaling.py` measured.
+    """
     found = {name: max(rank[name] for rank in ranks) for name in _FIGURES if name not in COLLECTIVES}
-    alone = job.world == 1  # DeepSpeed calls its collectives all the same; a ring of one sends nothing
+    alone = case.world == 1  # DeepSpeed calls its collectives all the same; a ring of one sends nothing
     found |= {name: 0 if alone else max(rank["wire"][name] for rank in ranks) for name in COLLECTIVES}
-    ratios = {name: _ratio(found[name], expected[name]) for name in _FIGURES}
-    return {"measured": found, "formula": expected, "ratio": ratios}
+    return {"case": asdict(case), "measured": found}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row of the record beside the formulas as they are now. ratio: measured / formula, 1 where both are next to
+    nothing."""
+
+    case: Case
+    measured: dict[str, float]
+    ratio: dict[str, float]
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Compared:
+        case = Case(**row["case"])
+        expected = predicted(case.job)
+        return cls(case, row["measured"], {name: _ratio(row["measured"][name], expected[name]) for name in _FIGURES})
+
+    @property
+    def row(self) -> str:
+        """Of the table."""
+        figures = [_figure(self.measured[name], self.ratio[name]) for name in _FIGURES]
+        return f"| {self.case.world} | {self.case.stage} | {_extras(self.case)} | {' | '.join(figures)} |"
 
 
 def _ratio(measured: float, formula: float) -> float:
@@ -47,26 +72,26 @@ def _ratio(measured: float, formula: float) -> float:
     return measured / formula if formula else float("inf")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Compared]) -> str:
     """Markdown: a line a case, measured MB and their ratio to the formula."""
     lines = [
         f"| ranks | ZeRO | with | {' | '.join(_FIGURES)} |",
         f"|{' ---: | --- | --- |'}{' ---: |' * len(_FIGURES)}",
     ]
-    usual = rows[0]["case"]["pairs"]
-    for row in rows:
-        case = row["case"]
-        figures = [_figure(row["measured"][name], row["ratio"][name]) for name in _FIGURES]
-        lines.append(f"| {case['world']} | {case['stage']} | {_extras(case, usual)} | {' | '.join(figures)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(row.row for row in rows)]) + "\n"
 
 
-def _extras(case: dict[str, Any], usual: int) -> str:
-    """What sets a case apart from a plain step in float32. usual: pairs a rank."""
-    parts = f"{case['micro_batches']} micro-batches" if case["micro_batches"] > 1 else ""
-    named = {"bf16": case["precision"] == "bf16", "offload": case["offload"], parts: bool(parts)}
-    named |= {"coalesced": case["coalesced"], "checkpointing": case["checkpointed"]}
-    named[f"{case['pairs']} pairs"] = case["pairs"] != usual
+def worst(rows: list[Compared], names: tuple[str, ...]) -> float:
+    """The greatest deviation of any of these figures, as a share."""
+    return max(abs(row.ratio[name] - 1) for row in rows for name in names)
+
+
+def _extras(case: Case) -> str:
+    """What sets a case apart from a plain step in float32."""
+    parts = f"{case.micro_batches} micro-batches" if case.micro_batches > 1 else ""
+    named = {"bf16": case.precision == "bf16", "offload": case.offload, parts: bool(parts)}
+    named |= {"coalesced": case.coalesced, "checkpointing": case.checkpointed, "ITC alone": case.itc_alone}
+    named[f"{case.pairs} pairs"] = case.pairs != PAIRS
     return ", ".join(name for name, there in named.items() if there)
 
 

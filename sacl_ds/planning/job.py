@@ -10,7 +10,8 @@ from torch import nn
 
 from sacl_ds.config import RunConfig
 from sacl_ds.errors import UserError
-from sacl_ds.model.cost import ModelCost
+from sacl_ds.model.cost import Cost, ModelCost
+from sacl_ds.training.model_flops import losses_of
 
 FLOAT, HALF = 4, 2  # bytes of a float32, and of what autocast computes with
 
@@ -58,7 +59,8 @@ class Zero:
 
 @dataclass(frozen=True)
 class Job:
-    """A pre-training run on `world` ranks.
+    """A pre-training run on `world` ranks, its teacher's features at hand: one that runs beside it adds its own
+    weights and forward pass.
 
     text_tokens, predicted, vocab_size: as for `ModelCost`. teacher_width: of the teacher's features, 0 without one.
     id_columns: ids of a pair, by which its duplicates are known. Raises UserError where the batch does not divide.
@@ -80,9 +82,20 @@ class Job:
 
     @cached_property
     def cost(self) -> ModelCost:
-        return ModelCost(
+        made = ModelCost(
             self.run.model, text_tokens=self.text_tokens, predicted=self.predicted, vocab_size=self.vocab_size
         )
+        made.model.train_for(matching="itm" in self.losses, words="mlm" in self.losses)
+        return made
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return losses_of(self.run)
+
+    @cached_property
+    def pair(self) -> Cost:
+        """Forward of a pair, with the losses that the run has."""
+        return self.cost.pretraining(self.losses)
 
     @property
     def pairs(self) -> int:
@@ -116,45 +129,56 @@ class Job:
 
     @cached_property
     def sizes(self) -> list[tuple[int, bool]]:
-        """Of each parameter: how many numbers, and whether autocast computes with it in bfloat16, in which DeepSpeed
-        then sends it and its gradient: weights and biases of plain linear layers and convolutions."""
-        return self._sizes(self.cost.model)
+        """Of each parameter that is trained: how many numbers, and whether autocast computes with it in half
+        precision, in which DeepSpeed then sends it and its gradient: those of plain linear layers and convolutions."""
+        return self._sizes(self.cost.model, trained=True)
+
+    @cached_property
+    def untrained_sizes(self) -> list[tuple[int, bool]]:
+        """Of the parameters that no loss reaches: no forward pass asks for them, and no optimizer."""
+        return self._sizes(self.cost.model, trained=False)
 
     @cached_property
     def late_sizes(self) -> list[tuple[int, bool]]:
         """Of the parameters that the first pass of micro-batches, for ITC's features, does without."""
         model = self.cost.model
-        return [
-            each for part in (model.fusion_encoder, model.matching_head, model.mlm_head) for each in self._sizes(part)
-        ]
+        late = (model.fusion_encoder, model.matching_head, model.mlm_head)
+        return [each for part in late for each in self._sizes(part, trained=True)]
 
-    def _sizes(self, module: nn.Module) -> list[tuple[int, bool]]:
+    def _sizes(self, module: nn.Module, trained: bool) -> list[tuple[int, bool]]:
         found: dict[int, tuple[int, bool]] = {}
         for part in module.modules():
             cast = self.autocast and type(part) in (nn.Linear, nn.Conv2d)
             for parameter in part.parameters(recurse=False):
+                if parameter.requires_grad is not trained:
+                    continue
                 found.setdefault(id(parameter), (parameter.numel(), cast))
         return list(found.values())
 
     @property
     def autocast(self) -> bool:
-        return self.run.train.precision == "bf16"
+        return self.run.train.precision != "fp32"
 
     @cached_property
     def parameters(self) -> int:
+        """Those that are trained."""
         return sum(size for size, _ in self.sizes)
 
     @cached_property
     def cast(self) -> int:
-        """Parameters that autocast holds in bfloat16 too."""
+        """Of these, which autocast holds in half precision too."""
         return sum(size for size, cast in self.sizes if cast)
 
     @property
     def shard(self) -> int:
-        """Parameters of which a rank keeps the optimizer's state: every tensor is cut in equal parts under ZeRO 3, all
-        of them together under ZeRO 1 and 2."""
+        """Parameters of which a rank keeps the optimizer's state, of those that are trained: under ZeRO 3 every tensor
+        is cut in equal parts, under ZeRO 1 and 2 all of them together."""
         if self.zero.stage == 0:
             return self.parameters
         if self.zero.stage == 3:
-            return sum(-(-size // self.world) for size, _ in self.sizes)
+            return self.cut(self.sizes)
         return -(-self.parameters // self.world)
+
+    def cut(self, sizes: list[tuple[int, bool]]) -> int:
+        """Numbers of a rank where every one of these is cut in equal parts."""
+        return sum(-(-size // self.world) for size, _ in sizes)

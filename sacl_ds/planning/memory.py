@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sacl_ds.errors import UserError
+from sacl_ds.model.cost import PAIRINGS
 from sacl_ds.planning.job import FLOAT, HALF, Job
 
 _IDS = 8  # bytes of an id
 _SUMS = 3 * 8  # of a text: two float64 log-sums and a count
-# passes of a pair through the text encoder, captions and masked ones, and through the fusion encoder, ITM's and MLM's
-_TEXTS, _FUSIONS = 2, 4
-_ELSEWHERE = 1  # of these texts, looks at another pair's image, whose keys and values are copied for it
 _COLOURS = 3
 _OFFLOAD_BUFFERS = 2  # of the largest gradient, under ZeRO 2 with offload
 
@@ -57,6 +55,7 @@ def memory(job: Job) -> Memory:
     if zero.stage == 3 and zero.parameters:
         kept["parameters"] -= shard
         away["parameters"] = shard
+    kept["parameters that are not trained"] = _untrained(job)
     state = away if zero.optimizer else kept
     if zero.stage:
         state["copy of the shard"] = shard
@@ -70,7 +69,8 @@ def memory(job: Job) -> Memory:
         largest = max(size for size, _ in job.sizes)
         kept["buckets"] = _OFFLOAD_BUFFERS * FLOAT * largest
     if job.run.momentum.enabled:
-        kept["momentum"], kept["queue"] = whole, _queue(job)
+        kept["momentum"] = whole + FLOAT * sum(size for size, _ in job.untrained_sizes)
+        kept["queue"] = _queue(job)
     forward = {"activations": activations(job), "loss": loss_bytes(job)}
     if job.autocast and zero.stage < 3:
         forward["bfloat16 weights"] = HALF * job.cast
@@ -92,7 +92,7 @@ def memory(job: Job) -> Memory:
 def activations(job: Job) -> float:
     """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`; with checkpointing, of all
     encoders' blocks only what goes in, in float32 also under autocast."""
-    numbers, extra = job.cost.pretraining().kept, _autocast_extra(job) if job.autocast else 0.0
+    numbers, extra = job.pair.kept, _autocast_extra(job) if job.autocast else 0.0
     inputs = 0.0
     if job.checkpointed:
         if job.cost.model.image_encoder.layers:
@@ -124,24 +124,29 @@ class _Block(NamedTuple):
 
 
 def _blocks(job: Job) -> list[_Block]:
-    """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts;
-    without patch selection."""
+    """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts
+    of ITM and MLM; without patch selection."""
     cost, model = job.cost, job.run.model
+    matching, words = "itm" in job.losses, "mlm" in job.losses
+    texts, fusions = 1 + words, PAIRINGS * matching + words
     encoder, length, width = cost.model.image_encoder, cost.text_tokens, model.text_width
     image, text = cost.image(guided=False)[0], cost.text()
     tokens, image_width = 1 + cost.patches, encoder.width
     whole = image.kept - _COLOURS * model.image_size**2 - tokens * (2 * image_width + 2)  # pixels, the last norm
     depth = len(encoder.vit.blocks)
     read = text.kept - length * (width + 2)  # behind the embeddings
-    fused = cost.fused_together(length, tokens, _FUSIONS, _ELSEWHERE)
     state = length * width
     # inputs of norms, two or three a block; of queries, keys and values of a text, and keys and values of the image
     of_image = _Block(tokens * image_width, whole / depth, 2 * tokens * image_width)
-    of_text = _Block(_TEXTS * state, _TEXTS * read / model.text_layers, (2 + 2) * _TEXTS * state)
+    of_text = _Block(texts * state, texts * read / model.text_layers, (2 + 2) * texts * state)
+    encoders = [of_image] * depth + [of_text] * model.text_layers
+    if not fusions:
+        return encoders
+    fused = cost.fused_together(length, tokens, fusions, elsewhere=int(matching))
     of_both = _Block(
-        _FUSIONS * state, fused.kept / model.fusion_layers, (3 + 2) * _FUSIONS * state + 2 * tokens * image_width
+        fusions * state, fused.kept / model.fusion_layers, (3 + 2) * fusions * state + 2 * tokens * image_width
     )
-    return [of_image] * depth + [of_text] * model.text_layers + [of_both] * model.fusion_layers
+    return encoders + [of_both] * model.fusion_layers
 
 
 def _autocast_extra(job: Job) -> float:
@@ -199,6 +204,14 @@ def _bucket(job: Job) -> float:
 def _sharded_parameters(job: Job) -> float:
     small = sum(size for size, _ in job.sizes if size <= job.zero.persistent)
     return FLOAT * (job.shard + small)
+
+
+def _untrained(job: Job) -> float:
+    """ZeRO 1 and 2 leave them whole."""
+    sizes = job.untrained_sizes
+    if job.zero.stage < 3:
+        return FLOAT * sum(size for size, _ in sizes)
+    return FLOAT * (job.cut(sizes) + sum(size for size, _ in sizes if size <= job.zero.persistent))
 
 
 def _queue(job: Job) -> float:

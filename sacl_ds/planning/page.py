@@ -11,15 +11,15 @@ from typing import Any
 
 from sacl_ds.config import RunConfig
 from sacl_ds.ds_config import read_ds_config
-from sacl_ds.planning.checking import table
+from sacl_ds.planning.case import ROOT
+from sacl_ds.planning.checking import COLLECTIVES, HELD, Compared, table, worst
 from sacl_ds.planning.job import Job, Zero
 from sacl_ds.planning.memory import memory
 from sacl_ds.planning.record import read_record
 from sacl_ds.planning.time import H100, hours, step_time
 from sacl_ds.planning.wire import transfers
 
-_ROOT = Path(__file__).resolve().parent.parent.parent
-_MEASURED = _ROOT / "docs/scaling_measured.json"
+_MEASURED = ROOT / "docs/scaling_measured.json"
 _WORLDS = {8: 4096, 64: 16384, 512: 32768}
 _STAGES = (0, 1, 2, 3)
 _ADVISED = 2
@@ -37,7 +37,8 @@ was measured on CPUs over gloo, and the tables for H100s are computed from assum
 
 ## What fills a rank's memory
 
-P parameters, W ranks, b pairs a rank at once; everything float32 but what autocast computes.
+P parameters that are trained, W ranks, b pairs a rank at once; everything float32 but what autocast computes. Parts
+that no loss reaches (the fusion encoder of ITC alone) take 4 bytes a number, 4/W at ZeRO 3, and nothing else.
 
 | part | ZeRO 0 | 1 and 2 | 3 |
 | --- | --- | --- | --- |
@@ -72,11 +73,15 @@ K micro-batches a step.
 | sums over texts | all-reduce 20 N | same | same | same |
 | gradient of texts | reduce-scatter 4 N d | same | same | same |
 
-Under bf16 DeepSpeed sends gradients of P' (and, at ZeRO 3, these parameters) in two bytes; ZeRO 0 sends float32. ZeRO 1
-and 2 all-reduce although a rank needs its part only (`use_multi_rank_bucket_allreduce`). Images never travel.
+Under bf16 DeepSpeed sends gradients of P' (and, at ZeRO 3, these parameters) in two bytes; ZeRO 0 sends float32. ZeRO
+1 and 2 all-reduce although a rank needs its part only (`use_multi_rank_bucket_allreduce`). Pixels never travel.
 P'' are the parameters of fusion encoder and heads: at the end of every first pass of a micro-batch ZeRO 3 fetches them
-ahead, for nothing. Momentum adds an all-gather of 4P at ZeRO 3 and of its queue's keys. For gradients,
-`train.coalesce_reduction` makes K = 1.
+ahead, for nothing. For gradients, `train.coalesce_reduction` makes K = 1.
+
+With `momentum.enabled` every rank keeps the averaged model whole, 4P more, and the queue. Its keys carry no gradient:
+those of both sides are gathered, N (8d + 8d_t + 16), in place of texts, sums and the texts' gradient, once more for the
+queue, and at ZeRO 3 all parameters once more for their average. A teacher that runs beside the training adds its own
+weights and forward pass; the tables are without one.
 
 ## Measured beside the formulas
 
@@ -88,13 +93,16 @@ PyTorch's allocator, live tensors and dispatcher, not by formulas. Offload on a 
 Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Corrected after measuring, by DeepSpeed's source or a
 trace of the step: buckets are made as backward begins, and at ZeRO 1 stay through all micro-batches; two kinds of them
 under bf16; copies of a rank's share of gradients; bfloat16 copies that linear layers keep; P''. In the formulas, but
-not measured: momentum, `stage3_max_live_parameters` below the model's size, checkpointing at ZeRO 3, NVMe, GPUs.
+not measured: a momentum model's memory (its loss's traffic is, in `tests/test_planning.py`), dropout, fp16,
+`stage3_max_live_parameters` below the model's size, checkpointing at ZeRO 3, NVMe, GPUs.
 
 ```
 measure="python tools/measure_scaling.py --docs docs/scaling_measured.json"  # then: make docs
 $measure --worlds 1 2 4
 $measure --worlds 2 --stages 2 3 --offload
 $measure --worlds 2 --precision bf16
+$measure --worlds 2 --precision bf16 --stages 1 2 3 --micro-batches 4
+$measure --worlds 2 --itc
 $measure --worlds 2 --stages 1 2 3 --micro-batches 4            # and again with --coalesce
 $measure --worlds 2 --stages 2 --checkpoint                     # and again with --worlds 1 --pairs 96
 ```
@@ -130,25 +138,26 @@ optimizer no longer fit, or to offload. Pass fewer pairs at once, or checkpoint,
 2. **Learning rate**: about with the square root of the batch (Adam), `optim.warmup_steps` longer by as much; try two.
 3. **ZeRO stage**: `zero1.json` or `zero2.json` with several ranks. `zero3.json` only where memory asks for it.
 4. **Precision**: `train.precision=bf16`: about half the activations and half the gradient traffic.
-5. **Fewer pairs at once**: `train.micro_batch_size`, which keeps the batch and its gradients and costs one more
-   forward pass of both encoders. With ZeRO 2 and 3 gradients travel once a micro-batch, unless
-   `train.coalesce_reduction=true`.
+5. **Fewer pairs at once**: `train.micro_batch_size`. All pairs stay contrasted, with the gradients of one pass (ITM
+   alone draws its negatives from fewer); it costs one more forward pass of both encoders. With ZeRO 2 and 3 gradients
+   travel once a micro-batch, unless `train.coalesce_reduction=true`.
 6. **Checkpointing**: `train.checkpoint_activations=true`: inputs of blocks only, for about a third more compute.
 7. **Teacher**: `tools/precompute_teacher.py` and `teacher.features`: its pass leaves the step.
-8. **Patch selection**: `model.patch_selection.placement=output` (docs/patches.md): fewer image tokens for fusion.
-9. **Several nodes**: 400 Gbit/s a GPU are assumed above; with a tenth of it multiply the sent bytes out.
+8. **Patch selection**: what each placement and guide costs and saves is in docs/patches.md; not all save.
+9. **Several nodes**: the hours above take 80 % of a 400 Gbit/s port for each GPU as given. On a network of a tenth of
+   that, what is sent takes ten times as long: hold it beside the column of computing time.
 """
 
 
 def page(measured: dict[str, Any]) -> str:
     """docs/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
-    job, rows, limited = _job(8, _ADVISED), measured["rows"], measured["limited"]
+    job, rows, limited = _job(8, _ADVISED), [Compared.of(row) for row in measured["rows"]], measured["limited"]
     return _PAGE.format(
-        million=f"{rows[0]['parameters'] / 1e6:.1f}",
-        pairs=rows[0]["case"]["pairs"],
+        million=f"{rows[0].case.job.parameters / 1e6:.1f}",
+        pairs=rows[0].case.pairs,
         measured=table(rows),
-        worst_memory=_worst(rows, ("parameters", "optimizer", "at rest", "forward", "peak")),
-        worst_wire=_worst(rows, ("all-reduce", "all-gather", "reduce-scatter")),
+        worst_memory=f"{100 * worst(rows, HELD):.0f} %",
+        worst_wire=f"{100 * worst(rows, COLLECTIVES):.0f} %",
         shown=round(limited["parameters"] / 1e6),
         needed=_ADAM * limited["parameters"] / 2**30,
         limit=limited["limit"],
@@ -169,7 +178,7 @@ def _job(world: int, stage: int) -> Job:
     micro = _AT_ONCE if _WORLDS[world] // world > _AT_ONCE else None
     train = {"global_batch_size": _WORLDS[world], "precision": "bf16", "micro_batch_size": micro}
     run = RunConfig.model_validate({"model": {"preset": "base"}, "train": train})
-    ds = read_ds_config(_ROOT / f"ds_configs/zero{stage}.json") if stage else {}
+    ds = read_ds_config(ROOT / f"ds_configs/zero{stage}.json") if stage else {}
     return Job(run, world, Zero.of(ds), teacher_width=_TEACHER)
 
 
@@ -188,11 +197,6 @@ def _worked() -> list[str]:
             cells += ["yes" if found.peak < 0.9 * _ROOM else "no", f"{sent / 1e9:.2f}", f"{took.compute:.2f}"]
             lines.append(f"| {' | '.join([*cells, f'{fewest:.2f} to {most:.2f}'])} |")
     return lines
-
-
-def _worst(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
-    ratios = [row["ratio"][name] for row in rows for name in names]
-    return f"{100 * max(abs(ratio - 1) for ratio in ratios):.0f} %"
 
 
 if __name__ == "__main__":

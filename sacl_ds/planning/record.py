@@ -1,6 +1,6 @@
 """docs/scaling_measured.json: what tools measured for docs/scaling.md, each its own part of it.
 
-{"rows": of `tools/measure_scaling.py`, {"case", "parameters", "measured", "formula", "ratio"} each,
+{"rows": of `tools/measure_scaling.py`, {"case", "measured"} each,
 "limited": of `tools/show_offload.py`, {"parameters", "limit", "arms": lines}}
 """
 
@@ -41,7 +41,7 @@ def record_limited(path: Path, limited: dict[str, Any]) -> None:
 def _order(case: dict[str, Any]) -> tuple[Any, ...]:
     return (
         case["size"], case["pairs"], case["precision"] != "fp32", case["micro_batches"], case["coalesced"],
-        case["checkpointed"], case["world"], case["stage"], case["offload"],
+        case["checkpointed"], case["itc_alone"], case["world"], case["stage"], case["offload"],
     )  # fmt: skip
 
 

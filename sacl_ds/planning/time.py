@@ -10,7 +10,9 @@ from sacl_ds.planning.job import Job
 from sacl_ds.planning.wire import transfers
 
 _CHECKPOINTED = 1  # forwards more, for the activations computed again
-_LOSS = 8  # FLOPs a pair of pairs and dimension, forward and backward, and half as many a dimension of the teacher
+# FLOPs a pair of pairs and dimension, forward and backward, and half as many a dimension of the teacher: of one matrix
+# for both directions, and of one for each against a momentum model's keys
+_LOSS, _KEYS = 8, 12
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,18 @@ H100 = Rates(flops=989e12, share=0.4, inside=0.8 * 450e9, outside=0.8 * 50e9)
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. compute: of the model and the loss; hidden: transfers that the backward pass can cover; open: others."""
+    """Seconds. compute: of the model and the loss, backward: the part of it that its backward passes are; hidden:
+    transfers that these can cover; open: others."""
 
     compute: float
+    backward: float
     hidden: float
     open: float
 
     @property
     def least(self) -> float:
         """With everything that can be covered covered."""
-        return max(self.compute, self.hidden) + self.open
+        return self.compute - self.backward + max(self.backward, self.hidden) + self.open
 
     @property
     def most(self) -> float:
@@ -50,14 +54,26 @@ class StepTime:
 
 
 def step_flops(job: Job) -> float:
-    """Of one rank: forward and backward of its pairs, once more forward of both encoders with micro-batches, and the
-    batch's similarities."""
-    forward = job.cost.pretraining().flops
-    a_pair = (BACKWARD + (_CHECKPOINTED if job.checkpointed else 0)) * forward
+    """Of one rank: forward and backward of its pairs, once more forward of both encoders with micro-batches, forward of
+    a momentum model, and the batch's similarities."""
+    features = job.cost.pretraining(("itc",)).flops
+    a_pair = job.pair.flops + backward_flops(job) / job.pairs
     if job.parts > 1:
-        a_pair += job.cost.image(guided=False)[0].flops + job.cost.text().flops
-    width = job.run.model.embed_dim + job.teacher_width / 2
-    return job.pairs * (a_pair + _LOSS * job.run.train.global_batch_size * width)
+        a_pair += features
+    width, rivals, a_rival = job.run.model.embed_dim + job.teacher_width / 2, job.run.train.global_batch_size, _LOSS
+    momentum = job.run.momentum
+    if momentum.enabled:
+        predicts = momentum.distill_weight and "mlm" in job.losses
+        a_pair += job.cost.pretraining(("itc", "mlm")).flops if predicts else features
+        if predicts and job.parts > 1:  # its masked tokens are predicted in the second pass
+            a_pair += features
+        rivals, a_rival = rivals + momentum.queue_size, _KEYS
+    return job.pairs * (a_pair + a_rival * rivals * width)
+
+
+def backward_flops(job: Job) -> float:
+    """Of these, the model's backward passes."""
+    return job.pairs * (BACKWARD - 1 + (_CHECKPOINTED if job.checkpointed else 0)) * job.pair.flops
 
 
 def step_time(job: Job, rates: Rates) -> StepTime:
@@ -65,7 +81,8 @@ def step_time(job: Job, rates: Rates) -> StepTime:
     speed = rates.inside if job.world <= rates.node else rates.outside
     made = transfers(job)
     hidden, rest = (sum(each.sent(job.world) for each in made if each.hidden is kind) / speed for kind in (True, False))
-    return StepTime(step_flops(job) / (rates.flops * rates.share), hidden, rest)
+    reached = rates.flops * rates.share
+    return StepTime(step_flops(job) / reached, backward_flops(job) / reached, hidden, rest)
 
 
 def hours(job: Job, rates: Rates, pairs: float) -> tuple[float, float]:

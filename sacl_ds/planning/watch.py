@@ -41,13 +41,12 @@ class SeenOnTheWire(TorchDispatchMode):
     """Counts payload bytes of the collectives that are started inside: those of the whole tensor, as every rank hands
     it over (all-reduce, reduce-scatter) or receives it (all-gather).
 
-    payload: {(collective, dtype): bytes}; calls: as many collectives. Raises ValueError for one it does not know.
+    payload: {(collective, dtype): bytes}. Raises ValueError for one it does not know.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.payload: Counter[tuple[str, torch.dtype]] = Counter()
-        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -60,7 +59,6 @@ class SeenOnTheWire(TorchDispatchMode):
         if operator not in _COLLECTIVES:
             raise ValueError(f"c10d::{operator} is no collective that is counted")
         collective, place = _COLLECTIVES[operator]
-        self.calls[collective] += 1
         for tensor in tree_leaves(args[place]):
             self.payload[collective, tensor.dtype] += tensor.nbytes
 

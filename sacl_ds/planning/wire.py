@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sacl_ds.planning.job import FLOAT, HALF, Job
 
-_ID = 8  # bytes of an id, and of a count of rows
+_ID = 8  # bytes of an id
 _PARTS = 4  # in which the texts' gradient is sent
 
 
@@ -34,7 +34,8 @@ def transfers(job: Job) -> list[Transfer]:
     """Of one step without logging, records or evaluation; none in one process."""
     if job.world == 1:
         return []
-    return [*_engine(job), *_loss(job), *_momentum(job)]
+    of_loss = contrastive_with_keys(job) if job.run.momentum.enabled else contrastive(job)
+    return [*_engine(job), *of_loss, *_means(job), *_momentum(job)]
 
 
 def total(made: list[Transfer], collective: str) -> float:
@@ -86,13 +87,13 @@ def _padded(job: Job, size: int) -> int:
     return job.world * -(-size // job.world)
 
 
-def _loss(job: Job) -> list[Transfer]:
+def contrastive(job: Job) -> list[Transfer]:
+    """Of the contrastive loss and its gradient: texts travel, images stay."""
     settings = job.run
     texts, width = settings.train.global_batch_size, settings.model.embed_dim
     share = -(-job.pairs // _PARTS)
     sums = 5 * (2 if settings.loss.drop_below is not None else 1)  # greatest of two, then sums of three
     made = [
-        Transfer("counts of pairs", "all-gather", _ID * job.world),
         Transfer("ids", "all-gather", _ID * texts * job.id_columns),
         Transfer("text features", "all-gather", FLOAT * texts * width),
         Transfer("sums over texts", "all-reduce", FLOAT * texts * sums),
@@ -101,12 +102,26 @@ def _loss(job: Job) -> list[Transfer]:
     ]
     if job.teacher_width:
         made.append(Transfer("teacher's text features", "all-gather", FLOAT * texts * job.teacher_width))
-    means = {"pairings of ITM": settings.loss.matching_weight, "tokens of MLM": settings.loss.mlm_weight}
-    for purpose, weight in means.items():
-        if weight:
-            made.append(Transfer(purpose, "all-reduce", FLOAT))
-    made.append(Transfer("gradient of the temperature", "all-reduce", FLOAT * job.parts))
     return made
+
+
+def contrastive_with_keys(job: Job) -> list[Transfer]:
+    """The same against a momentum model's keys: those of both sides travel, and, without gradient, nothing back."""
+    texts = job.run.train.global_batch_size
+    return [
+        Transfer("ids", "all-gather", _ID * texts * job.id_columns),
+        Transfer("keys", "all-gather", 2 * FLOAT * texts * job.run.model.embed_dim),
+        Transfer("teacher's features", "all-gather", 2 * FLOAT * texts * job.teacher_width),
+    ]
+
+
+def _means(job: Job) -> list[Transfer]:
+    """How many pairings and tokens the means of ITM and MLM are over, and the temperature's gradient."""
+    counts = FLOAT * (len(job.losses) - 1) if job.parts == 1 else 2 * _ID
+    return [
+        Transfer("counts of ITM and MLM", "all-reduce", counts),
+        Transfer("gradient of the temperature", "all-reduce", FLOAT * job.parts),
+    ]
 
 
 def _momentum(job: Job) -> list[Transfer]:
@@ -115,7 +130,8 @@ def _momentum(job: Job) -> list[Transfer]:
         return []
     texts, made = job.run.train.global_batch_size, []
     if job.zero.stage == 3:
-        made.append(Transfer("parameters for their average", "all-gather", FLOAT * job.world * job.shard))
+        cut = [size for size, _ in job.sizes + job.untrained_sizes if size > job.zero.persistent]
+        made.append(Transfer("parameters for their average", "all-gather", FLOAT * sum(_padded(job, n) for n in cut)))
     if settings.queue_size:
         width = 2 * (job.run.model.embed_dim + (job.teacher_width if settings.regulate_queue else 0))
         made.append(Transfer("keys for the queue", "all-gather", texts * (FLOAT * width + _ID * job.id_columns)))

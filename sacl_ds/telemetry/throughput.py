@@ -94,7 +94,10 @@ class Throughput:
         self._logged[-1][1].update(figures)
 
     def medians(self) -> dict[str, float]:
-        """Of memory the most. Over the logged steps behind the first WARM_UP steps of this process, or over all where there are no such."""
+        """Over the logged steps behind the first WARM_UP steps of this process, or over all where there are no such.
+
+        Of memory it is the most.
+        """
         if not self._logged:
             return {}
         first = self._logged[0][0]

@@ -1,4 +1,7 @@
-"""Processes, devices and the DeepSpeed engine. With `checkpoint` and `accumulation` the only place that knows DeepSpeed."""
+"""Processes, devices and the DeepSpeed engine.
+
+With `checkpoint` and `accumulation` the only place that knows DeepSpeed.
+"""
 
 from __future__ import annotations
 

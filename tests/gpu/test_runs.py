@@ -1,4 +1,4 @@
-"""Whole runs on a GPU, where batches are copied ahead of their use: pre-training, in micro-batches too, and all tasks."""
+"""Whole runs on a GPU, where batches are copied ahead: pre-training, in micro-batches too, and all tasks."""
 
 import json
 import math
