@@ -20,7 +20,7 @@ from sacl_ds.model.sacl import SaclModel
 from sacl_ds.telemetry.metrics import read
 from sacl_ds.telemetry.peaks import dense_peak
 from sacl_ds.telemetry.throughput import WARM_UP, RowFlops, Throughput, flops_text, take_memory_peak
-from sacl_ds.training.model_flops import losses_of, pair_flops
+from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objectives import PretrainObjective, Targets
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_flops_of_a_pair_at_every_length(losses: dict[str, float]) -> None:
     for tokens in (2, 5, 10):
         predicted = run.loss.mlm_probability * (tokens - 2)
         cost = ModelCost(run.model, text_tokens=tokens, predicted=predicted, vocab_size=VOCABULARY)
-        assert flops.of(1, tokens, tokens**2) == pytest.approx(cost.pretraining(losses_of(run)).training_flops)
+        assert flops.of(1, tokens, tokens**2) == pytest.approx(cost.pretraining(run.losses).training_flops)
 
 
 def test_an_encoder_of_unknown_cost_has_no_flops() -> None:

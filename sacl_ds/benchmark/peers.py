@@ -2,7 +2,7 @@
 
 As its training does it: AdamW as PyTorch builds it by default, with weight decay on matrices,
 DistributedDataParallel, autocast in bf16, no clipping, the temperature clamped behind the step. One peer has AdamW
-fused, as ours is. With several ranks the loss is that of --local-loss --gather-with-grad, its options for large batches.
+fused, as ours is. With several ranks its loss has --local-loss and --gather-with-grad, as for large batches.
 """
 
 from __future__ import annotations

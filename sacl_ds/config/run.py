@@ -56,6 +56,12 @@ class RunConfig(TrainingConfig):
         return rows, passes
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of those that are computed: itc, itm, mlm."""
+        loss = self.loss
+        return "itc", *(("itm",) if loss.matching_weight else ()), *(("mlm",) if loss.mlm_weight else ())
+
+    @property
     def alpha_end_step(self) -> int:
         return self.train.steps // 2 if self.loss.alpha_end_step is None else self.loss.alpha_end_step
 

@@ -42,7 +42,7 @@ def _self_attention(attention: BertAttention, states: Tensor, packing: Packing, 
     inner = attention.self
     heads, dropout = inner.num_attention_heads, inner.dropout.p if inner.training else 0.0
     query, key, value = (
-        _split(packing.unpack(projection(states)), heads) for projection in (inner.query, inner.key, inner.value)
+        split_heads(packing.unpack(projection(states)), heads) for projection in (inner.query, inner.key, inner.value)
     )
     mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return attention.output(packing.pack(_joined(mixed)), states)
@@ -67,11 +67,11 @@ def _cross_attention(attention: BertAttention, states: Tensor, packing: Packing,
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float) -> Tensor:
     """query (n, m, width), key and value (n, P, width) -> (n, heads, m, head width)."""
-    split_query, split_key, split_value = (_split(x, heads) for x in (query, key, value))
+    split_query, split_key, split_value = (split_heads(x, heads) for x in (query, key, value))
     return functional.scaled_dot_product_attention(split_query, split_key, split_value, dropout_p=dropout)
 
 
-def _split(states: Tensor, heads: int) -> Tensor:
+def split_heads(states: Tensor, heads: int) -> Tensor:
     """(n, m, width) -> (n, heads, m, head width)."""
     return states.unflatten(2, (heads, -1)).transpose(1, 2)
 

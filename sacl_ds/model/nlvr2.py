@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertLayer
 
 from sacl_ds.config import ModelConfig
+from sacl_ds.model.bert import split_heads
 from sacl_ds.model.sacl import SaclModel
 
 
@@ -90,7 +91,7 @@ class PairLayer(nn.Module):
 
     def forward(self, text_states: Tensor, mask: Tensor, image_tokens: Tensor) -> Tensor:
         """mask (b, 1, L, L) bool; all else as in `PairFusionEncoder`."""
-        keys, values = (_split(projection(image_tokens), self.heads) for projection in (self.key, self.value))
+        keys, values = (split_heads(projection(image_tokens), self.heads) for projection in (self.key, self.value))
         b = len(text_states)
         seen = self.left(text_states, mask, keys[:b], values[:b])
         return self.right(seen, mask, keys[b:], values[b:])
@@ -112,13 +113,8 @@ class PairBlock(nn.Module):
         """text_states (b, L, width), mask (b, 1, L, L) bool, keys and values (b, heads, P, head width) ->
         (b, L, width)."""
         attended, _ = self.attention(text_states, mask)
-        query = _split(self.query(attended), self.heads)
+        query = split_heads(self.query(attended), self.heads)
         dropout = self.dropout if self.training else 0.0
         seen = functional.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
         crossed = self.cross_output(seen.transpose(1, 2).flatten(2), attended)
         return self.output(self.intermediate(crossed), crossed)
-
-
-def _split(states: Tensor, heads: int) -> Tensor:
-    """(n, m, width) -> (n, heads, m, head width)."""
-    return states.unflatten(2, (heads, -1)).transpose(1, 2)

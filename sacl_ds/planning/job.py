@@ -11,7 +11,6 @@ from torch import nn
 from sacl_ds.config import RunConfig
 from sacl_ds.errors import UserError
 from sacl_ds.model.cost import Cost, ModelCost
-from sacl_ds.training.model_flops import losses_of
 
 FLOAT, HALF = 4, 2  # bytes of a float32, and of what autocast computes with
 
@@ -90,7 +89,7 @@ class Job:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        return losses_of(self.run)
+        return self.run.losses
 
     @cached_property
     def pair(self) -> Cost:

@@ -10,19 +10,13 @@ from sacl_ds.telemetry.throughput import RowFlops
 _SPECIAL = 2  # [CLS] and [SEP], which MLM never predicts
 
 
-def losses_of(run: RunConfig) -> tuple[str, ...]:
-    """Names of the losses that the run computes: itc, itm, mlm."""
-    loss = run.loss
-    return "itc", *(("itm",) if loss.matching_weight else ()), *(("mlm",) if loss.mlm_weight else ())
-
-
 def pair_flops(run: RunConfig, vocab_size: int) -> RowFlops | None:
     """Forward and backward of a pair, by the length of its caption; None for an image encoder of unknown cost."""
 
     def flops(tokens: int) -> float:
         predicted = run.loss.mlm_probability * (tokens - _SPECIAL)
         cost = ModelCost(run.model, text_tokens=tokens, predicted=predicted, vocab_size=vocab_size)
-        return cost.pretraining(losses_of(run)).training_flops
+        return cost.pretraining(run.losses).training_flops
 
     try:
         return RowFlops.through(flops)
