@@ -14,7 +14,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
 HELD = ("parameters", "optimizer", "at rest", "forward", "peak")
 _FIGURES = (*HELD, *COLLECTIVES)
 _LATER = ("buckets", "gradients of the share", "block computed again")  # made when backward has begun
-_NEGLIGIBLE = 1000  # bytes a step: norms and counters, which no formula follows
+_NEGLIGIBLE = 2000  # bytes a step: norms and counters, which no formula follows
 
 
 def predicted(job: Job) -> dict[str, float]:
