@@ -153,6 +153,14 @@ def test_medians_leave_the_first_steps_out() -> None:
     assert speed.summary() == "3 questions/s, 2 s a step (medians)"
 
 
+def test_of_memory_the_most_counts() -> None:
+    speed = Throughput("pairs", CPU, 1)
+    for done, held in ((1, 9e9), (11, 2e9), (21, 5e9), (31, 2e9)):
+        speed.settle(done, 1, 1.0, 6, speed.lengths())
+        speed.more({"memory_peak_bytes": held})
+    assert speed.medians()["memory_peak_bytes"] == 5e9, "behind the first steps"
+
+
 def test_units() -> None:
     assert [flops_text(x) for x in (2.5e15, 1e12, 4.12e10, 7e3)] == [
         "2.5 PFLOP",
