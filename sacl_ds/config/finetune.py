@@ -39,7 +39,7 @@ _PAPER = {
 }
 _SCENES = {
     "retrieval": _scenes(3e-4, 0.01, 800, 128) | {"retrieval": {"rerank": 16, "rerank_similarity": 1.0}},
-    "vqa": _scenes(1e-3, 0.01, 900, 64),
+    "vqa": _scenes(1e-3, 0.01, 1400, 64),
     "nlvr2": _scenes(3e-4, 0.05, 800, 64),
 }
 
