@@ -186,3 +186,23 @@ def test_where_blocks_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
         UserError, match=r"^kernels\.compile=true: no C\+\+ compiler \(no-such-compiler\) .*install one.*$"
     ):
         compiling(2)
+
+
+@pytest.mark.soak
+def test_compiled_blocks_drop_the_same_with_and_without_graph() -> None:
+    """What micro-batches rest on: their first pass is without. Inductor, which takes a minute to begin."""
+    run = tiny.config(contrastive="infonce")
+    run = run.model_copy(update={"model": run.model.model_copy(update={"dropout": 0.3})})
+    objective = tiny.objective(run).train()
+    objective.model.compile_layers()
+    batch = tiny.without_padding(tiny.batch(4)[0])
+
+    def features(seed: int, graph: bool) -> torch.Tensor:
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(graph):
+            return objective(batch, None)[1].detach()
+
+    for seed in (1, 2):
+        first = features(seed, graph=False)
+        torch.testing.assert_close(features(seed, graph=True), first, rtol=0, atol=1e-6)
+        assert (features(seed + 10, graph=True) - first).abs().max() > 0.1
