@@ -84,17 +84,13 @@ class Job:
         made = ModelCost(
             self.run.model, text_tokens=self.text_tokens, predicted=self.predicted, vocab_size=self.vocab_size
         )
-        made.model.train_for(matching="itm" in self.losses, words="mlm" in self.losses)
+        made.model.train_for(matching="itm" in self.run.losses, words="mlm" in self.run.losses)
         return made
-
-    @property
-    def losses(self) -> tuple[str, ...]:
-        return self.run.losses
 
     @cached_property
     def pair(self) -> Cost:
         """Forward of a pair, with the losses that the run has."""
-        return self.cost.pretraining(self.losses)
+        return self.cost.pretraining(self.run.losses)
 
     @property
     def pairs(self) -> int:

@@ -127,7 +127,7 @@ def _blocks(job: Job) -> list[_Block]:
     """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts
     of ITM and MLM; without patch selection."""
     cost, model = job.cost, job.run.model
-    matching, words = "itm" in job.losses, "mlm" in job.losses
+    matching, words = "itm" in job.run.losses, "mlm" in job.run.losses
     texts, fusions = 1 + words, PAIRINGS * matching + words
     encoder, length, width = cost.model.image_encoder, cost.text_tokens, model.text_width
     image, text = cost.image(guided=False)[0], cost.text()

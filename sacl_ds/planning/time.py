@@ -63,7 +63,7 @@ def step_flops(job: Job) -> float:
     width, rivals, a_rival = job.run.model.embed_dim + job.teacher_width / 2, job.run.train.global_batch_size, _LOSS
     momentum = job.run.momentum
     if momentum.enabled:
-        predicts = momentum.distill_weight and "mlm" in job.losses
+        predicts = momentum.distill_weight and "mlm" in job.run.losses
         a_pair += job.cost.pretraining(("itc", "mlm")).flops if predicts else features
         if predicts and job.parts > 1:  # its masked tokens are predicted in the second pass
             a_pair += features

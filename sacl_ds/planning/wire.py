@@ -117,7 +117,7 @@ def contrastive_with_keys(job: Job) -> list[Transfer]:
 
 def _means(job: Job) -> list[Transfer]:
     """How many pairings and tokens the means of ITM and MLM are over, and the temperature's gradient."""
-    counts = FLOAT * (len(job.losses) - 1) if job.parts == 1 else 2 * _ID
+    counts = FLOAT * (len(job.run.losses) - 1) if job.parts == 1 else 2 * _ID
     return [
         Transfer("counts of ITM and MLM", "all-reduce", counts),
         Transfer("gradient of the temperature", "all-reduce", FLOAT * job.parts),

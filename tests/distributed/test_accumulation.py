@@ -146,8 +146,8 @@ def distance(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
-def dropping(rank: int) -> None:
-    """Dropout, drawn anew in the second pass, is that of the first."""
+def dropping(rank: int, folder: Path) -> None:
+    """Distances from one graph with the first pass's dropout in the second, and with another."""
     run = tiny.config(**LOSSES["sacl"])
     run = run.model_copy(update={"model": run.model.model_copy(update={"dropout": 0.3})})
     whole, teacher = tiny.batch(PAIRS)
@@ -161,19 +161,22 @@ def dropping(rank: int) -> None:
         objective = tiny.objective(run).train()
         one_graph(objective, whole.parts(ROWS), step_of(), known, shift)
         away[shift] = distance(got, {name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
-    assert away[0] < 1e-5, away
-    assert away[1] > 1e-2, away
-    terms = sum(float(met.losses[name]) for name in ("itc", "itm", "mlm"))
-    assert float(met.losses["loss"]) == pytest.approx(terms, rel=1e-6)
-    assert 0 <= float(met.losses["itm_accuracy"]) <= 1
+    torch.save({"away": away, "losses": met.losses}, folder / "dropped.pt")
     engine.destroy()
 
 
-def test_random_numbers_are_replayed() -> None:
-    on_ranks(1, dropping)
+def test_random_numbers_are_replayed(tmp_path: Path) -> None:
+    on_ranks(1, dropping, tmp_path)
+    found = torch.load(tmp_path / "dropped.pt", weights_only=True)
+    away, losses = found["away"], found["losses"]
+    assert away[0] < 1e-5, away
+    assert away[1] > 1e-2, away
+    terms = sum(float(losses[name]) for name in ("itc", "itm", "mlm"))
+    assert float(losses["loss"]) == pytest.approx(terms, rel=1e-6)
+    assert 0 <= float(losses["itm_accuracy"]) <= 1
 
 
-def believing(rank: int) -> None:
+def believing(rank: int, folder: Path) -> None:
     """Beside a momentum model, whose predictions of masked tokens are made in the second pass."""
     run = tiny.config(matching_weight=0.0, **LOSSES["sacl"])
     settings = {"enabled": True, "queue_size": 12, "distill_weight": 0.4, "regulate_queue": False}
@@ -189,18 +192,19 @@ def believing(rank: int) -> None:
         losses = work.backward(engine, whole, step_of(rows))
         found.append((losses, gradients_of(engine)))
         engine.destroy()
-    (expected, gradient), (losses, got) = found
+    torch.save(found, folder / "whole and in parts.pt")
+
+
+def test_beside_a_momentum_model(tmp_path: Path) -> None:
+    on_ranks(1, believing, tmp_path)
+    (expected, gradient), (losses, got) = torch.load(tmp_path / "whole and in parts.pt", weights_only=True)
     assert distance(got, gradient) < 1e-5
     assert expected.keys() == losses.keys()
     for name, value in expected.items():
         assert float(losses[name]) == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_beside_a_momentum_model() -> None:
-    on_ranks(1, believing)
-
-
-def averaging(rank: int) -> None:
+def averaging(rank: int, folder: Path) -> None:
     """Objectives that are means over rows, in micro-batches and whole, through ZeRO 2."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -212,6 +216,7 @@ def averaging(rank: int) -> None:
     labels = torch.arange(PAIRS) % 2
     one, other = (tiny.batch(PAIRS, seed)[0] for seed in (1, 101))
     pairs = StatementBatch(one.keys, one.images, other.images, one.input_ids, one.attention_mask, labels, one.pair_ids)
+    made = []
     for make, batch in (
         (lambda: VqaObjective(VqaModel(pretrained(run), run.model, tiny.VOCABULARY)), batch_of(PAIRS)),
         (lambda: Nlvr2Objective(Nlvr2Model(pretrained(run), run.model)), pairs),
@@ -226,16 +231,20 @@ def averaging(rank: int) -> None:
             losses = summed_step(engine, batch, step_of(rows))
             found.append((losses, {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}))
             engine.destroy()
-        (whole, expected), (summed, got) = found
+        made.append(found)
+    torch.save(made, folder / "whole and in parts.pt")
+
+
+def test_means_over_rows(tmp_path: Path) -> None:
+    on_ranks(1, averaging, tmp_path)
+    made = torch.load(tmp_path / "whole and in parts.pt", weights_only=True)
+    assert len(made) == 2, "VQA and NLVR2"
+    for (whole, expected), (summed, got) in made:
         known = {name: gradient for name, gradient in expected.items() if gradient is not None}
         assert distance(got, known) < 1e-5
         assert whole.keys() == summed.keys()
         for name, value in whole.items():
             assert float(summed[name]) == pytest.approx(float(value), rel=1e-5)
-
-
-def test_means_over_rows() -> None:
-    on_ranks(1, averaging)
 
 
 def test_parts_are_the_batch() -> None:

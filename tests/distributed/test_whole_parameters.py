@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -11,7 +13,7 @@ from sacl_ds.ds_config import resolve
 from sacl_ds.machine import this_machine
 
 
-def gathering(rank: int, stage: int, precision: str) -> None:
+def gathering(rank: int, stage: int, precision: str, folder: Path) -> None:
     from sacl_ds.training.engine import build_engine, start_process, whole_state
 
     start_process()
@@ -24,13 +26,15 @@ def gathering(rank: int, stage: int, precision: str) -> None:
     engine(tiny.batch(4)[0], None)  # forward gathers in what autocast computes with
     state = whole_state(engine, engine.module.model)
     if rank == 0:
-        begun = tiny.objective(run).model.state_dict()
-        assert state.keys() == begun.keys()
-        for name, value in begun.items():
-            assert torch.equal(state[name], value), name
+        torch.save(state, folder / "state.pt")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_weights_are_gathered_in_float32(stage: int, precision: str) -> None:
-    on_ranks(2, gathering, stage, precision)
+def test_weights_are_gathered_in_float32(stage: int, precision: str, tmp_path: Path) -> None:
+    on_ranks(2, gathering, stage, precision, tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    begun = tiny.objective(tiny.config()).model.state_dict()
+    assert state.keys() == begun.keys()
+    for name, value in begun.items():
+        assert torch.equal(state[name], value), name
