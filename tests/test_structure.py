@@ -10,6 +10,7 @@ import pytest
 # each room may import those named here (and the standard library and what is installed)
 ALLOWED = {
     "atomic": set(),
+    "provenance": set(),
     "errors": set(),
     "config": {"config", "errors"},
     "config_file": {"config", "errors"},
@@ -38,8 +39,8 @@ ALLOWED = {
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "planning": {"config", "ds_config", "errors", "model", "planning"},
     "training": {
-        "atomic", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
-        "training",
+        "atomic", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "provenance",
+        "telemetry", "training",
     },
 }  # fmt: skip
 HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")

@@ -53,7 +53,17 @@ class TrainConfig(Room):
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: only at the end")
-    keep_checkpoints: Positive | None = Field(None, description="remove all checkpoints but the newest; null: keep all")
+    keep_checkpoints: Positive | None = Field(
+        None, description="remove all checkpoints but so many of the newest, and those named next; null: keep all"
+    )
+    keep_every: Positive | None = Field(
+        None, description="with keep_checkpoints: those at every so many steps stay too"
+    )
+    keep_best: str | None = Field(
+        None,
+        description="with keep_checkpoints: the one stays, too, at whose step this held-out figure was highest, e.g. "
+        "text_to_image_any_R@1",
+    )
 
 
 class KernelsConfig(Room):

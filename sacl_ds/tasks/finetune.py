@@ -29,6 +29,7 @@ from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
 from sacl_ds.training import checkpoint
+from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.engine import build_engine, whole_state
 from sacl_ds.training.job import Job, describe_start
 from sacl_ds.training.loop import Figures, Loop
@@ -57,7 +58,7 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
         if rank() == 0:
             _keep_tokenizer(task, folder, job.resume)
             task.keep(folder)
-    resume = job.resume and checkpoint.latest(folder) is not None
+    resume = job.resume and latest(folder) is not None
     progress = RunProgress(run.task, run.steps, 0, enabled=rank() == 0)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     _train(task, tokenizer, folder, job, resume, progress)
@@ -141,7 +142,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
     prepare_model(model, run, engine_config)
     order = example_order(source, run.train.global_batch_size, run.seed)
     engine = build_engine(task.objective(model), engine_config, run.optim)
-    identity = checkpoint.Identity(tokenizer.fingerprint, _data_fingerprint(order, run))
+    identity = checkpoint.Identity(tokenizer.fingerprint, _data_fingerprint(order, run), run.seed)
     with same_error():
         start, note = checkpoint.resume(engine, folder, identity) if resume else (0, None)
         best = Best(folder, task.main, start if resume else None)

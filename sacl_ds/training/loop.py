@@ -18,14 +18,16 @@ from sacl_ds.data.ahead import ahead
 from sacl_ds.data.batch import duplicates
 from sacl_ds.data.loader import Loadable
 from sacl_ds.distributed import gather_rows, max_over_ranks, rank, row_counts, sum_over_ranks, world_size
-from sacl_ds.errors import UserError
+from sacl_ds.errors import UserError, nearest
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.telemetry.throughput import RowFlops, Throughput, device_peak, take_memory_peak
 from sacl_ds.training import checkpoint
+from sacl_ds.training.checkpoint_folder import figures_of
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.ledger import Ledger
+from sacl_ds.training.retention import Retention
 from sacl_ds.training.schedules import learning_rate_factor
 from sacl_ds.training.step import Step
 
@@ -102,14 +104,22 @@ class Loop:
             if between and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the steps that are queued are no part of what follows
             before = time.perf_counter()
-            if _due(done, train.eval_every) or done == train.steps:
+            judged = _due(done, train.eval_every) or done == train.steps
+            if judged:
                 result = self._evaluate(done)
             if _due(done, train.save_every) or done == train.steps:
-                checkpoint.save(
-                    self.engine, self.folder, done, self.identity, self.work.momentum, train.keep_checkpoints
-                )
+                self._save(done, result if judged else {})
             clock += time.perf_counter() - before  # neither is part of a step
         return result
+
+    def _save(self, done: int, judged: Figures) -> None:
+        """judged: held-out figures of this step."""
+        keep = Retention.of(self.run.train)
+        if judged and keep.best and keep.best not in judged:
+            like = nearest(keep.best, judged) or next(iter(judged))
+            raise UserError(f"train.keep_best={keep.best}: no such held-out figure; there is {like}")
+        standing = checkpoint.Standing(self.work.figures(done - 1), figures_of(judged))
+        checkpoint.save(self.engine, self.folder, done, self.identity, self.work.momentum, keep, standing)
 
     def _arriving(self) -> Iterator[Any]:
         """Batches on the device; of those that go through the model in several parts only who their rows are."""

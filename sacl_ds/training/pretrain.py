@@ -35,6 +35,7 @@ from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
 from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
+from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.engine import build_engine, whole_state
 from sacl_ds.training.false_share import with_falling_weights
 from sacl_ds.training.job import Job, describe_start
@@ -100,12 +101,12 @@ def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
     if _trains_teacher(run):
         inner = folder / TEACHER
         if not (inner / WEIGHTS).exists():
-            going_on = job.resume and checkpoint.latest(inner) is not None
+            going_on = job.resume and latest(inner) is not None
             first = teacher_phase(run)
             own = _index(first) if run.teacher.shards else index
             _phase(Phase(first, inner, "teacher", own, resume=going_on), job, evaluators)
         teacher_folder = str(inner)
-    resume = job.resume and checkpoint.latest(folder) is not None
+    resume = job.resume and latest(folder) is not None
     phase = Phase(run, folder, "training", index, teacher_folder if run.uses_teacher else None, resume)
     result, progress = _phase(phase, job, evaluators)
     if rank() == 0:
@@ -171,7 +172,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, Run
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     momentum = _momentum(run, model, teacher, job.device)
     engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
-    identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index))
+    identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index), run.seed)
     with same_error():
         beside = momentum, collator.id_columns
         start, note = checkpoint.resume(engine, folder, identity, *beside) if resume else (0, None)

@@ -15,7 +15,7 @@ import yaml
 from sacl_ds.config import ModelConfig, TrainingConfig
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import CONFIG, WEIGHTS
-from sacl_ds.training import checkpoint
+from sacl_ds.training.checkpoint_folder import latest
 
 TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
 _LOCK = ".lock"
@@ -29,7 +29,7 @@ def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
     process at work.
     """
     folder = Path(run.output_dir) if run.output_dir is not None else _numbered(run, resume)
-    holds = any(checkpoint.latest(f) is not None or (f / WEIGHTS).exists() for f in (folder, folder / TEACHER))
+    holds = any(latest(f) is not None or (f / WEIGHTS).exists() for f in (folder, folder / TEACHER))
     if resume and not holds:
         raise UserError(
             f"--resume: nothing to resume in {folder} (no finished checkpoint there); start without --resume"
