@@ -14,6 +14,7 @@ import yaml
 
 from sacl_ds.config import ModelConfig, TrainingConfig
 from sacl_ds.errors import UserError
+from sacl_ds.faults.judging import Limits
 from sacl_ds.model.saved import CONFIG, WEIGHTS
 from sacl_ds.training.checkpoint_folder import latest
 
@@ -44,6 +45,17 @@ def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
     if resume:
         _same_model(run, folder)
     return folder, lock
+
+
+def newest(folder: Path) -> int | None:
+    """The step that --resume would go on from."""
+    state = latest(folder)
+    return state.step if state else None
+
+
+def limits(run: TrainingConfig) -> Limits:
+    """How long ranks wait for each other."""
+    return Limits(run.train.peer_timeout, run.train.step_timeout)
 
 
 def check_space(folder: Path, parameters: int, checkpoints: int, momentum_bytes: int = 0) -> str | None:
