@@ -97,6 +97,14 @@ class BatchLoader(Generic[Made]):
             batch = self.collator.join(parts)
             yield batch.pin_memory() if self.pin_memory else batch
 
+    def close(self) -> None:
+        """End the workers, which would else only do so when they are next asked for something."""
+        begun: Any = self._loader._iterator
+        if begun is not None and self._loader.num_workers:
+            begun._shutdown_workers()
+            for worker in begun._workers:
+                worker.kill()
+
 
 def _outlive_the_launcher() -> None:
     """DeepSpeed's launcher, and a terminal, signal loaders with the run that they feed: that still has steps to make

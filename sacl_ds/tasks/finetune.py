@@ -198,6 +198,7 @@ def _train(
         loop.train(start)
     finally:
         progress.close()
+        loader.close()
     if not has_val:  # nothing to choose by: the last
         best.offer(run.steps, {task.main: (0.0, 0.0)}, lambda: whole_state(engine, model))
     engine.destroy()

@@ -112,9 +112,10 @@ class Loop:
         self.engine.train()
         for step in range(start, train.steps):
             before = time.perf_counter()
-            self.guard.at(step, "data")
+            first = step == start  # in which loaders begin and kernels are built
+            self.guard.at(step, "starting" if first else "data")
             batch = self._next(batches, step)
-            self.guard.at(step, "step")
+            self.guard.at(step, "starting" if first else "step")
             waited += time.perf_counter() - before
             ledger.add(batch.faults)
             self._count_tokens(batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from rich.text import Text
 
 from sacl_ds.config import RunConfig
@@ -225,15 +226,21 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tupl
         result = loop.train(start)
     finally:
         progress.close()
+        loader.close()
     if speed := loop.throughput.summary():
         progress.print(f"{phase.title}: {speed}")
     guard.at(run.train.steps, "ending")
+    _leave(engine, model, folder, run.train.steps)
+    return result, progress
+
+
+def _leave(engine: DeepSpeedEngine, model: SaclModel, folder: Path, steps: int) -> None:
+    """The finished weights in the run's directory, and no engine."""
     weights = whole_state(engine, model)
-    if first:
-        save_weights(weights, folder, run.train.steps)
+    if rank() == 0:
+        save_weights(weights, folder, steps)
     engine.destroy()
     barrier()
-    return result, progress
 
 
 def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport | None, progress: RunProgress) -> None:

@@ -1,0 +1,91 @@
+"""Runs whose processes are killed, stopped and signalled while they train."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ranks import free_port, prepared
+from starting import SMALL, _run
+
+from sacl_ds.telemetry.metrics import read
+
+
+@dataclass
+class Going:
+    """A run under way: its folder, the processes of its ranks, what they have said so far."""
+
+    folder: Path
+    processes: list[Any]
+    out: Path
+    err: Path
+
+    @property
+    def said(self) -> str:
+        return self.out.read_text() + self.err.read_text()
+
+    def reach(self, step: int, seconds: float = 120) -> None:
+        """Wait until that step is in its log."""
+        self.wait(lambda: any(line["step"] >= step for line in read(self.folder / "metrics.jsonl")), seconds)
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 120) -> float:
+        """How long it took."""
+        begun = time.monotonic()
+        while not condition():
+            assert time.monotonic() - begun < seconds, self.said[-3000:]
+            time.sleep(0.05)
+        return time.monotonic() - begun
+
+    def ended(self, seconds: float = 60) -> list[int]:
+        """Exit statuses of all ranks, once they have ended; below 0: by that signal."""
+        self.wait(lambda: all(process.exitcode is not None for process in self.processes), seconds)
+        return [process.exitcode for process in self.processes]
+
+    def pid(self, rank: int) -> int:
+        return self.processes[rank].pid
+
+    def loader(self, rank: int) -> psutil.Process:
+        """Its one loader process, by the name that PyTorch gives it."""
+        (found,) = [child for child in self.children(rank) if child.name().startswith("pt_data_worker")]
+        return found
+
+    def children(self, rank: int) -> list[psutil.Process]:
+        return psutil.Process(self.pid(rank)).children(recursive=True)
+
+
+@contextmanager
+def going(folder: Path, *arguments: str, ranks: int = 2, stage: int = 2) -> Iterator[Going]:
+    """launch/pretrain.py, a small run without a teacher, on so many ranks; at the end none of them is left."""
+    line = [
+        "--ds_config",
+        f"ds_configs/zero{stage}.json",
+        f"output_dir={folder}",
+        *SMALL,
+        "teacher.steps=0",
+        *arguments,
+    ]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with tempfile.TemporaryDirectory() as said:
+        out, err = Path(said, "out"), Path(said, "err")
+        out.touch()
+        err.touch()
+        processes = []
+        for rank in range(ranks):
+            env = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            processes.append(prepared().Process(target=_run, args=("pretrain", line, env, out, err)))
+            processes[-1].start()
+        run = Going(folder, processes, out, err)
+        try:
+            yield run
+        finally:
+            for process in processes:
+                if process.exitcode is None:
+                    os.kill(process.pid, 9)
+                process.join()
