@@ -305,7 +305,6 @@ IdentityAgent none
 UserKnownHostsFile {folder}/known_hosts
 GlobalKnownHostsFile none
 StrictHostKeyChecking yes
-BatchMode yes
 ConnectTimeout 10
 LogLevel ERROR
 """,
