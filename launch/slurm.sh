@@ -30,7 +30,8 @@ if [ -e "$RUN/checkpoints/latest" ] || [ -e "$RUN/teacher/checkpoints/latest" ];
 	set -- --resume "$@"
 fi
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${NODES%%$'\n'*} # the first
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # of its own, should two jobs meet on a node
 export MASTER_ADDR MASTER_PORT
 export SCRIPT=${SCRIPT:-launch/pretrain.py} DS_CONFIG=${DS_CONFIG:-ds_configs/zero2.json}
@@ -46,9 +47,10 @@ srun --kill-on-bad-exit=1 bash -c '
 ' task "$@" || status=$?
 
 # what the run says of its end; srun has the first bad status of any task, which tells less
-state=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "$RUN/status.json" || echo unknown)
+state=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "$RUN/status.json" 2>/dev/null) ||
+	state="no status.json"
 echo "run $RUN: $state (srun: status $status)"
-if [ "$state" = preempted ]; then
+if [ "$state" = stopped ]; then
 	scontrol requeue "$SLURM_JOB_ID"
 	exit 0
 fi

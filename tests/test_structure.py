@@ -37,6 +37,7 @@ ALLOWED = {
         "benchmark", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
         "training",
     },
+    "doctor": {"command_line", "data", "doctor", "errors", "machine"},
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "planning": {"config", "ds_config", "errors", "model", "planning"},
     "training": {

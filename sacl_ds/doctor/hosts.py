@@ -26,7 +26,7 @@ def read_hostfile(path: str) -> dict[str, int]:
 def parse_hostfile(text: str, path: str) -> dict[str, int]:
     """As `read_hostfile`. Empty lines and lines that begin with # are passed over."""
     hosts: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -51,7 +51,7 @@ def env_files() -> list[Path]:
 def parse_env_file(text: str, path: str) -> dict[str, str]:
     """Variable -> value. Raises UserError for a line that would crash the launcher, an empty one among them."""
     values = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         name, separator, value = line.partition("=")
         if not separator or not _NAME.fullmatch(name):
             shown = repr(line) if line.strip() else "an empty line"
