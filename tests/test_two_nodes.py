@@ -64,3 +64,36 @@ def test_train_on_two_nodes_then_one_then_two(nodes: Cluster, tmp_path: Path) ->
     assert third.wait(300) == 0, third.text()[-3000:]
     assert losses(folder) == pytest.approx(expected, rel=1e-4)
     assert losses(folder)[:EVERY] == reached[:EVERY]
+
+
+WAITS = """
+import os, pathlib, time
+print("up", flush=True)
+while os.environ["RANK"] == "1" or not pathlib.Path("GO").exists():
+    time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ends"), [("-o ServerAliveInterval=1 -o ServerAliveCountMax=2", True), ("", False)]
+)
+def test_without_keep_alive_the_launcher_outlives_a_node_that_was_cut_off(
+    arguments: str, ends: bool, tmp_path: Path
+) -> None:
+    """The rank on this side ends by itself; the ssh to the other hears nothing, not even that it is gone."""
+    script, go = tmp_path / "waits.py", tmp_path / "go"
+    script.write_text(WAITS.replace("GO", str(go)))
+    with cluster(tmp_path) as nodes:
+        run = nodes.deepspeed(script, options=("--no_local_rank",), env={"PDSH_SSH_ARGS_APPEND": arguments})
+        run.wait_for("node1: up", 60)
+        run.wait_for("node2: up", 60)
+        assert {node.name: list(node.ranks()) for node in nodes.nodes} == {"node1": [0], "node2": [1]}
+        nodes[1].cut()
+        go.touch()
+        run.wait_for("exits successfully", 30)
+        if ends:
+            assert run.wait(15) == 255
+            assert "node2: ssh exited with exit code 255" in run.text()
+        else:
+            with pytest.raises(AssertionError, match="still at work"):
+                run.wait(15)
