@@ -244,6 +244,8 @@ def test_a_hostfile_that_is_not_right(text: str | None, said: str, tmp_path: Pat
     assert line.startswith(f"error: --hostfile {tmp_path}/hosts")
     assert said in line
     assert done.returncode == 2
+    if text is not None:
+        assert f"`{line.replace(str(tmp_path), '/data')}`" in (ROOT / "docs/mistakes.md").read_text()
 
 
 def test_two_nodes_that_do_not_share_what_they_should(tmp_path: Path) -> None:

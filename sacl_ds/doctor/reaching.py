@@ -127,7 +127,9 @@ def all_reduce(options: list[str]) -> AllReduce:
     try:
         said, _ = process.communicate(timeout=_REDUCE)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # the launcher ends the ranks on the nodes
+        # not SIGTERM, on which DeepSpeed's launcher ends all that it ever started on the nodes, a training among it;
+        # ranks that wait for each other end by themselves
+        os.killpg(process.pid, signal.SIGKILL)
         said, _ = process.communicate()
         return AllReduce(f"nothing in {_REDUCE:.0f} s; the last line: {_last_line(said)}")
     lines = [line.partition(MARK)[2] for line in said.splitlines() if MARK in line]
