@@ -37,8 +37,9 @@ ALLOWED = {
         "benchmark", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
         "training",
     },
+    "doctor": {"command_line", "data", "doctor", "errors", "machine"},
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
-    "planning": {"config", "ds_config", "errors", "model", "planning"},
+    "planning": {"config", "config_file", "ds_config", "errors", "model", "planning"},
     "training": {
         "atomic", "config", "data", "distributed", "ds_config", "errors", "faults", "losses", "machine", "model",
         "provenance", "telemetry", "training",

@@ -5,11 +5,13 @@ It is made of the formulas, and of docs/scaling_measured.json, which `tools/meas
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from sacl_ds.config import RunConfig
+from sacl_ds.config_file import load_config
 from sacl_ds.ds_config import read_ds_config
 from sacl_ds.planning.case import ROOT
 from sacl_ds.planning.checking import COLLECTIVES, HELD, Compared, table, worst
@@ -27,6 +29,8 @@ _TOTAL = 100e6
 _TEACHER = 256
 _AT_ONCE = 256  # pairs that a GPU passes through the model
 _ROOM = 80e9  # bytes of an H100
+_ROAD = {1: 512, 8: 2048, 32: 8192, 128: 16384}  # GPUs -> global batch
+_BETWEEN = 600  # seconds between checkpoints
 _ADAM = 16  # bytes a parameter: weight, gradient, two averages
 
 _PAGE = """# Scaling: memory, traffic, time
@@ -134,19 +138,41 @@ optimizer no longer fit, or to offload. Pass fewer pairs at once, or checkpoint,
 
 ## From one GPU to 128: what to change, in this order
 
+`base` at 256 px as above; computed, with what `launch/configs/sacl.yaml` has at batch {first_batch} as the first row.
+Peak in GB; a step in seconds, transfers covered or not. Momentum and queue, which that file turns on, come on top:
+another 4P = {momentum:.1f} GB a GPU and a forward pass.
+
+{road}
+
 1. **Batch**: `train.global_batch_size` up with the ranks, as long as a rank's pairs fit. Larger batches mean more false
-   negatives in each: look at `tools/weight_analysis.py report` again.
-2. **Learning rate**: about with the square root of the batch (Adam), `optim.warmup_steps` longer by as much; try two.
+   negatives in each: look at `tools/weight_analysis.py report` again. Past some 16384, fewer pairs a GPU rather
+   than a larger batch.
+2. **Learning rate**: about with the square root of the batch (Adam), `optim.warmup_steps` longer by as much, up to a
+   tenth of `train.steps`, which go down with the batch, and `loss.alpha_end_step` with them; try two. It is the column
+   to doubt first: where the loss jumps behind the warm-up, take the rate of the row above.
 3. **ZeRO stage**: `zero1.json` or `zero2.json` with several ranks. `zero3.json` only where memory asks for it.
 4. **Precision**: `train.precision=bf16`: about half the activations and half the gradient traffic.
 5. **Fewer pairs at once**: `train.micro_batch_size`. All pairs stay contrasted, with the gradients of one pass (ITM
    alone draws its negatives from fewer); it costs one more forward pass of both encoders. With ZeRO 2 and 3 gradients
-   travel once a micro-batch, unless `train.coalesce_reduction=true`.
-6. **Checkpointing**: `train.checkpoint_activations=true`: inputs of blocks only, for about a third more compute.
-7. **Teacher**: `tools/precompute_teacher.py` and `teacher.features`: its pass leaves the step.
+   travel once a micro-batch, unless `train.coalesce_reduction=true`. Needed at one GPU; with 8 and more, give each as
+   many pairs as it takes at once, and leave it out.
+6. **Checkpointing**: `train.checkpoint_activations=true`: inputs of blocks only, for about a third more compute. Where
+   step 5 no longer helps: larger images, `large`, 40 GB.
+7. **Teacher**: `tools/precompute_teacher.py` and `teacher.features`: its pass leaves the step. Worth it from a few
+   epochs on, at any size; the more GPUs read the shards' features, the more a fast shared disk counts.
 8. **Patch selection**: what each placement and guide costs and saves is in docs/patches.md; not all save.
-9. **Several nodes**: the hours above take 80 % of a 400 Gbit/s port for each GPU as given. On a network of a tenth of
-   that, what is sent takes ten times as long: hold it beside the column of computing time.
+9. **Workers**: `data.workers` is for a rank. Left out it is what the node's cores allow, at most 8. At the page's rates
+   a GPU takes {rate:.0f} pairs/s; `tools/benchmark_loader.py` says how many one worker decodes on your machine, and
+   metrics.jsonl how much of a step waited for data. Shards at least as many as ranks × workers, better several times.
+10. **Checkpoints**: `train.save_every` by the clock: what a fault costs is the time since the last one, and faults come
+   with the number of nodes. Every rank writes its part to the shared `output_dir`, up to 16P = {saved:.1f} GB together.
+11. **Timeouts**: a step waits for the slowest rank, and the slowest of 128 reads the slowest disk. A run that was ended
+   for silence while all were well needs a longer `train.peer_timeout` or `train.step_timeout`, not more restarts; one
+   that shall go on by itself after a fault, `train.max_restarts`.
+12. **Several nodes**: first `python -m sacl_ds.doctor --hostfile hosts` ([many_nodes.md](many_nodes.md)). The hours
+   above take 80 % of a 400 Gbit/s port for each GPU as given. On a network of a tenth of that, what is sent takes ten
+   times as long: hold it beside the column of computing time. More pairs a GPU make it less, and so does ZeRO 2 in
+   place of 1, whose gradients travel during backward.
 """
 
 
@@ -172,12 +198,19 @@ def page(measured: dict[str, Any]) -> str:
         inside=H100.inside / 1e9,
         outside=H100.outside / 1e9,
         node=H100.node,
+        first_batch=_ROAD[1],
+        road="\n".join(_road()),
+        momentum=4 * job.parameters / 1e9,
+        saved=_ADAM * job.parameters / 1e9,
+        rate=job.pairs / step_time(job, H100).least,
     )
 
 
-def _job(world: int, stage: int) -> Job:
-    micro = _AT_ONCE if _WORLDS[world] // world > _AT_ONCE else None
-    train = {"global_batch_size": _WORLDS[world], "precision": "bf16", "micro_batch_size": micro}
+def _job(world: int, stage: int, batch: int | None = None) -> Job:
+    """batch: None for that of `_WORLDS`."""
+    batch = batch or _WORLDS[world]
+    micro = _AT_ONCE if batch // world > _AT_ONCE else None
+    train = {"global_batch_size": batch, "precision": "bf16", "micro_batch_size": micro}
     run = RunConfig.model_validate({"model": {"preset": "base"}, "train": train})
     ds = read_ds_config(ROOT / f"ds_configs/zero{stage}.json") if stage else {}
     return Job(run, world, Zero.of(ds), teacher_width=_TEACHER)
@@ -198,6 +231,27 @@ def _worked() -> list[str]:
             cells += ["yes" if found.peak < 0.9 * _ROOM else "no", f"{sent / 1e9:.2f}", f"{took.compute:.2f}"]
             lines.append(f"| {' | '.join([*cells, f'{fewest:.2f} to {most:.2f}'])} |")
     return lines
+
+
+def _road() -> list[str]:
+    """Settings from one GPU to many, a row for each number of them."""
+    first = load_config(str(ROOT / "launch/configs/sacl.yaml"), [])
+    assert first.train.global_batch_size == _ROAD[1]
+    head = ["GPUs", "`global_batch_size`", "pairs a GPU, at once", "`lr_image`, `lr_text`", "`warmup_steps`", "`steps`"]
+    head += ["ZeRO", "peak", "a step", "`save_every`, ten minutes"]
+    lines = [f"| {' | '.join(head)} |", f"|{' ---: |' * len(head)}"]
+    for world, batch in _ROAD.items():
+        stage = 1 if batch // world > _AT_ONCE else _ADVISED
+        job, factor = _job(world, stage, batch), math.sqrt(batch / _ROAD[1])
+        took = step_time(job, H100)
+        rates = f"{first.optim.lr_image * factor:.1e}, {first.optim.lr_text * factor:.1e}"
+        steps = round(first.train.steps * _ROAD[1] / batch, -2)
+        cells = [str(world), str(batch), f"{job.pairs}, {job.at_once}", rates]
+        warmup = min(first.optim.warmup_steps * factor, steps / 10)
+        cells += [str(round(warmup, -2)), str(steps), str(stage)]
+        cells += [f"{memory(job).peak / 1e9:.0f}", f"{took.least:.2f} to {took.most:.2f}"]
+        lines.append(f"| {' | '.join([*cells, str(round(_BETWEEN / took.most, -2))])} |")
+    return [line.replace(".0 |", " |") for line in lines]
 
 
 if __name__ == "__main__":

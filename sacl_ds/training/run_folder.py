@@ -5,15 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from sacl_ds.config import ModelConfig, TrainingConfig
-from sacl_ds.errors import UserError
+from sacl_ds.distributed import broadcast_object, gather_objects, rank, same_error
+from sacl_ds.errors import SharedError, UserError
 from sacl_ds.faults.judging import Limits
 from sacl_ds.model.saved import CONFIG, WEIGHTS
 from sacl_ds.training.checkpoint_folder import latest
@@ -56,6 +59,44 @@ def newest(folder: Path) -> int | None:
 def limits(run: TrainingConfig) -> Limits:
     """How long ranks wait for each other."""
     return Limits(run.train.peer_timeout, run.train.step_timeout)
+
+
+def require_shared(folder: Path, seconds: float = 10.0) -> None:
+    """That every rank sees what the first one writes into `folder`. Every rank calls it; the first one's folder exists.
+
+    seconds: how long a file system over a network may take to show it.
+    Raises UserError, the same on every rank, with the first rank that does not see it and its node.
+    """
+    own = (f".shared_{secrets.token_hex(8)}", str(folder), socket.gethostname()) if rank() == 0 else None
+    token, name, writer = broadcast_object(own)
+    written = folder / token
+    with same_error():
+        if rank() == 0:
+            try:
+                written.touch()
+            except OSError as error:
+                raise UserError(f"output_dir={folder} cannot be written to: {error.strerror}") from None
+    try:
+        sees = _appears(written, seconds)
+        answers = gather_objects((socket.gethostname(), sees))
+    finally:
+        if rank() == 0:
+            written.unlink(missing_ok=True)
+    for number, (node, seen) in enumerate(answers):
+        if not seen:
+            raise SharedError(
+                f"output_dir={name} is not one folder on all nodes: rank {number} on {node} does not see what rank 0 "
+                f"on {writer} writes there; choose a folder on a file system that all nodes mount"
+            )
+
+
+def _appears(path: Path, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def check_space(folder: Path, parameters: int, checkpoints: int, momentum_bytes: int = 0) -> str | None:

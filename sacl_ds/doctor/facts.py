@@ -1,0 +1,189 @@
+"""What one node is and has; gathered on the node itself and sent as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "deepspeed", "transformers", "timm", "webdataset")
+_SHARDS = 5  # looked into: the first, the last and some between
+_SECONDS = 5.0  # for the master's address to answer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a node."""
+
+    output_dir: str | None = None
+    shards: str | None = None
+    token: str | None = None  # name of a file that another node wrote into output_dir
+    master: str | None = None  # address and port of the first node
+    port: int = 29500
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sizes in GB (1e9 bytes). None: not there, or not known."""
+
+    host: str
+    versions: dict[str, str | None]
+    git: str | None  # commit of the code, with a + where files are changed
+    device: str  # "cuda" or "cpu"
+    gpus: list[str] = field(default_factory=list)  # names
+    driver: str | None = None
+    cuda: str | None = None
+    nccl: str | None = None
+    apex: str = "none"
+    missing_tool: str | None = None
+    cores: int = 1
+    memory: float = 0.0
+    memory_free: float = 0.0
+    shm_free: float | None = None
+    disk_free: float | None = None  # at output_dir
+    shards: int | None = None  # how many the pattern names
+    samples: dict[str, int] = field(default_factory=dict)  # of those looked into
+    shards_error: str | None = None
+    sees_token: bool | None = None
+    writes: bool | None = None  # into output_dir
+    reaches_master: bool | None = None
+    own_name_is_loopback: bool = False
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def gather(request: Request) -> Facts:
+    """This node's facts. Takes the seconds in which torch is imported."""
+    import psutil
+    import torch
+
+    from sacl_ds.machine import installed_apex, missing_tool
+
+    cuda = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    memory = psutil.virtual_memory()
+    folder = Path(request.output_dir) if request.output_dir else None
+    shards, samples, error = _shards(request.shards)
+    return Facts(
+        host=socket.gethostname(),
+        versions=_versions(),
+        git=_git(),
+        device="cuda" if cuda else "cpu",
+        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        driver=_driver() if cuda else None,
+        cuda=torch.version.cuda if cuda else None,
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        apex=installed_apex(),
+        missing_tool=missing_tool(cuda=cuda),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
+        memory=memory.total / 1e9,
+        memory_free=memory.available / 1e9,
+        shm_free=_free(Path("/dev/shm")),
+        disk_free=_free(folder) if folder else None,
+        shards=shards,
+        samples=samples,
+        shards_error=error,
+        sees_token=(folder / request.token).is_file() if folder and request.token else None,
+        writes=_writable(folder) if folder else None,
+        reaches_master=answers(request.master, request.port) if request.master else None,
+        own_name_is_loopback=_own_name_is_loopback(),
+    )
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether packets come back from there: a refusal is an answer, silence is a firewall or another network."""
+    try:
+        with socket.create_connection((address, port), timeout=_SECONDS):
+            return True
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+
+
+def _versions() -> dict[str, str | None]:
+    from sacl_ds import __version__
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "sacl_ds": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _git() -> str | None:
+    root = Path(__file__).parent
+    commit = _said("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+" if _said("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", ".") else "")
+
+
+def _driver() -> str | None:
+    line = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return line.splitlines()[0] if line else None
+
+
+def _said(*command: str) -> str | None:
+    """What a command printed; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _free(folder: Path) -> float | None:
+    """GB free on the disk where this folder is, or would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free / 1e9
+    except OSError:
+        return None
+
+
+def _writable(folder: Path) -> bool:
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _shards(pattern: str | None) -> tuple[int | None, dict[str, int], str | None]:
+    """How many, the samples of some of them, and what went wrong."""
+    if pattern is None:
+        return None, {}, None
+    from sacl_ds.data.shards.patterns import expand
+    from sacl_ds.data.shards.tars import BadShard, count_in
+    from sacl_ds.errors import UserError
+
+    count, samples = None, {}
+    try:
+        shards = expand(pattern, "--shards")
+        count = len(shards)
+        last = len(shards) - 1
+        for shard in dict.fromkeys(shards[last * i // (_SHARDS - 1)] for i in range(_SHARDS)):
+            try:
+                samples[shard] = count_in(shard)
+            except (BadShard, OSError) as error:
+                return count, samples, f"{shard} cannot be read: {error}"
+    except UserError as error:
+        return count, samples, str(error)
+    return count, samples, None
+
+
+def _own_name_is_loopback() -> bool:
+    """gloo listens where the own host name points to, which on Debian may be 127.0.1.1."""
+    try:
+        return socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        return False
