@@ -35,6 +35,8 @@ ALLOWED = {
         "benchmark", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
         "training",
     },
+    "exporting": {"config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry"},
+    "inference": {"data", "errors", "model"},
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "planning": {"config", "ds_config", "errors", "model", "planning"},
     "training": {
