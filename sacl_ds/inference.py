@@ -99,7 +99,7 @@ class PairModel:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{named}: {reason}; give a JPEG, PNG or WebP") from None
         except TypeError:
-            raise UserError(f"{named} is a {type(image).__name__}; give a path or an image of Pillow's") from None
+            raise UserError(f"{named} is of type {type(image).__name__}; give a path or an image of Pillow's") from None
 
     def _texts(self, texts: Sequence[str], batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """States, mask and features."""

@@ -32,7 +32,9 @@ def main(folder: str, work: Path) -> None:
     assert torch.equal(AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"],
                        inputs["pixel_values"])  # fmt: skip
     assert AutoTokenizer.from_pretrained(folder)(TEXTS, truncation=True)["input_ids"][0] == [
-        token for token in inputs["input_ids"][0].tolist() if token != AutoTokenizer.from_pretrained(folder).pad_token_id
+        token
+        for token in inputs["input_ids"][0].tolist()
+        if token != AutoTokenizer.from_pretrained(folder).pad_token_id
     ]
     save_file({name: tensor.float().contiguous() for name, tensor in found.items()}, work / "found.safetensors")
     classify = pipeline("zero-shot-image-classification", model=folder)

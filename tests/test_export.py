@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,11 +62,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tool(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "tools/export_checkpoint.py", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=check)
-
-
 def without_this_package(folder: Path, work: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Features and the pipeline's scores, from a process that cannot import sacl_ds."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -103,8 +99,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_towers_in_a_process_without_this_package(stage: int, runs, work: Path, tmp_path: Path) -> None:
     run = runs(stage)
-    done = tool(run / "checkpoints/step_00000006", "--to", "hf", "--out", tmp_path / "towers")
-    assert "features of both towers equal the run's within" in done.stdout
+    export(str(run / "checkpoints/step_00000006"), "hf", tmp_path / "towers")
     found, said = without_this_package(tmp_path / "towers", work)
     expected = own(run, work)
     assert said["class"] == "ChineseCLIPModel"
@@ -116,6 +111,13 @@ def test_towers_in_a_process_without_this_package(stage: int, runs, work: Path, 
     assert (expected["image"][0] - expected["image"][1]).abs().max() > 1e-3
     for row, scores in zip(logits.softmax(1), said["scores"], strict=True):
         assert [scores[text] for text in TEXTS] == pytest.approx(row.tolist(), abs=1e-4)
+
+
+def test_the_tool(runs, tmp_path: Path) -> None:
+    line = [sys.executable, "tools/export_checkpoint.py", runs(1), "--to", "hf", "--out", tmp_path / "towers"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"^features of both towers equal the run's within \de-0[67], in fp32$", done.stdout, re.M)
+    assert re.search(rf"^{tmp_path}/towers: hf, fp32, \d\.\d MB$", done.stdout, re.M)
 
 
 def test_towers_in_bf16(runs, work: Path, tmp_path: Path) -> None:
@@ -214,8 +216,8 @@ def test_what_an_export_holds(runs, tmp_path: Path) -> None:
     run = runs(2)
     shutil.copytree(run, tmp_path / "run")
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["data"] |= {"eval_shards": "pipe:aws s3 cp s3://bucket/val.tar - --profile secret",
-                         "shards": ["/secret/cc12m/{0..3}.tar", "https://host/secret/sbu.tar?token=secret"]}  # fmt: skip
+    shards = ["/secret/cc12m/{0..3}.tar", "https://host/secret/sbu.tar?token=secret"]
+    settings["data"] |= {"eval_shards": "pipe:aws s3 cp s3://bucket/val.tar - --profile secret", "shards": shards}
     settings["teacher"] |= {"checkpoint": "/secret/teachers/clip"}
     settings["model"] |= {"image_weights": "/secret/clip", "text_encoder": "google-bert/bert-base-uncased"}
     settings["model"]["max_positions"] = 32
