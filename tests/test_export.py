@@ -23,8 +23,10 @@ import sacl_ds
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import pad
 from sacl_ds.data.transforms import CanonicalView
+from sacl_ds.errors import UserError
 from sacl_ds.exporting import export
 from sacl_ds.model.saved import load_model
+from sacl_ds.model.starts.image import load_image_weights
 from sacl_ds.model.teacher import load_teacher
 
 # the built-in encoder; CLIP's, with its first norm and activation; one with all else that is folded into other tensors
@@ -194,6 +196,25 @@ def test_an_export_is_fine_tuned_pretrained_and_a_teacher(runs, work: Path, tmp_
           "train.steps=2")  # fmt: skip
     assert f"start: {tensors} of {tensors} tensors loaded, 0 new" in (tmp_path / "further/start.txt").read_text()
     assert losses(tmp_path / "further", "alpha")[0] == 1.0
+
+
+def test_towers_start_an_image_encoder(runs, tmp_path: Path) -> None:
+    """Where they have the first norm of CLIP's; wider ones are refused."""
+    for stage in (1, 2):
+        export(str(runs(stage)), "hf", tmp_path / f"towers{stage}")
+    source, config, _ = load_model(runs(2), "run")
+    begun, _, _ = load_model(runs(2), "run")
+    for parameter in begun.image_encoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    vit = config.model.image_encoder
+    report = load_image_weights(begun.image_encoder, str(tmp_path / "towers2"), vit)
+    assert not report.notes
+    for name, tensor in source.image_encoder.state_dict().items():
+        assert torch.equal(begun.image_encoder.state_dict()[name], tensor), name
+    with pytest.raises(UserError) as error:
+        load_image_weights(begun.image_encoder, str(tmp_path / "towers1"), vit)
+    line = str(error.value).replace(str(tmp_path / "towers1"), "/data/towers")
+    assert f"`error: {line}`" in (ROOT / "docs/mistakes.md").read_text(), line
 
 
 def test_both_forms_are_the_same_teacher(runs, work: Path, tmp_path: Path) -> None:

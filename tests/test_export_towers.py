@@ -67,7 +67,7 @@ SHAPES = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.fixed_dictionaries(SHAPES), st.booleans())
 def test_the_same_function(arguments: dict, normed: bool) -> None:
     model = vit(**arguments, pre_norm=normed)

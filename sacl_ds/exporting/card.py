@@ -18,6 +18,8 @@ _PAPER = """\
 > Chaoya Jiang, Wei Ye, Haiyang Xu, Ming Yan, Shikun Zhang, Jie Zhang, Fei Huang: *Vision Language Pre-training by
 > Contrastive Learning with Cross-Modal Similarity Regulation*, ACL 2023, arXiv 2305.04474."""
 _HF = """\
+With transformers 5, and nothing else:
+
 ```python
 from transformers import pipeline
 

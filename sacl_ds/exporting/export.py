@@ -55,7 +55,6 @@ def _write_hf(source: Source, folder: Path, dtype: str, name: str) -> list[str]:
     tokenizer = _with_length(source.tokenizer)
     ChineseCLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
     processor.save_pretrained(folder)
-    _for_all_versions(folder)
     (folder / _CARD).write_text(card(source, "hf", dtype, name, widened), encoding="utf-8")
     said = [f"features of both towers equal the run's within {difference:.0e}, in fp32"]
     if widened:
@@ -78,16 +77,6 @@ def _write_safetensors(source: Source, folder: Path, dtype: str, name: str) -> l
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
     exact = name.startswith(_KEPT_EXACT) or not tensor.is_floating_point()
     return tensor if exact else tensor.to(DTYPES[dtype])
-
-
-def _for_all_versions(folder: Path) -> None:
-    """transformers 5 writes a name of the tokenizer's class that 4 does not know, and how it found the tokenizer."""
-    file = folder / "tokenizer_config.json"
-    said = json.loads(file.read_text())
-    if said.get("tokenizer_class") == "TokenizersBackend":
-        said["tokenizer_class"] = "PreTrainedTokenizerFast"
-    kept = {name: value for name, value in said.items() if name not in ("backend", "is_local", "local_files_only")}
-    file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _with_length(tokenizer: Tokenizer):  # type: ignore[no-untyped-def]
