@@ -25,7 +25,7 @@ from torch import Tensor
 from sacl_ds.exporting.vision import Tower
 
 # the root of Σ C² over the longest token's length; with more, rounding of the sum over ±C begins to tell
-_RATIO = 256.0
+_RATIO = 128.0
 # what reads each norm's output; of the last norm the projection into the shared space
 _READERS = {
     "layer_norm1": [f"self_attn.{part}_proj" for part in "qkv"],
@@ -35,7 +35,7 @@ _READERS = {
 
 
 def widened(tower: Tower, projection: Tensor, mean: Tensor, std: Tensor) -> tuple[Tower, Tensor]:
-    """One more head, and a first norm that changes no token by more than 1 / (2 · 256²) of it.
+    """One more head, and a first norm that changes no token by more than 1 / (2 · 128²) of it.
 
     projection: (d, width) of the tower's features into the shared space, returned for the wider one, float64.
     mean, std: (3,) of the pixels, of values in [0, 1].
