@@ -2,16 +2,18 @@
 
 import sys
 
-from sacl_ds.command_line import exit_status
+from sacl_ds.command_line import exit_status, goes_on, under_supervision
 from sacl_ds.tasks.options import read_finetune_options
 
 EXAMPLE = "deepspeed launch/finetune.py --task vqa --ds_config ds_configs/zero2.json checkpoint=runs/scenes-001"
 
 
-def main() -> None:
+def main() -> int | None:
     options, run = read_finetune_options(__doc__ or "", EXAMPLE)
     if run is None:
-        return
+        return None
+    if (status := under_supervision(run)) is not None:
+        return status
     # after the checks that need no rank: these imports take seconds
     from sacl_ds.ds_config import read_ds_config
 
@@ -21,7 +23,8 @@ def main() -> None:
     from sacl_ds.training.job import Job
 
     device, machine = start_process()
-    finetune(run, Job(ds, options.ds_config, device, machine, options.resume))
+    finetune(run, Job(ds, options.ds_config, device, machine, goes_on(options, run)))
+    return None
 
 
 if __name__ == "__main__":

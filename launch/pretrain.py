@@ -2,16 +2,25 @@
 
 import sys
 
-from sacl_ds.command_line import exit_status, pretraining_config, read_options, training_parser
+from sacl_ds.command_line import (
+    exit_status,
+    goes_on,
+    pretraining_config,
+    read_options,
+    training_parser,
+    under_supervision,
+)
 from sacl_ds.config import RunConfig
 
 EXAMPLE = "deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2.json train.steps=1000"
 
 
-def main() -> None:
+def main() -> int | None:
     options, run = read_options(training_parser(__doc__ or "", EXAMPLE), pretraining_config, RunConfig)
     if run is None:
-        return
+        return None
+    if (status := under_supervision(run)) is not None:
+        return status
     # after the checks that need no rank: these imports take seconds
     from sacl_ds.ds_config import read_ds_config
 
@@ -22,7 +31,8 @@ def main() -> None:
     from sacl_ds.training.pretrain import pretrain
 
     device, machine = start_process()
-    pretrain(run, Job(ds, options.ds_config, device, machine, options.resume), held_out_evaluator)
+    pretrain(run, Job(ds, options.ds_config, device, machine, goes_on(options, run)), held_out_evaluator)
+    return None
 
 
 if __name__ == "__main__":

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import yaml
 
-from sacl_ds.config import RunConfig
+from sacl_ds.config import RunConfig, TrainingConfig
 from sacl_ds.config_file import Config, load_config
 from sacl_ds.config_help import explain
-from sacl_ds.errors import SharedError, UserError
+from sacl_ds.errors import Fault, SharedError, Stopped, UserError
+from sacl_ds.faults import restarts
+from sacl_ds.faults.ending import Exit
+from sacl_ds.faults.guard import Guard, current
 
 _HELP = """
 settings (all of them with defaults: docs/configuration.md, or '?'):
@@ -109,25 +115,70 @@ def pretraining_config(options: argparse.Namespace) -> RunConfig:
     return load_config(options.config, options.overrides)
 
 
-def exit_status(main: Callable[[], None]) -> int:
-    """Run `main`; a UserError becomes one line on stderr, from the ranks that must say it, and status 2."""
+def exit_status(main: Callable[[], int | None]) -> int:
+    """Run `main`; what ends it becomes one line on stderr, from the ranks that must say it, and a status of `Exit`."""
+    restarts.die_with_supervisor()
+    guard: Callable[[], Guard | None] = current
     try:
-        main()
+        return main() or Exit.DONE
+    except Stopped as stop:
+        if _first():
+            print(f"{stop}; --resume goes on from there", flush=True)
+        return Exit.STOPPED
     except UserError as error:
         # what every rank meets alike, the first one says; what one rank alone met, that one
         alone = _in_a_job() and not isinstance(error, SharedError)
         if _first() or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:  # the launcher ends all ranks when one has ended: not before the first has spoken
+        if held := guard():
+            held.failed(str(error), alone)
+        if not (_first() or alone):  # the launcher ends all ranks when one has ended: not before the first has spoken
             time.sleep(_SECONDS_TO_SPEAK)
-        return 2
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in _PEER_GONE):
-            raise
-        rank = os.environ.get("RANK", "0")
+        return Exit.MISTAKE
+    except Fault as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if held := guard():
+            held.failed(str(error), True)
+        return Exit.FAULT
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return _unforeseen(error, guard())
+
+
+def _unforeseen(error: Exception, guard: Guard | None) -> int:
+    rank = os.environ.get("RANK", "0")
+    if any(sign in str(error) for sign in _PEER_GONE):
+        if guard:
+            guard.wait_for_the_cause(_SECONDS_TO_SPEAK)
         print(f"rank {rank} stops: another rank ended first, whose own line says why", file=sys.stderr, flush=True)
-        return 2
-    return 0
+        return Exit.FAULT
+    traceback.print_exc()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        said = f"the disk is full: {error.filename or 'of output_dir'}; make room, and go on with --resume"
+    else:
+        first = next(iter(str(error).splitlines()), "")
+        said = f"{type(error).__name__}: {first}"
+    print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
+    if guard:
+        guard.failed(said, True)
+    return Exit.FAULT
+
+
+def under_supervision(run: TrainingConfig) -> int | None:
+    """Where restarts are asked for, and this process is not yet one that is started anew: start it so, and return its
+    last status. None: go on here. Raises UserError."""
+    if not run.train.max_restarts or restarts.supervised():
+        return None
+    if run.output_dir is None:
+        raise UserError("train.max_restarts needs output_dir, by which a restart finds the run; give output_dir=FOLDER")
+    return restarts.supervise([sys.executable, "-u", *sys.argv], run.train.max_restarts)
+
+
+def goes_on(options: argparse.Namespace, run: TrainingConfig) -> bool:
+    """Whether this start resumes: as asked, or as a restart that has something to resume."""
+    again = restarts.attempt() > 0 and run.output_dir is not None
+    return bool(options.resume) or (again and restarts.holds_checkpoint(Path(run.output_dir or ".")))
 
 
 def _in_a_job() -> bool:

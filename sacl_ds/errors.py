@@ -18,6 +18,15 @@ class SharedError(UserError):
     """One that every rank raises alike, so that one of them is enough to say it."""
 
 
+class Fault(RuntimeError):
+    """Of the machine, the network or another process, in one line: nothing that the user wrote, so that a restart may
+    help."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has, behind a checkpoint. The message says what asked, and where it stands."""
+
+
 def cannot_load(setting: str, name: str, error: Exception) -> UserError:
     """For a model or tokenizer, by hub name or folder, that a library failed to load."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

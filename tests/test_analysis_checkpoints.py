@@ -35,6 +35,9 @@ def test_checkpoints_hold_the_weights_of_the_run(stage: int, tmp_path: Path) -> 
         (run / "checkpoints/step_00000002/state.json").unlink()
         with pytest.raises(UserError, match="holds no complete checkpoint"):
             load_subject(run / "checkpoints/step_00000002")
-        (run / "checkpoints/step_00000004/mp_rank_00_model_states.pt").write_bytes(b"cut")
-        with pytest.raises(UserError, match="cannot be read"):
-            load_subject(run / "checkpoints/step_00000004")
+        file = run / "checkpoints/step_00000004/rank_00000.safetensors"
+        whole = file.read_bytes()
+        for damaged, said in ((b"cut", "checksum"), (whole[:-1] + bytes([whole[-1] ^ 1]), "checksum")):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=f"is damaged: rank_00000.safetensors: its {said}"):
+                load_subject(run / "checkpoints/step_00000004")

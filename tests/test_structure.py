@@ -10,15 +10,17 @@ import pytest
 # each room may import those named here (and the standard library and what is installed)
 ALLOWED = {
     "atomic": set(),
+    "provenance": set(),
     "errors": set(),
     "config": {"config", "errors"},
     "config_file": {"config", "errors"},
     "config_help": {"config", "errors"},
     "machine": set(),
     "ds_config": {"config", "errors", "machine"},
-    "command_line": {"config", "config_file", "config_help", "distributed", "errors"},
+    "command_line": {"config", "config_file", "config_help", "distributed", "errors", "faults"},
     "distributed": {"errors"},
     "losses": {"distributed", "losses"},
+    "faults": {"atomic", "errors", "faults"},
     "data": {"config", "data", "errors"},
     "model": {"config", "config_file", "data", "distributed", "errors", "model"},
     "telemetry": {"telemetry", "errors", "config"},
@@ -28,8 +30,8 @@ ALLOWED = {
         "losses", "machine", "model", "telemetry", "training",
     },
     "tasks": {
-        "atomic", "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation", "losses",
-        "model", "tasks", "telemetry", "training",
+        "atomic", "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation", "faults",
+        "losses", "model", "tasks", "telemetry", "training",
     },
     "benchmark": {
         "benchmark", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
@@ -40,8 +42,8 @@ ALLOWED = {
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "planning": {"config", "ds_config", "errors", "model", "planning"},
     "training": {
-        "atomic", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
-        "training",
+        "atomic", "config", "data", "distributed", "ds_config", "errors", "faults", "losses", "machine", "model",
+        "provenance", "telemetry", "training",
     },
 }  # fmt: skip
 HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")
@@ -74,6 +76,7 @@ def test_directions(root: Path) -> None:
         ("sacl_ds", HEAVY),
         ("sacl_ds.config", HEAVY),
         ("sacl_ds.command_line", HEAVY),
+        ("sacl_ds.faults.guard", HEAVY),
         ("sacl_ds.data.making.writer", HEAVY),
         ("sacl_ds.data.making.record_lists", (*HEAVY, "pyarrow")),
         ("sacl_ds.losses", ("deepspeed", "timm", "transformers", "webdataset", "pydantic", "yaml")),

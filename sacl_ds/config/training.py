@@ -50,10 +50,34 @@ class TrainConfig(Room):
         description="recompute each block in backward instead of keeping what it made: less memory, about a third more "
         "time",
     )
+    max_bad_steps: Natural = Field(
+        10,
+        description="steps with NaN or inf, among the last 1000, that are left out; one more ends the run. The keys of "
+        "their samples are in bad_steps.jsonl",
+    )
+    max_restarts: Natural = Field(
+        0, description="how often each rank is started anew after a fault, to go on from the newest checkpoint"
+    )
+    peer_timeout: PositiveFloat = Field(
+        60.0, description="seconds without a word of another rank after which all ranks end"
+    )
+    step_timeout: PositiveFloat = Field(
+        1800.0, description="seconds of a step, with its wait for data, after which all ranks end"
+    )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: only at the end")
-    keep_checkpoints: Positive | None = Field(None, description="remove all checkpoints but the newest; null: keep all")
+    keep_checkpoints: Positive | None = Field(
+        None, description="remove all checkpoints but so many of the newest, and those named next; null: keep all"
+    )
+    keep_every: Positive | None = Field(
+        None, description="with keep_checkpoints: those at every so many steps stay too"
+    )
+    keep_best: str | None = Field(
+        None,
+        description="with keep_checkpoints: the one stays, too, at whose step this held-out figure was highest, e.g. "
+        "text_to_image_any_R@1",
+    )
 
 
 class KernelsConfig(Room):

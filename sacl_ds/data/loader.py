@@ -6,6 +6,7 @@ which samples a global batch holds depends on `GlobalOrder` alone, with any numb
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from sacl_ds.data.order import GlobalOrder, Place
 from sacl_ds.data.sample import Source
 from sacl_ds.errors import UserError
 
+_GRACE = 25.0  # seconds that a loader works on when asked to end
 _PREFETCHED = 4  # pieces a worker makes ahead
 
 Made = TypeVar("Made", bound="Loadable")
@@ -96,6 +98,13 @@ class BatchLoader(Generic[Made]):
             yield batch.pin_memory() if self.pin_memory else batch
 
 
+def _outlive_the_launcher() -> None:
+    """DeepSpeed's launcher, and a terminal, signal loaders with the run that they feed: that still has steps to make
+    until all ranks stop, and then ends them itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.setitimer(signal.ITIMER_REAL, _GRACE))
+
+
 class _Pieces(IterableDataset[Any]):
     """Endless pieces of this rank's batches: one worker's slots of each step."""
 
@@ -110,6 +119,7 @@ class _Pieces(IterableDataset[Any]):
         number, count = (info.id, info.num_workers) if info else (0, 1)
         if info:
             torch.set_num_threads(1)
+            _outlive_the_launcher()
         begin, end = (self.first_slot + self.slots * part // count for part in (number, number + 1))
         feed = Feed(self.source, self.order, self.collator.item, begin, end, self.start_step)
         try:

@@ -19,6 +19,7 @@ from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
 from sacl_ds.errors import UserError
+from sacl_ds.faults.guard import Guard, guarding
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.evaluate import evaluated, judged, report
@@ -29,18 +30,18 @@ from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
 from sacl_ds.training import checkpoint
-from sacl_ds.training.engine import build_engine, whole_state
+from sacl_ds.training.checkpoint_folder import latest
+from sacl_ds.training.engine import build_engine, ranks, whole_state
 from sacl_ds.training.job import Job, describe_start
 from sacl_ds.training.loop import Figures, Loop
 from sacl_ds.training.preparation import prepare_model
-from sacl_ds.training.run_folder import check_space, open_run_folder
+from sacl_ds.training.run_folder import check_space, limits, newest, open_run_folder
 
 START = "start.txt"  # what the model started from
 
 
 def finetune(run: FinetuneConfig, job: Job) -> Path:
     """Train to the end, then look at the best weights; returns the run directory. Raises UserError, on every rank."""
-    started = time.monotonic()
     opened = None  # with the lock, which is held while this function runs
     with same_error():
         task = task_of(run)
@@ -54,16 +55,28 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
     if opened:
         print(describe_start(job, plan), flush=True)
     with same_error():
+        checkpointed = newest(folder)
+    with guarding(folder, ranks(), limits(run), checkpointed) as guard:
+        _train_and_judge(task, folder, job, guard)
+    if opened:
+        opened[1].close()
+    return folder
+
+
+def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
+    started, run = time.monotonic(), task.run
+    with same_error():
         if rank() == 0:
             _keep_tokenizer(task, folder, job.resume)
             task.keep(folder)
-    resume = job.resume and checkpoint.latest(folder) is not None
+    resume = job.resume and latest(folder) is not None
     progress = RunProgress(run.task, run.steps, 0, enabled=rank() == 0)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
-    _train(task, tokenizer, folder, job, resume, progress)
+    _train(task, tokenizer, folder, job, resume, progress, guard)
     with same_error():
         label = str(folder)
         model = trained_model(task, tokenizer, saved_state(label)[0], label)
+    guard.at(run.steps, "evaluation")
     split = "test" if task.count("test") else "val"
     if task.count(split):
         outcome, seconds = evaluated(task, model, tokenizer, split, job.device)
@@ -72,13 +85,11 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
                 best = Best(folder, task.main, run.steps)
                 about = {"checkpoint": str(folder), "step": best.step}
                 progress.print(report(task, outcome, folder, split, about | {"seconds": round(seconds, 1)}))
-    if opened:
+    if rank() == 0:
         plots = plot_run(folder, run.task)
         spent = duration(time.monotonic() - started)
         progress.print(f"done in {spent}; run directory {folder}, plots {', '.join(p.name for p in plots)}")
-        opened[1].close()
     barrier()
-    return folder
 
 
 def _with_steps(run: FinetuneConfig, task: Task) -> FinetuneConfig:
@@ -122,7 +133,9 @@ def _keep_tokenizer(task: Task, folder: Path, resume: bool) -> None:
     task.tokenizer(begin).save(kept)
 
 
-def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: bool, progress: RunProgress) -> None:
+def _train(
+    task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: bool, progress: RunProgress, guard: Guard
+) -> None:
     """The steps; the best weights lie in the folder behind it."""
     run, first = task.run, rank() == 0
     with same_error():
@@ -141,7 +154,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
     prepare_model(model, run, engine_config)
     order = example_order(source, run.train.global_batch_size, run.seed)
     engine = build_engine(task.objective(model), engine_config, run.optim)
-    identity = checkpoint.Identity(tokenizer.fingerprint, _data_fingerprint(order, run))
+    identity = checkpoint.Identity(tokenizer.fingerprint, _data_fingerprint(order, run), run.seed)
     with same_error():
         start, note = checkpoint.resume(engine, folder, identity) if resume else (0, None)
         best = Best(folder, task.main, start if resume else None)
@@ -179,6 +192,7 @@ def _train(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: boo
         log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
         progress=progress,
         max_bad_share=run.data.max_bad_share,
+        guard=guard,
     )
     try:
         loop.train(start)

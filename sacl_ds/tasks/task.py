@@ -138,6 +138,12 @@ class TaskWork:
     def after(self, engine: Any, batch: Any, step: Step) -> str | None:
         return None
 
+    def suspects(self, engine: Any, batch: Any, step: Step) -> Tensor:
+        return torch.ones(len(batch), dtype=torch.bool)
+
+    def names(self, batch: Any) -> list[str]:
+        return list(batch.keys)
+
     def figures(self, step: int) -> dict[str, float]:
         return {}
 

@@ -1,36 +1,58 @@
-"""Checkpoints of a run: DeepSpeed's shards under checkpoints/step_N, a readable state beside them, `latest` last.
+"""Saving and resuming a run whose engine is at hand; how a checkpoint lies on the disk: `checkpoint_folder`.
 
-`latest` is written after every rank has finished, to a temporary file that is then renamed: whatever it names loads.
+Every rank writes what it owns, at any ZeRO stage, and reads what it will own, at any other: other numbers of ranks and
+other stages need no conversion. DeepSpeed's own files are neither written nor read: they are pickles, fit one number of
+ranks, and leave out what is not trained (0.19.8).
 """
 
 from __future__ import annotations
 
-import io
-import json
+import errno
 import shutil
-from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.engine import DeepSpeedEngine
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import Tensor
 
+from sacl_ds import provenance
 from sacl_ds.atomic import write_text
-from sacl_ds.distributed import barrier, rank, same_error, world_size
+from sacl_ds.distributed import barrier, gather_objects, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import UserError
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.model.saved import write_tensors
+from sacl_ds.model.saved import CONFIG, TOKENIZER
+from sacl_ds.training import fragments
+from sacl_ds.training.checkpoint_folder import (
+    FOLDER,
+    FROZEN,
+    LATEST,
+    MOMENTUM,
+    STATE,
+    Manifest,
+    RunState,
+    complete,
+    flush_folder,
+    frozen_tensors,
+    latest,
+    rank_files,
+    read_manifest,
+    read_state,
+    read_tensors,
+    remove,
+    state_json,
+    sweep,
+    tag_of,
+    verify,
+)
 from sacl_ds.training.engine import fill_parameters, whole_parameters
+from sacl_ds.training.retention import Retention
+from sacl_ds.training.tensor_files import Entry, Fragments, Written, checksum, write_entries
 
-FOLDER, LATEST, STATE, MOMENTUM = "checkpoints", "latest", "state.json", "momentum.safetensors"
-FROZEN = "frozen.safetensors"  # what is not trained, which DeepSpeed's conversion to other ranks leaves out
-_UNIVERSAL = {"universal_checkpoint_version": 0.2}
-_CONVERTED = "_universal"
+_KEEP_ALL = Retention()
 
 
 @dataclass(frozen=True)
@@ -39,17 +61,15 @@ class Identity:
 
     vocabulary: str
     data: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)
-class RunState:
-    """Where a run stands. The step is also the position in the data and in every schedule."""
+class Standing:
+    """What is said of a run beside its state: schedules as they stand, held-out figures of this step."""
 
-    step: int
-    world: int
-    zero_stage: int
-    vocabulary: str
-    data: str = ""
+    schedules: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def save(
@@ -58,43 +78,107 @@ def save(
     step: int,
     identity: Identity,
     momentum: Momentum | None = None,
-    keep: int | None = None,
+    keep: Retention = _KEEP_ALL,
+    standing: Standing | None = None,
 ) -> None:
-    """Save after `step` steps; every rank calls it. keep: so many stay, the newest; None: all."""
-    folder = run_folder / FOLDER
-    tag = f"step_{step:08d}"
-    # what DeepSpeed's conversion to another number of ranks asks for
-    engine.save_checkpoint(str(folder), tag, {"universal_checkpoint_info": _UNIVERSAL}, save_latest=False)
-    frozen = {}
+    """Save after `step` steps; every rank calls it. Raises UserError, on all, where it cannot be written: then the
+    checkpoints before it are as they were."""
+    checkpoints = run_folder / FOLDER
+    writing, folder = checkpoints / f".{tag_of(step)}.writing", checkpoints / tag_of(step)
+    frozen = _untrained(engine)
+    standing = standing or Standing()
+    with same_error(), _room(run_folder, step):
+        if rank() == 0:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            sweep(checkpoints)
+            writing.mkdir()
+    try:
+        written: dict[str, Written] = {}
+        with same_error(), _room(run_folder, step):
+            name = f"rank_{rank():05d}.safetensors"
+            written[name] = write_entries(writing / name, fragments.entries(engine))
+            if rank() == 0:
+                state = RunState(
+                    step=step, world=world_size(), zero_stage=zero_stage(engine.config), vocabulary=identity.vocabulary,
+                    data=identity.data, optimizer_step=fragments.optimizer_step(engine), seed=identity.seed,
+                    loss_scale=_loss_scale(engine), schedules=standing.schedules, figures=standing.figures,
+                    versions=provenance.versions(), commit=provenance.commit(),
+                )  # fmt: skip
+                if momentum:  # the same on all ranks
+                    tensors = momentum.state()
+                    written[MOMENTUM] = write_entries(writing / MOMENTUM, (Entry.of(n, t) for n, t in tensors.items()))
+                written |= _beside(writing, run_folder, state, frozen)
+        files = {name: each for part in gather_objects(written) for name, each in part.items()}
+        with same_error(), _room(run_folder, step):
+            if rank() == 0:
+                Manifest(files, fragments.shapes(engine)).save(writing)
+                flush_folder(writing)
+                _name(writing, folder, keep)
+    except UserError:
+        if rank() == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+        raise
+    barrier()
+
+
+def _untrained(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Parameters that are not trained, and buffers that belong to the model's state; on the first rank."""
+    found = {}
     for name, value in whole_parameters(engine, engine.module, trained=False):  # all ranks take part in gathering
         if rank() == 0:
-            frozen[name] = value.cpu().clone()
-    barrier()
+            found[name] = value.cpu().clone()
     if rank() == 0:
-        if frozen:
-            write_tensors(frozen, folder / tag / FROZEN)
-        if momentum:  # the same on all ranks
-            write_tensors(momentum.state(), folder / tag / MOMENTUM)
-        state = RunState(step, world_size(), zero_stage(engine.config), identity.vocabulary, identity.data)
-        write_text(folder / tag / STATE, json.dumps(asdict(state), indent=2))
-        write_text(folder / LATEST, tag)
-        for old in _complete(folder)[: -keep if keep else 0]:
-            shutil.rmtree(old)
-    barrier()
+        parameters = {name for name, _ in engine.module.named_parameters()}
+        lasting = set(engine.module.state_dict()) - parameters
+        found |= {name: value.detach() for name, value in engine.module.named_buffers() if name in lasting}
+    return found
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Checkpoints, the oldest first."""
-    return sorted(state.parent for state in folder.glob(f"step_*/{STATE}"))
+def _beside(writing: Path, run_folder: Path, state: RunState, frozen: dict[str, Tensor]) -> dict[str, Written]:
+    """What lies beside the ranks' files."""
+    written = {}
+    if frozen:
+        written[FROZEN] = write_entries(writing / FROZEN, (Entry.of(n, t) for n, t in frozen.items()))
+    write_text(writing / STATE, state_json(state))
+    names = [STATE]
+    if (run_folder / CONFIG).exists():
+        shutil.copyfile(run_folder / CONFIG, writing / CONFIG)
+        names.append(CONFIG)
+    if (run_folder / TOKENIZER).is_dir():
+        shutil.copytree(run_folder / TOKENIZER, writing / TOKENIZER, copy_function=shutil.copyfile)
+        names += [str(path.relative_to(writing)) for path in (writing / TOKENIZER).rglob("*") if path.is_file()]
+    return written | {name: checksum(writing / name) for name in names}
 
 
-def latest(run_folder: Path) -> RunState | None:
-    """The state of the newest complete checkpoint, or None."""
+def _name(writing: Path, folder: Path, keep: Retention) -> None:
+    """The checkpoint gets its name, then `latest` names it, then those that it supersedes go."""
+    checkpoints = folder.parent
+    if folder.exists():  # written before a kill that came ahead of `latest`, or of a run that was set back
+        remove(folder)
+    writing.rename(folder)
+    flush_folder(checkpoints)
+    write_text(checkpoints / LATEST, folder.name)
+    flush_folder(checkpoints)
+    there = {path.name: path for path in complete(checkpoints)}
+    states = [read_state(path) for path in there.values()]
+    for step in keep.superseded([*states]):
+        if there[tag_of(step)] != folder:
+            remove(there[tag_of(step)])
+
+
+@contextmanager
+def _room(run_folder: Path, step: int) -> Iterator[None]:
+    """A full disk, and whatever else the system refuses, as one line."""
     try:
-        tag = (run_folder / FOLDER / LATEST).read_text().strip()
-        return RunState(**json.loads((run_folder / FOLDER / tag / STATE).read_text()))
-    except FileNotFoundError:
-        return None
+        yield
+    except OSError as error:
+        before = latest(run_folder)
+        stands = f"the checkpoint of step {before.step} is whole" if before else "there is no checkpoint before it"
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+        raise UserError(
+            f"the checkpoint of step {step} cannot be written to {run_folder / FOLDER}: {what}; {stands}: make room, "
+            "and go on with --resume"
+        ) from None
 
 
 def resume(
@@ -104,34 +188,54 @@ def resume(
     momentum: Momentum | None = None,
     id_columns: int = 1,
 ) -> tuple[int, str | None]:
-    """Load the newest checkpoint, also one of another number of ranks; every rank calls it.
+    """Load the newest checkpoint, also one of other ranks or another ZeRO stage; every rank calls it.
 
     id_columns: how many ids a pair has, for the queue of `momentum`.
     Returns the number of steps done, and a note where the data that follow are not those that would have followed.
     """
-    state = latest(run_folder)
-    if state is None:
-        raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
-    if state.vocabulary != identity.vocabulary:
-        raise UserError(
-            f"--resume: the tokenizer in {run_folder} is not the one that its checkpoint was trained with; "
-            "put it back, or start anew in another output_dir"
-        )
-    stage = zero_stage(engine.config)
-    if state.zero_stage != stage:
-        was = state.zero_stage
-        raise UserError(f"--resume: {run_folder} was saved with ZeRO stage {was}, not {stage}; resume with {was}")
-    folder, tag = run_folder / FOLDER, f"step_{state.step:08d}"
-    _resume_momentum(folder / tag / MOMENTUM, run_folder, momentum, id_columns)
-    if state.world == world_size():
-        loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
-    else:
-        loaded = _load_from_other_ranks(engine, folder, tag)
-    if loaded is None:
-        raise UserError(f"--resume: the checkpoint {folder / tag} cannot be loaded")
+    with same_error():
+        state = latest(run_folder)
+        if state is None:
+            raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
+        if state.vocabulary != identity.vocabulary:
+            raise UserError(
+                f"--resume: the tokenizer in {run_folder} is not the one that its checkpoint was trained with; "
+                "put it back, or start anew in another output_dir"
+            )
+        folder = run_folder / FOLDER / tag_of(state.step)
+        manifest = read_manifest(folder)
+        verify(folder, sorted(manifest.files)[rank() :: world_size()], manifest)
+        _require_same(manifest.shapes, fragments.shapes(engine), run_folder)
+        _resume_momentum(folder / MOMENTUM, run_folder, momentum, id_columns)
+        saved = Fragments(rank_files(folder, manifest))
+    fragments.fill(engine, saved, state.optimizer_step)
+    _fill_untrained(engine, frozen_tensors(folder, manifest))
+    _restore_loss_scale(engine, state.loss_scale)
+    engine.global_steps = state.step
+    engine.skipped_steps = state.step - state.optimizer_step
     changed = state.data not in ("", identity.data)
     note = "the data or their order are not those of the checkpoint, so this epoch repeats or misses samples"
     return state.step, note if changed else None
+
+
+def _require_same(saved: dict[str, tuple[int, ...]], now: dict[str, tuple[int, ...]], run_folder: Path) -> None:
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            was, is_now = (f"of shape {list(s[name])}" if name in s else "not trained" for s in (saved, now))
+            raise UserError(
+                f"--resume: the checkpoint in {run_folder} is of another model: {name} was {was}, and is {is_now}; "
+                "resume with the model and the losses that it had, or start anew in another output_dir"
+            )
+
+
+def _fill_untrained(engine: DeepSpeedEngine, saved: dict[str, Tensor]) -> None:
+    """Parameters by way of the engine, which may have sharded them; buffers in place."""
+    buffers = dict(engine.module.named_buffers())
+    for name, buffer in buffers.items():
+        if name in saved:
+            with torch.no_grad():
+                buffer.copy_(saved[name])
+    fill_parameters(engine, {name: value for name, value in saved.items() if name not in buffers})
 
 
 def _resume_momentum(file: Path, run_folder: Path, momentum: Momentum | None, id_columns: int) -> None:
@@ -142,56 +246,17 @@ def _resume_momentum(file: Path, run_folder: Path, momentum: Momentum | None, id
             f"--resume: {run_folder} was trained {'with' if had else 'without'} a momentum model; resume with "
             f"momentum.enabled={str(had).lower()}, or start anew in another output_dir"
         )
-    if momentum is None:
-        return
-    try:
-        saved = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--resume: {file} cannot be read: {error}; take another checkpoint of this run") from None
-    momentum.restore(saved, str(run_folder), id_columns)
+    if momentum is not None:
+        momentum.restore(read_tensors(file), str(run_folder), id_columns)
 
 
-def _load_from_other_ranks(engine: DeepSpeedEngine, folder: Path, tag: str) -> str | None:
-    """By way of DeepSpeed's universal format, written beside the checkpoint and removed again.
-
-    Under ZeRO 3, DeepSpeed then gives every parameter group the settings of the first (learning rate, weight decay) and
-    one step counter to all, which each group's update advances: both are put right here.
-    """
-    settings = [
-        {name: value for name, value in group.items() if name != "params"} for group in engine.optimizer.param_groups
-    ]
-    universal = f"{tag}{_CONVERTED}"
-    with same_error():
-        if rank() == 0:
-            _convert(folder / tag, folder / universal)
-    engine._config.load_universal_checkpoint = True
-    try:
-        loaded, _ = engine.load_checkpoint(str(folder), tag=universal)
-    finally:
-        engine._config.load_universal_checkpoint = False
-        barrier()
-        if rank() == 0:
-            shutil.rmtree(folder / universal, ignore_errors=True)
-    if (folder / tag / FROZEN).exists():
-        fill_parameters(engine, load_file(folder / tag / FROZEN))
-    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    for state in engine.optimizer.optimizer.state.values():
-        if isinstance(step := state.get("step"), torch.Tensor):
-            state["step"] = step.clone()
-    return loaded
+def _loss_scale(engine: DeepSpeedEngine) -> dict[str, float]:
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return {name: float(value) for name, value in scaler.state_dict().items()} if scaler else {}
 
 
-def _convert(saved: Path, to: Path) -> None:
-    shutil.rmtree(to, ignore_errors=True)  # of a start that died here
-    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False}
-    options = Namespace(
-        input_folder=str(saved), output_folder=str(to), strict=True, inject_missing_state=True, **settings
-    )
-    said = io.StringIO()
-    try:
-        with redirect_stdout(said), redirect_stderr(said):
-            ds_to_universal.main(options)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"--resume: {saved} cannot be converted to {world_size()} ranks: {error}") from error
-    (saved.parent / "latest_universal").unlink(missing_ok=True)
+def _restore_loss_scale(engine: DeepSpeedEngine, saved: dict[str, float]) -> None:
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    if scaler and saved:
+        whole = {name: int(value) for name, value in saved.items() if name in ("growth_interval", "_growth_tracker")}
+        scaler.load_state_dict(saved | whole)

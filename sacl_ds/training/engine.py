@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.distributed import DistNetworkError
 
 from sacl_ds.config import OptimConfig
+from sacl_ds.distributed import barrier, broadcast_object, rank, world_size
 from sacl_ds.ds_config import EngineConfig, zero_stage
 from sacl_ds.errors import UserError
+from sacl_ds.faults.guard import Ranks
 from sacl_ds.machine import Machine, this_machine
 
 _GATHERED_AT_ONCE = 32_000_000  # parameters of ZeRO 3, 128 MB
@@ -66,6 +68,13 @@ def start_process() -> tuple[torch.device, Machine]:
 def local_ranks() -> int:
     """Ranks of this job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def ranks() -> Ranks:
+    """This process among those of its job."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    return Ranks(rank(), world_size(), local, address, broadcast_object, barrier)
 
 
 def cores() -> int:

@@ -18,16 +18,21 @@ from sacl_ds.data.ahead import ahead
 from sacl_ds.data.batch import duplicates
 from sacl_ds.data.loader import Loadable
 from sacl_ds.distributed import gather_rows, max_over_ranks, rank, row_counts, sum_over_ranks, world_size
-from sacl_ds.errors import UserError
+from sacl_ds.errors import Fault, Stopped, UserError, nearest
+from sacl_ds.faults.guard import Guard
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.telemetry.throughput import RowFlops, Throughput, device_peak, take_memory_peak
 from sacl_ds.training import checkpoint
+from sacl_ds.training.bad_steps import BadSteps, optimizer_step
+from sacl_ds.training.checkpoint_folder import figures_of
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.ledger import Ledger
+from sacl_ds.training.retention import Retention
 from sacl_ds.training.schedules import learning_rate_factor
 from sacl_ds.training.step import Step
+from sacl_ds.training.stops import Stops
 
 Figures = dict[str, tuple[float, float]]  # {name: (value, chance)}
 Evaluate = Callable[[int], Figures]  # of the steps done
@@ -47,6 +52,12 @@ class Work(Protocol):
 
     def after(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> str | None:
         """Behind the optimizer's step, on every rank. A line for the user where there is something to say."""
+
+    def suspects(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> Tensor:
+        """(b,) bool: rows whose own share of a step that was not finite is not; every rank calls it."""
+
+    def names(self, batch: Any) -> list[str]:
+        """By which a user finds the samples of the rows."""
 
     def figures(self, step: int) -> dict[str, float]:
         """Where the schedules stand at `step`, for the log."""
@@ -70,15 +81,30 @@ class Loop:
     log: MetricLog | None
     progress: RunProgress
     max_bad_share: float  # of the data
+    guard: Guard
     row_flops: RowFlops | None = None  # None: not known
 
     def __post_init__(self) -> None:
         peak = device_peak(self.device, self.run.train.precision)
         self.throughput = Throughput(self.work.rows, self.device, world_size(), self.row_flops, peak)
+        self.stops = Stops(self.device)
 
     def train(self, start: int) -> Figures:
-        """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none)."""
+        """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none).
+
+        Raises Stopped behind a checkpoint where this rank or another was asked to stop.
+        """
+        try:
+            return self._train(start)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):  # raised wherever this process was when it ended
+                raise
+            lost = " ".join(str(error).split(". ")[0].split())
+            raise Fault(f"{lost}; a loader process of rank {rank()} was killed, or ran out of memory") from None
+
+    def _train(self, start: int) -> Figures:
         train = self.run.train
+        self.bad_steps = BadSteps(self.folder, train.max_bad_steps, start if start else None)
         result: Figures = {}
         clock, since, waited = time.perf_counter(), start, 0.0
         ledger = Ledger(train.global_batch_size, self.max_bad_share, self.device)
@@ -86,7 +112,9 @@ class Loop:
         self.engine.train()
         for step in range(start, train.steps):
             before = time.perf_counter()
+            self.guard.at(step, "data")
             batch = self._next(batches, step)
+            self.guard.at(step, "step")
             waited += time.perf_counter() - before
             ledger.add(batch.faults)
             self._count_tokens(batch)
@@ -102,14 +130,28 @@ class Loop:
             if between and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the steps that are queued are no part of what follows
             before = time.perf_counter()
-            if _due(done, train.eval_every) or done == train.steps:
+            judged = _due(done, train.eval_every) or done == train.steps
+            if judged:
+                self.guard.at(done, "evaluation")
                 result = self._evaluate(done)
-            if _due(done, train.save_every) or done == train.steps:
-                checkpoint.save(
-                    self.engine, self.folder, done, self.identity, self.work.momentum, train.keep_checkpoints
-                )
+            stop = self.stops.agreed(done, self.guard.requests.reason is not None)
+            if _due(done, train.save_every) or done == train.steps or stop:
+                self._save(done, result if judged else {})
+            if stop and done < train.steps:
+                raise Stopped(f"stopped by {self.guard.requests.reason or 'another rank'} behind step {done}")
             clock += time.perf_counter() - before  # neither is part of a step
         return result
+
+    def _save(self, done: int, judged: Figures) -> None:
+        """judged: held-out figures of this step."""
+        keep = Retention.of(self.run.train)
+        if judged and keep.best and keep.best not in judged:
+            like = nearest(keep.best, judged) or next(iter(judged))
+            raise UserError(f"train.keep_best={keep.best}: no such held-out figure; there is {like}")
+        self.guard.at(done, "saving")
+        standing = checkpoint.Standing(self.work.figures(done - 1), figures_of(judged))
+        checkpoint.save(self.engine, self.folder, done, self.identity, self.work.momentum, keep, standing)
+        self.guard.saved(done)
 
     def _arriving(self) -> Iterator[Any]:
         """Batches on the device; of those that go through the model in several parts only who their rows are."""
@@ -138,8 +180,11 @@ class Loop:
         set_learning_rates(self.engine, run.optim, learning_rate_factor(number, run.train.steps, run.optim))
         try:
             losses = self.work.backward(self.engine, batch, step)
-            self.engine.step()
-            said = self.work.after(self.engine, batch, step)
+            if optimizer_step(self.engine, losses["loss"]):
+                said = self.work.after(self.engine, batch, step)
+            else:
+                suspects = self.work.suspects(self.engine, batch, step)
+                said = self.bad_steps.add(number + 1, losses, self.work.names(batch), suspects)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(number, error) from None
         self._caution(number + 1, said)
@@ -177,6 +222,7 @@ class Loop:
         throughput, batch = self.throughput, self.run.train.global_batch_size
         figures = throughput.settle(done, steps, seconds, batch, sum_over_ranks(throughput.lengths()))
         peak = torch.tensor([take_memory_peak(self.device)], dtype=torch.float64, device=self.device)
+        self.stops.pace(seconds / max(steps, 1))
         throughput.more({"memory_peak_bytes": max_over_ranks(peak).item(), "data_wait_share": waited / seconds})
         return figures
 
@@ -197,6 +243,7 @@ class Loop:
             "grad_norm": None if norm is None else float(norm),
             **speed,
             **data,
+            "skipped_steps": self.bad_steps.count,
             **self.work.figures(done - 1),
         }
         if self.log:

@@ -24,6 +24,7 @@ from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.faults.guard import Guard, guarding
 from sacl_ds.model.momentum import Momentum, saved_bytes
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
@@ -35,7 +36,8 @@ from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
 from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import checkpoint
-from sacl_ds.training.engine import build_engine, whole_state
+from sacl_ds.training.checkpoint_folder import latest
+from sacl_ds.training.engine import build_engine, ranks, whole_state
 from sacl_ds.training.false_share import with_falling_weights
 from sacl_ds.training.job import Job, describe_start
 from sacl_ds.training.loop import Figures, Loop
@@ -43,7 +45,14 @@ from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objectives import PretrainObjective
 from sacl_ds.training.preparation import prepare_model
 from sacl_ds.training.pretrain_work import PretrainWork
-from sacl_ds.training.run_folder import TEACHER, check_space, open_run_folder, with_saved_positions
+from sacl_ds.training.run_folder import (
+    TEACHER,
+    check_space,
+    limits,
+    newest,
+    open_run_folder,
+    with_saved_positions,
+)
 
 START = "start.txt"  # what the model started from
 _VOCABULARY_CAPTIONS = 100_000
@@ -75,9 +84,8 @@ def teacher_phase(run: RunConfig) -> RunConfig:
 def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
     """Train to the end and return the run directory. evaluators: what a phase is judged by.
 
-    Raises UserError, the same on every rank.
+    Raises UserError, the same on every rank, and Stopped where it was asked to.
     """
-    started = time.monotonic()
     opened = None  # with the lock, which is held while this function runs
     with same_error():
         plan = job.engine_config(run, Path(run.output_dir or "."))
@@ -88,6 +96,18 @@ def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
     folder, run = broadcast_object((opened[0], run) if opened else None)
     if opened:
         print(describe_start(job, plan), flush=True)
+    with same_error():
+        checkpointed = newest(folder)
+    with guarding(folder, ranks(), limits(run), checkpointed) as guard:
+        _train_all(run, folder, job, evaluators, guard)
+    if opened:
+        opened[1].close()
+    return folder
+
+
+def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, guard: Guard) -> None:
+    """The teacher phase where asked for, then the run."""
+    started = time.monotonic()
     index = _index(run)
     with same_error():
         if rank() == 0:
@@ -100,23 +120,20 @@ def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
     if _trains_teacher(run):
         inner = folder / TEACHER
         if not (inner / WEIGHTS).exists():
-            going_on = job.resume and checkpoint.latest(inner) is not None
+            going_on = job.resume and latest(inner) is not None
             first = teacher_phase(run)
             own = _index(first) if run.teacher.shards else index
-            _phase(Phase(first, inner, "teacher", own, resume=going_on), job, evaluators)
+            _phase(Phase(first, inner, "teacher", own, resume=going_on), job, evaluators, guard)
         teacher_folder = str(inner)
-    resume = job.resume and checkpoint.latest(folder) is not None
+    resume = job.resume and latest(folder) is not None
     phase = Phase(run, folder, "training", index, teacher_folder if run.uses_teacher else None, resume)
-    result, progress = _phase(phase, job, evaluators)
+    result, progress = _phase(phase, job, evaluators, guard)
     if rank() == 0:
         plots = plot_run(folder)
         if result:
             progress.print(retrieval_table(f"after {run.train.steps} steps", result))
         seconds = time.monotonic() - started
         progress.print(f"done in {duration(seconds)}; run directory {folder}, plots {', '.join(p.name for p in plots)}")
-    if opened:
-        opened[1].close()
-    return folder
 
 
 def _trains_teacher(run: RunConfig) -> bool:
@@ -135,10 +152,11 @@ class Phase:
     resume: bool = False
 
 
-def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, RunProgress]:
+def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tuple[Figures, RunProgress]:
     """Build everything of one phase, train, and leave the finished run in its directory."""
     run, folder, resume = phase.run, phase.folder, phase.resume
     first, world = rank() == 0, world_size()
+    guard.at(0, "starting")
     progress = RunProgress(phase.title, run.train.steps, 0, enabled=first)
     with same_error():
         engine_config = job.engine_config(run, folder)
@@ -171,7 +189,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, Run
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     momentum = _momentum(run, model, teacher, job.device)
     engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
-    identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index))
+    identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index), run.seed)
     with same_error():
         beside = momentum, collator.id_columns
         start, note = checkpoint.resume(engine, folder, identity, *beside) if resume else (0, None)
@@ -200,6 +218,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, Run
         log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
         progress=progress,
         max_bad_share=run.data.max_bad_share,
+        guard=guard,
         row_flops=pair_flops(run, tokenizer.size),
     )
     try:
@@ -208,6 +227,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators) -> tuple[Figures, Run
         progress.close()
     if speed := loop.throughput.summary():
         progress.print(f"{phase.title}: {speed}")
+    guard.at(run.train.steps, "ending")
     weights = whole_state(engine, model)
     if first:
         save_weights(weights, folder, run.train.steps)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds.config import RunConfig
+from sacl_ds.data.ahead import ahead
 from sacl_ds.data.batch import Batch
 from sacl_ds.distributed import same_error
 from sacl_ds.model.momentum import Momentum
@@ -16,7 +18,7 @@ from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training.accumulation import Beside, Met, contrastive_step
 from sacl_ds.training.cautions import Cautions
-from sacl_ds.training.engine import whole_parameters
+from sacl_ds.training.engine import forget_order, whole_parameters
 from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
 from sacl_ds.training.objectives import Targets, step_regulation
 from sacl_ds.training.records import StepWeights, is_recorded
@@ -54,6 +56,19 @@ class PretrainWork:
             return None
         regulation = step_regulation(self.run.loss, targets)[0]
         return self._record(step.number + 1, StepWeights(met.features, targets.teacher, regulation, met.losses), batch)
+
+    def suspects(self, engine: DeepSpeedEngine, batch: Batch, step: Step) -> Tensor:
+        parts = ahead(batch.parts(step.rows), step.device) if len(batch) > step.rows else [batch]
+        found = []
+        with torch.no_grad():
+            for part in parts:
+                image, text, _ = engine(part, None)
+                forget_order(engine)
+                found.append(~(image.isfinite().all(1) & text.isfinite().all(1)))
+        return torch.cat(found)
+
+    def names(self, batch: Batch) -> list[str]:
+        return [f"{shard}:{key}" if shard else key for shard, key in zip(batch.shards, batch.keys, strict=True)]
 
     def figures(self, step: int) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -14,8 +14,9 @@ import yaml
 
 from sacl_ds.config import ModelConfig, TrainingConfig
 from sacl_ds.errors import UserError
+from sacl_ds.faults.judging import Limits
 from sacl_ds.model.saved import CONFIG, WEIGHTS
-from sacl_ds.training import checkpoint
+from sacl_ds.training.checkpoint_folder import latest
 
 TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
 _LOCK = ".lock"
@@ -29,7 +30,7 @@ def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
     process at work.
     """
     folder = Path(run.output_dir) if run.output_dir is not None else _numbered(run, resume)
-    holds = any(checkpoint.latest(f) is not None or (f / WEIGHTS).exists() for f in (folder, folder / TEACHER))
+    holds = any(latest(f) is not None or (f / WEIGHTS).exists() for f in (folder, folder / TEACHER))
     if resume and not holds:
         raise UserError(
             f"--resume: nothing to resume in {folder} (no finished checkpoint there); start without --resume"
@@ -44,6 +45,17 @@ def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
     if resume:
         _same_model(run, folder)
     return folder, lock
+
+
+def newest(folder: Path) -> int | None:
+    """The step that --resume would go on from."""
+    state = latest(folder)
+    return state.step if state else None
+
+
+def limits(run: TrainingConfig) -> Limits:
+    """How long ranks wait for each other."""
+    return Limits(run.train.peer_timeout, run.train.step_timeout)
 
 
 def check_space(folder: Path, parameters: int, checkpoints: int, momentum_bytes: int = 0) -> str | None:

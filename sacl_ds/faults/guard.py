@@ -1,0 +1,174 @@
+"""What a run is guarded by while it goes on: requests to stop, the pulse between its ranks, its status on the disk."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from sacl_ds.errors import Fault, Stopped
+from sacl_ds.faults.ending import Exit, Status
+from sacl_ds.faults.judging import Beat, Limits
+from sacl_ds.faults.pulse import Address, Court, Witness
+from sacl_ds.faults.restarts import attempt
+from sacl_ds.faults.signals import Requests
+
+Doing = Literal["starting", "data", "step", "evaluation", "saving", "ending"]
+_ALONE = 120.0  # seconds for a last checkpoint where the launcher is gone
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this rank is among which, and how they reach each other. share: the first rank's object on every rank;
+    together: returns when all ranks have come."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str  # of the first rank's machine
+    share: Callable[[Any], Any]
+    together: Callable[[], None]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells of the loss of the first one: one on each machine does, and the second of all."""
+        return self.rank == 1 or self.local_rank == 0
+
+
+class Guard:
+    """Of one run, on every rank. `requests` says whether it was asked to stop."""
+
+    def __init__(self, folder: Path, ranks: Ranks, limits: Limits, checkpoint: int | None) -> None:
+        """checkpoint: the step of the newest one. Every rank calls it. Raises Fault where the first rank cannot be
+        reached."""
+        self.requests = Requests()
+        self._folder, self._ranks = folder, ranks
+        self._place: tuple[int, Doing, float] = (checkpoint or 0, "starting", time.monotonic())
+        self._checkpoint = checkpoint
+        self._pulse: Court | Witness | None = None
+        first = ranks.rank == 0
+        court = Court(ranks.address, self._now, limits, self._end) if first else None
+        address: Address = ranks.share(court.address if court else None)
+        try:
+            self._pulse = court or Witness(address, self._now, limits, self._end, ranks.speaks)
+        except OSError as error:
+            raise Fault(
+                f"rank {ranks.rank} cannot reach port {address.port} of rank 0 at {address.host}: {error}; open that "
+                "machine's ports to the others (python -m sacl_ds.doctor --hostfile HOSTS checks it)"
+            ) from None
+        self.requests.listen(self._end_alone, _ALONE)
+        self._write("running")
+
+    def at(self, step: int, doing: Doing) -> None:
+        """step: how many are done."""
+        self._place = step, doing, time.monotonic()
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of that step is on the disk."""
+        self._checkpoint = step
+        self._write("running")
+
+    def finished(self) -> None:
+        self._close()
+        self._write("finished")
+
+    def stopped(self, message: str) -> None:
+        self._close()
+        self._write("stopped", message)
+
+    def failed(self, message: str, alone: bool) -> None:
+        """By a mistake or fault that is about to be said. alone: of this rank, so that the others are to be told."""
+        if alone and self._pulse:
+            self._write("failed", message, by_any=True)
+            self._pulse.say(message)
+        elif self._pulse:
+            self._pulse.silence()
+            self._write("failed", message)
+        self.requests.close()
+
+    def wait_for_the_cause(self, seconds: float) -> None:
+        """A collective has failed because another rank has: the pulse ends this process when it knows which."""
+        time.sleep(seconds)
+
+    def _close(self) -> None:
+        """Where no rank is to miss another from now on."""
+        if isinstance(self._pulse, Witness):
+            self._pulse.close()
+        self._ranks.together()
+        if isinstance(self._pulse, Court):
+            self._pulse.close()
+        self._pulse = None
+        self.requests.close()
+
+    def _now(self) -> Beat:
+        step, doing, since = self._place
+        return Beat(self._ranks.rank, socket.gethostname(), os.getpid(), step, doing, time.monotonic() - since)
+
+    def _write(
+        self,
+        state: Literal["running", "finished", "stopped", "failed"],
+        message: str = "",
+        *,
+        by_any: bool = False,
+    ) -> None:
+        if self._ranks.rank and not by_any:
+            return
+        status = Status(state, self._place[0], self._checkpoint, message, attempt())
+        try:
+            status.write(self._folder)
+        except OSError as error:  # never the cause that a run ends
+            print(f"warning: {self._folder}: its status cannot be written: {error}", file=sys.stderr, flush=True)
+
+    def _end(self, said: str, speaks: bool) -> None:
+        """On a verdict, from the pulse's thread, wherever the others are."""
+        if speaks:
+            before = f"--resume goes on from step {self._checkpoint}" if self._checkpoint else "there is no checkpoint"
+            print(f"error: {said}; all ranks end; {before}", file=sys.stderr, flush=True)
+            self._write("failed", said, by_any=True)
+        _leave(Exit.FAULT)
+
+    def _end_alone(self) -> None:
+        print(f"error: rank {self._ranks.rank}: its launcher has ended, and no step since", file=sys.stderr, flush=True)
+        _leave(Exit.FAULT)
+
+
+def _leave(status: Exit) -> None:
+    """Now, from any thread, with all that this process started."""
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.Error:
+            continue
+    os._exit(status)
+
+
+_current: Guard | None = None
+
+
+def current() -> Guard | None:
+    """The guard of the run that goes on in this process."""
+    return _current
+
+
+@contextmanager
+def guarding(folder: Path, ranks: Ranks, limits: Limits, checkpoint: int | None) -> Iterator[Guard]:
+    """Around a run; every rank enters it. What is raised inside is left to the command line to say, which then finds
+    the guard by `current`; a request to stop is told to the disk here."""
+    global _current  # noqa: PLW0603 (one process trains one run)
+    _current = guard = Guard(folder, ranks, limits, checkpoint)
+    try:
+        yield guard
+    except Stopped as stop:
+        guard.stopped(str(stop))
+        _current = None
+        raise
+    guard.finished()
+    _current = None

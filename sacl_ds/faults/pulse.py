@@ -1,0 +1,234 @@
+"""Each rank tells the first one, every second, what it does; the first one judges, and tells them.
+
+Over sockets of its own, apart from the collectives: these hang when a rank is lost, wait half an hour before they say
+so, and then do not say who it was.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from sacl_ds.faults.judging import Beat, Heard, Limits, verdict
+
+INTERVAL = 1.0  # seconds between beats
+_TOLD = 3.0  # seconds that the first rank waits for the others to fetch its verdict
+_LONGEST = 1 << 16  # bytes of a line
+
+Now = Callable[[], Beat]
+Act = Callable[[str, bool], None]  # on a verdict, and whether this rank is to say it
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the first rank listens; `token` tells its own ranks from whoever else connects."""
+
+    host: str
+    port: int
+    token: str
+
+
+class Court:
+    """The first rank's part: hears all others, and itself."""
+
+    def __init__(self, host: str, now: Now, limits: Limits, act: Act) -> None:
+        """host: by which the others reach this machine."""
+        self._listener = socket.create_server(("", 0), backlog=1024)
+        self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
+        self._now, self._limits, self._act = now, limits, act
+        self._heard: dict[int, Heard] = {}
+        self._at: dict[int, float] = {}  # when each rank was heard
+        self._said: str | None = None
+        self._alone = False  # this rank tells the cause and ends by itself
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+
+    def say(self, words: str) -> None:
+        """This rank fails by itself, with these last words: all others are told, then this returns."""
+        own = self._now()
+        with self._lock:
+            self._alone = True
+            self._said = self._said or f"{own} failed: {words}"
+        self._closed.wait(_TOLD + 1)
+
+    def silence(self) -> None:
+        """All ranks end alike, for a reason that is said elsewhere."""
+        self._ending.set()
+
+    def close(self) -> None:
+        """The run ends as it should; so will the others, whose silence means nothing from now on."""
+        self._ending.set()
+
+    def _run(self) -> None:
+        selector = selectors.DefaultSelector()
+        self._listener.setblocking(False)
+        selector.register(self._listener, selectors.EVENT_READ)
+        lines: dict[socket.socket, bytes] = {}
+        owners: dict[socket.socket, int] = {}
+        told: float | None = None
+        while not self._ending.is_set():
+            for key, _ in selector.select(INTERVAL / 4):
+                if key.fileobj is self._listener:
+                    _accept(self._listener, selector, lines)
+                elif isinstance(key.fileobj, socket.socket):
+                    self._receive(key.fileobj, selector, lines, owners)
+            if told is None and (said := self._judgement()) is not None:
+                told = time.monotonic()
+                self._said = said
+            waiting = [rank for rank in owners.values() if not self._heard[rank].gone]
+            if told is not None and (not waiting or time.monotonic() - told > _TOLD):
+                break
+        self._closed.set()
+        if told is not None and not self._ending.is_set() and not self._alone:
+            assert self._said is not None
+            self._act(self._said, True)
+
+    def _judgement(self) -> str | None:
+        with self._lock:
+            if self._said is not None:
+                return self._said
+        now, own = time.monotonic(), self._now()
+        known = {
+            rank: Heard(heard.beat, now - self._at[rank], heard.gone, heard.words)
+            for rank, heard in self._heard.items()
+        }
+        return verdict({own.rank: Heard(own), **known}, self._limits)
+
+    def _receive(
+        self,
+        peer: socket.socket,
+        selector: selectors.BaseSelector,
+        lines: dict[socket.socket, bytes],
+        owners: dict[socket.socket, int],
+    ) -> None:
+        try:
+            data = peer.recv(_LONGEST)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        lines[peer] += data
+        *whole, lines[peer] = lines[peer].split(b"\n")
+        alive = bool(data) and len(lines[peer]) < _LONGEST
+        for line in whole:
+            alive = self._hear(peer, line, owners) and alive
+        if not alive:
+            selector.unregister(peer)
+            peer.close()
+            del lines[peer]
+            if (rank := owners.pop(peer, None)) is not None:
+                last = self._heard[rank]
+                self._heard[rank] = Heard(last.beat, 0.0, True, last.words)
+
+    def _hear(self, peer: socket.socket, line: bytes, owners: dict[socket.socket, int]) -> bool:
+        """Whether the peer is to be heard further."""
+        try:
+            said = json.loads(line)
+            if said["token"] != self.address.token:
+                return False
+            beat, words = Beat(**said["beat"]), said["words"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return False
+        owners[peer] = beat.rank
+        self._heard[beat.rank], self._at[beat.rank] = Heard(beat, words=words), time.monotonic()
+        try:
+            peer.sendall(json.dumps({"verdict": self._said, "host": socket.gethostname()}).encode() + b"\n")
+        except OSError:
+            return False
+        return self._said is None
+
+
+class Witness:
+    """Every other rank's part."""
+
+    def __init__(self, address: Address, now: Now, limits: Limits, act: Act, speaks: bool) -> None:
+        """speaks: whether this rank says it where the first one is lost. Raises OSError where that cannot be
+        reached."""
+        self._address, self._now, self._limits, self._act, self._speaks = address, now, limits, act, speaks
+        self._socket = socket.create_connection((address.host, address.port), timeout=limits.peer)
+        self._socket.settimeout(INTERVAL)
+        self._lock = threading.Lock()
+        self._silent = False
+        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+
+    def say(self, words: str) -> None:
+        """This rank ends; "" where it does so as it should. From now on it hears no verdict."""
+        self._silent = True
+        with self._lock:
+            try:
+                self._send(words)
+                self._answer(time.monotonic() + INTERVAL)
+            except OSError:
+                pass
+
+    def silence(self) -> None:
+        self._silent = True
+
+    def close(self) -> None:
+        self.say("")
+
+    def _send(self, words: str | None) -> None:
+        beat = self._now()
+        line = json.dumps({"token": self._address.token, "beat": asdict(beat), "words": words})
+        self._socket.sendall(line.encode() + b"\n")
+
+    def _answer(self, until: float) -> dict[str, str | None]:
+        """Raises ConnectionError where the first rank has closed, TimeoutError where it is silent."""
+        line = b""
+        while not line.endswith(b"\n"):
+            try:
+                part = self._socket.recv(_LONGEST)
+            except TimeoutError:
+                if time.monotonic() > until:
+                    raise
+                continue
+            if not part:
+                raise ConnectionResetError
+            line += part
+        return json.loads(line)
+
+    def _run(self) -> None:
+        host = self._address.host
+        while not self._silent:
+            begun = time.monotonic()
+            try:
+                with self._lock:
+                    if self._silent:
+                        break
+                    self._send(None)
+                    answer = self._answer(begun + self._limits.peer)
+                host = answer["host"] or host
+                if answer["verdict"] is not None:
+                    self._end(answer["verdict"], False)
+                    break
+            except TimeoutError:
+                silent = f"has not been heard of for {time.monotonic() - begun:.0f} s"
+                self._end(f"rank 0 on {host} {silent}: its network or ours is cut, or it stands still", self._speaks)
+                break
+            except OSError:
+                killed = "it was killed, or the system ended it for want of memory (dmesg tells)"
+                self._end(f"rank 0 on {host} ended without a word: {killed}", self._speaks)
+                break
+            time.sleep(max(0.0, INTERVAL - (time.monotonic() - begun)))
+
+    def _end(self, said: str, speaks: bool) -> None:
+        if not self._silent:
+            self._act(said, speaks)
+
+
+def _accept(listener: socket.socket, selector: selectors.BaseSelector, lines: dict[socket.socket, bytes]) -> None:
+    try:
+        peer, _ = listener.accept()
+    except OSError:
+        return
+    peer.settimeout(INTERVAL)  # a reader that stands still must not stop this one
+    selector.register(peer, selectors.EVENT_READ)
+    lines[peer] = b""

@@ -1,0 +1,81 @@
+"""A process above each rank that starts it anew after a fault, to go on from the run's newest checkpoint.
+
+No rank asks another: where one fails, the pulse ends all, and each supervisor starts its own again; they meet in the
+same attempt, on a port of its own, so that no rank takes the last attempt's process for one of this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from sacl_ds.faults.ending import Exit
+
+_ATTEMPT, _SUPERVISOR = "SACL_DS_ATTEMPT", "SACL_DS_SUPERVISOR"
+_PAUSE = 3.0  # seconds, for the others to end too
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def attempt() -> int:
+    """How often this rank was started anew."""
+    return int(os.environ.get(_ATTEMPT, "0"))
+
+
+def supervised() -> bool:
+    return _SUPERVISOR in os.environ
+
+
+def supervise(command: list[str], limit: int) -> int:
+    """Run `command` until it ends in a way that a restart cannot mend, or has been started `limit` times anew; returns
+    its exit status."""
+    child: subprocess.Popen[bytes] | None = None
+    asked = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        if child is not None:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    count = 0
+    while True:
+        child = subprocess.Popen(command, env=os.environ | _environment(count))
+        status = child.wait()
+        if asked or status in (Exit.DONE, Exit.MISTAKE, Exit.STOPPED) or count >= limit:
+            return status if status >= 0 else 128 - status
+        count += 1
+        if os.environ.get("RANK", "0") == "0":
+            print(f"restart {count} of {limit} (train.max_restarts), from the newest checkpoint", flush=True)
+        time.sleep(_PAUSE)
+        if asked:
+            return Exit.STOPPED
+
+
+def holds_checkpoint(run_folder: Path) -> bool:
+    """Whether a restart has something to go on from."""
+    return any(run_folder.glob("**/checkpoints/step_*/manifest.json")) or (run_folder / "model.safetensors").exists()
+
+
+def _environment(count: int) -> dict[str, str]:
+    values = {_ATTEMPT: str(count), _SUPERVISOR: str(os.getpid())}
+    if count and "MASTER_PORT" in os.environ:
+        values["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + count)
+    return values
+
+
+def die_with_supervisor() -> None:
+    """Ask the system (Linux) for SIGTERM when the supervisor dies. For the supervised process, at its start."""
+    supervisor = os.environ.get(_SUPERVISOR)
+    if supervisor is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+    if os.getppid() != int(supervisor):
+        os._exit(Exit.FAULT)

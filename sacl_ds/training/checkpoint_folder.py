@@ -1,0 +1,204 @@
+"""A checkpoint as it lies on the disk, without an engine: what it holds, that it is whole, which is the newest.
+
+`RUN/checkpoints/step_N` holds no pickle: JSON, YAML and safetensors. It gets its name when all of it is written, so a
+folder of that name is complete; `latest` names the one that --resume takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sacl_ds.atomic import write_text
+from sacl_ds.errors import UserError
+from sacl_ds.training.tensor_files import Fragments, Written, checksum
+
+FOLDER, LATEST, STATE, MANIFEST = "checkpoints", "latest", "state.json", "manifest.json"
+FROZEN, MOMENTUM = "frozen.safetensors", "momentum.safetensors"
+FORMAT = 2  # 1 was DeepSpeed's own
+_TAG = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. The step is also the position in the data, in every schedule, and of all random numbers."""
+
+    step: int
+    world: int
+    zero_stage: int
+    vocabulary: str
+    data: str = ""
+    optimizer_step: int = 0  # fewer than `step` where steps were skipped
+    seed: int = 0
+    loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
+    schedules: dict[str, float] = field(default_factory=dict)  # alpha and others, as they stand
+    figures: dict[str, float] = field(default_factory=dict)  # held out, at this step
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """files: of the checkpoint, but this one. shapes: of the trained parameters."""
+
+    files: dict[str, Written]
+    shapes: dict[str, tuple[int, ...]]
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1))
+
+
+def tag_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def read_state(folder: Path) -> RunState:
+    """Of RUN/checkpoints/step_N. Raises FileNotFoundError where it holds none, UserError where it cannot be used."""
+    try:
+        values = json.loads((folder / STATE).read_text())
+        if values.get("format", 1) != FORMAT:
+            raise UserError(
+                f"the checkpoint {folder} is of another version of this program (format {values.get('format', 1)}, not "
+                f"{FORMAT}); use that version, or start anew in another output_dir"
+            )
+        state = RunState(**values)
+        kinds = {int: ("step", "world", "zero_stage", "optimizer_step", "seed"), str: ("vocabulary", "data", "commit")}
+        kinds |= {dict: ("loss_scale", "schedules", "figures", "versions")}
+        for kind, names in kinds.items():
+            for name in names:
+                if type(getattr(state, name)) is not kind:
+                    raise TypeError(f"{name} is {getattr(state, name)!r}")
+        if state.step < 0 or tag_of(state.step) != folder.name:
+            raise ValueError(f"it is of step {state.step}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(folder / STATE) from None
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / STATE} cannot be read: {_line(error)}; take another checkpoint of this run"
+        ) from None
+    return state
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises UserError."""
+    try:
+        values = json.loads((folder / MANIFEST).read_text())
+        files = {name: Written(int(w["size"]), str(w["sha256"])) for name, w in values["files"].items()}
+        shapes = {name: tuple(int(n) for n in shape) for name, shape in values["shapes"].items()}
+        for name in files:
+            path = Path(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{name!r} is not a file of it")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} cannot be read: {_line(error)}; take another checkpoint of this run"
+        ) from None
+    return Manifest(files, shapes)
+
+
+def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
+    """That those files are as they were written. Raises UserError, naming the first that is not."""
+    for name in names:
+        try:
+            found: Written | str = checksum(folder / name)
+        except OSError as error:
+            found = error.strerror or "unreadable"
+        if found != manifest.files[name]:
+            how = found if isinstance(found, str) else "its checksum is not that of its manifest"
+            raise UserError(
+                f"the checkpoint {folder} is damaged: {name}: {how}; remove this folder, and --resume takes the one "
+                "before it"
+            )
+
+
+def rank_files(folder: Path, manifest: Manifest) -> list[Path]:
+    return [folder / name for name in sorted(manifest.files) if name.startswith("rank_")]
+
+
+def trained_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """All trained parameters, fp32, on the CPU, as the engine's module names them. Raises UserError."""
+    return Fragments(rank_files(folder, manifest)).whole("weight", manifest.shapes)
+
+
+def frozen_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Parameters that are not trained, and buffers; {} where there are none. Raises UserError."""
+    return read_tensors(folder / FROZEN) if FROZEN in manifest.files else {}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Raises UserError."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {_line(error)}; take another checkpoint of this run") from None
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """Checkpoints, the oldest first."""
+    found = [(int(m[1]), path) for path in checkpoints.glob("step_*") if (m := _TAG.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / MANIFEST).exists()]
+
+
+def latest(run_folder: Path) -> RunState | None:
+    """The state of the checkpoint that --resume takes, or None. Raises UserError where it cannot be read.
+
+    That is the one that `latest` names. Where that was removed by hand, or a kill came before it was ever written: the
+    newest that is there.
+    """
+    checkpoints = run_folder / FOLDER
+    try:
+        named = checkpoints / (checkpoints / LATEST).read_text().strip()
+        if _TAG.fullmatch(named.name) and named.parent == checkpoints:
+            return read_state(named)
+    except (OSError, UnicodeDecodeError):
+        pass
+    there = complete(checkpoints)
+    return read_state(there[-1]) if there else None
+
+
+def remove(checkpoint: Path) -> None:
+    """Out of sight first: a folder that bears its name is always complete."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removing")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove what a process that was killed while saving or removing left behind."""
+    for left in [*checkpoints.glob(".*.writing"), *checkpoints.glob(".*.removing")]:
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """That names in it last a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def figures_of(named: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Of an evaluation, without chance."""
+    return {name: float(value) for name, (value, _) in named.items()}
+
+
+def state_json(state: RunState) -> str:
+    return json.dumps(asdict(state), indent=2)
+
+
+def _line(error: BaseException) -> Any:
+    return " ".join(str(error).split())[:200] or type(error).__name__
