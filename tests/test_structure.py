@@ -38,6 +38,8 @@ ALLOWED = {
         "training",
     },
     "doctor": {"command_line", "data", "doctor", "errors", "machine"},
+    "exporting": {"config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry"},
+    "inference": {"data", "errors", "model"},
     "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
     "planning": {"config", "config_file", "ds_config", "errors", "model", "planning"},
     "training": {

@@ -27,6 +27,15 @@ class Picture:
 
     size: tuple[int, int]  # pixels: width, height
 
+    @classmethod
+    def of(cls, image: Image.Image) -> Picture:
+        """Of an image of Pillow's, opened already. Raises BadImage where it is damaged."""
+        try:
+            turned = ImageOps.exif_transpose(image)
+            return cls(_tensor(_rgb(image if turned is None else turned)))
+        except Exception as error:  # as below
+            raise bad_image(error) from None
+
     def __init__(self, data: bytes | Tensor) -> None:
         """data: a JPEG, PNG or WebP, or (3, H, W) uint8. Raises BadImage where it is no image."""
         self._data, self._jpeg, self._plain, self._turned = data, False, False, False

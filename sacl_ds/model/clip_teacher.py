@@ -1,4 +1,4 @@
-"""A teacher from elsewhere: a CLIPModel of transformers, with its own preprocessing and tokenizer."""
+"""A teacher from elsewhere: a CLIPModel or ChineseCLIPModel of transformers, with its own preprocessing and words."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ChineseCLIPModel, CLIPModel
 
 from sacl_ds.data.batch import View
 from sacl_ds.data.pictures import Picture
 from sacl_ds.errors import UserError, cannot_load
 from sacl_ds.model.saved import identity_of
 
+_MODELS = {"clip": CLIPModel, "chinese_clip": ChineseCLIPModel}
 _OF_THE_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 
 
@@ -26,7 +27,7 @@ _OF_THE_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype
 class ClipPixels:
     """The processor's resizing and cropping, left in uint8; `ClipTeacher` rescales and normalises on the device."""
 
-    processor: CLIPImageProcessor
+    processor: Any  # an image processor of transformers
 
     @property
     def size(self) -> int:
@@ -40,7 +41,7 @@ class ClipPixels:
 
 @dataclass(frozen=True)
 class ClipTokens:
-    """CLIP's tokenizer, cut to the positions that the model has."""
+    """The model's tokenizer, cut to the positions that it has, or to the length that the tokenizer names."""
 
     fast: Any
     max_tokens: int
@@ -59,14 +60,22 @@ class ClipTokens:
 
 
 class ClipTeacher:
-    """A frozen CLIPModel as a `Teacher`."""
+    """A frozen CLIPModel or ChineseCLIPModel, an export of ours among them, as a `Teacher`."""
 
     def __init__(self, name_or_folder: str, device: torch.device, setting: str) -> None:
         """A folder written by save_pretrained of model and processor, or a hub name. Raises UserError."""
         try:
-            model = CLIPModel.from_pretrained(name_or_folder)
-            processor = CLIPImageProcessor.from_pretrained(name_or_folder)
+            kind = AutoConfig.from_pretrained(name_or_folder).model_type
+            if kind not in _MODELS:
+                raise UserError(
+                    f"{setting}={name_or_folder} holds a model of type {kind!r}; give a CLIPModel or ChineseCLIPModel, "
+                    "or the directory of a finished run"
+                )
+            model: Any = _MODELS[kind].from_pretrained(name_or_folder)
+            processor = AutoImageProcessor.from_pretrained(name_or_folder)
             tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise cannot_load(setting, name_or_folder, error) from None
         crop = processor.crop_size if processor.do_center_crop else processor.size
@@ -74,7 +83,8 @@ class ClipTeacher:
             raise UserError(f"{setting}={name_or_folder}: its preprocessing does not end in square images")
         self.model = model.requires_grad_(False).eval().to(device)
         self._processor = processor
-        self.view = View(ClipPixels(processor), ClipTokens(tokenizer, model.config.text_config.max_position_embeddings))
+        longest = min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length)
+        self.view = View(ClipPixels(processor), ClipTokens(tokenizer, longest))
         self.rescale = float(processor.rescale_factor) if processor.do_rescale else 1.0
         shape = (1, 3, 1, 1)
         zero, one = [0.0] * 3, [1.0] * 3

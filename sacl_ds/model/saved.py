@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,20 +36,23 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     temporary.replace(path)
 
 
-def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, Tokenizer]:
+def load_model(
+    folder: str | Path, setting: str, state: Mapping[str, Tensor] | None = None
+) -> tuple[SaclModel, RunConfig, Tokenizer]:
     """A finished run's model, its configuration and its tokenizer; `setting` is what error lines name.
 
-    Raises UserError where the folder holds no finished run, or weights of another model.
+    state: the weights, where they are not the folder's own (those of a checkpoint in it). Raises UserError where the
+    folder holds no finished run, or weights of another model.
     """
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
+    for name in (CONFIG, WEIGHTS, TOKENIZER) if state is None else (CONFIG, TOKENIZER):
         if not (folder / name).exists():
             raise UserError(f"{setting}={folder}: no {name} there; give the directory of a finished run")
     run = _run_config(folder, setting)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     model = SaclModel(run.model, tokenizer.size, pretrained=False)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(load_file(folder / WEIGHTS) if state is None else state)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{setting}={folder}: {WEIGHTS} does not fit its {CONFIG}: {reason}") from None

@@ -52,7 +52,7 @@ def teacher_features(teacher: Teacher, batch: Batch, precision: str = "fp32") ->
 
 
 def load_teacher(checkpoint: str, device: torch.device, setting: str = "teacher.checkpoint") -> Teacher:
-    """A finished run's directory, or a CLIPModel of transformers: its folder or its hub name.
+    """A finished run's directory, or a CLIPModel or ChineseCLIPModel of transformers: its folder or its hub name.
 
     setting: what error lines call it. Raises UserError.
     """

@@ -35,7 +35,7 @@ from sacl_ds.training.engine import build_engine, ranks, whole_state
 from sacl_ds.training.job import Job, describe_start
 from sacl_ds.training.loop import Figures, Loop
 from sacl_ds.training.preparation import prepare_model
-from sacl_ds.training.run_folder import check_space, limits, newest, open_run_folder
+from sacl_ds.training.run_folder import check_space, limits, newest, open_run_folder, require_shared
 
 START = "start.txt"  # what the model started from
 
@@ -54,6 +54,7 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
     folder: Path = broadcast_object(opened[0] if opened else None)
     if opened:
         print(describe_start(job, plan), flush=True)
+    require_shared(folder)
     with same_error():
         checkpointed = newest(folder)
     with guarding(folder, ranks(), limits(run), checkpointed) as guard:

@@ -52,6 +52,7 @@ from sacl_ds.training.run_folder import (
     limits,
     newest,
     open_run_folder,
+    require_shared,
     with_saved_positions,
 )
 
@@ -97,6 +98,7 @@ def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
     folder, run = broadcast_object((opened[0], run) if opened else None)
     if opened:
         print(describe_start(job, plan), flush=True)
+    require_shared(folder)
     with same_error():
         checkpointed = newest(folder)
     with guarding(folder, ranks(), limits(run), checkpointed) as guard:

@@ -14,7 +14,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import AutoConfig, ChineseCLIPModel, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from sacl_ds.errors import UserError, cannot_load
 from sacl_ds.model.starts.placing import place, require_shapes
@@ -25,6 +25,7 @@ from sacl_ds.model.vision import ImageEncoder
 
 PART = "image_encoder.vit."
 SETTING = "model.image_weights"
+_WHOLE = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModel, "chinese_clip": ChineseCLIPModel}
 _CLIP_HEAD = 64  # values a head in every tower of OpenAI's
 _ACTIVATIONS = {"quickgelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _TRANSFORMERS = {  # parts of names -> timm's
@@ -225,11 +226,12 @@ def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name)
-            if config.model_type not in ("clip", "clip_vision_model"):
+            if config.model_type not in _WHOLE:
                 raise UserError(
                     f"{SETTING}={name} holds a model of type {config.model_type!r}; give a CLIP, or a file of weights"
                 )
-            whole = CLIPModel if config.model_type == "clip" else CLIPVisionModel
+            _require_narrow(config, name)
+            whole = _WHOLE[config.model_type]
             if "CLIPVisionModelWithProjection" in (config.architectures or ()):
                 whole = CLIPVisionModelWithProjection
             model, info = whole.from_pretrained(name, output_loading_info=True)
@@ -243,6 +245,16 @@ def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
     missing = set(info["missing_keys"])  # transformers fills them with chance
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     return state | {name: torch.empty(0) for name in info["unexpected_keys"]}, computation
+
+
+def _require_narrow(config: Any, name: str) -> None:
+    """Raises UserError for an export whose image tower had to be given a head of zeros (`sacl_ds.exporting`)."""
+    width = (getattr(config, "sacl_ds", None) or {}).get("image_width")
+    if width is not None and width != config.vision_config.hidden_size:
+        raise UserError(
+            f"{SETTING}={name}: an export for transformers, whose image tower was made wider for it; start from the "
+            "run, or from an export of it with --to safetensors, as model.start"
+        )
 
 
 def _transformers_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

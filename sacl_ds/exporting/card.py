@@ -1,0 +1,201 @@
+"""The README.md of an export: what the model is, how it was trained, what it reached, how it is used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from sacl_ds import __version__
+from sacl_ds.exporting.settings import last_name
+from sacl_ds.exporting.source import Source
+
+_VERSIONS = ("torch", "transformers", "timm")
+_PAPER = """\
+> Chaoya Jiang, Wei Ye, Haiyang Xu, Ming Yan, Shikun Zhang, Jie Zhang, Fei Huang: *Vision Language Pre-training by
+> Contrastive Learning with Cross-Modal Similarity Regulation*, ACL 2023, arXiv 2305.04474."""
+_HF = """\
+With transformers 5, and nothing else:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{folder}")
+classify("photo.jpg", candidate_labels=["a dog", "a cat"], tokenizer_kwargs={{"truncation": True}})
+```
+
+Features, of the length that they come out with; divide by it before you compare them:
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model, processor = AutoModel.from_pretrained("{folder}"), AutoProcessor.from_pretrained("{folder}")
+texts = processor(text=["a dog"], padding=True, truncation=True, return_tensors="pt")
+features = model.get_text_features(**texts).pooler_output
+```"""
+_SAFETENSORS = """\
+```python
+import sacl_ds
+
+model = sacl_ds.load("{folder}")
+model.match(["photo.jpg"], ["a dog on a beach"])    # probability that they belong together
+```
+
+`model.encode_image` and `model.encode_text` give unit features, `checkpoint={folder}` fine-tunes it
+(`launch/finetune.py`), `model.start={folder}` starts another pre-training from it."""
+
+
+def card(source: Source, form: str, dtype: str, name: str, widened: bool) -> str:
+    """form: hf or safetensors. name: of the folder. widened: whether the image tower has a head of zeros."""
+    front = {
+        "library_name": "transformers" if form == "hf" else "sacl_ds",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": ["sacl", "vision-language", "image-text-retrieval", "contrastive-learning"],
+    }
+    usage = (_HF if form == "hf" else _SAFETENSORS).format(folder=_plain(name))
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {_text(name)}",
+        _what(source, form),
+        "## Use",
+        usage,
+        "## The model and its training",
+        _table(("", ""), _facts(source, dtype)),
+        *_figures(source),
+        "## Limits",
+        "\n".join(f"* {line}" for line in _limits(source, form, widened)),
+        "## Licence",
+        "None is stated. Whoever publishes this states it, here and as `license` at the top, minding the licences of "
+        "the data and of the weights that it started from.",
+        "## Citing the method",
+        _PAPER,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(source: Source, form: str) -> str:
+    task = source.settings.get("task")
+    trained = f"pre-trained, then fine-tuned for {_text(task)}," if task else "pre-trained"
+    loss = source.run.loss.contrastive if task is None else source.settings.get("loss", {}).get("contrastive")
+    contrast = {
+        "sacl": "contrastive learning regulated by cross-modal similarity (SACL)",
+        "infonce": "plain contrastive learning (InfoNCE)",
+    }.get(str(loss), "contrastive learning")
+    holds = (
+        "its two towers, as `ChineseCLIPModel` of transformers (Chinese in name only)"
+        if form == "hf"
+        else "all of it: both towers, the fusion encoder and the heads of image-text matching and masked words"
+    )
+    return f"A vision-language model, {trained} with {contrast}. This folder holds {holds}."
+
+
+def _facts(source: Source, dtype: str) -> list[tuple[str, str]]:
+    settings, model = source.settings, source.run.model
+    train, loss, teacher = (settings.get(room) or {} for room in ("train", "loss", "teacher"))
+    parameters = sum(p.numel() for p in source.model.parameters())
+    facts: list[tuple[str, Any]] = [
+        ("image encoder", f"{_code(model.image_encoder)}, {model.image_size} pixels a side"),
+        ("text encoder, fusion encoder", f"BERT layers, {model.text_layers} and {model.fusion_layers}, width "
+         f"{model.text_width}, texts of at most {model.max_tokens} tokens"),
+        ("shared space", f"{model.embed_dim} values"),
+        ("parameters", f"{parameters:,} in the whole model"),
+        ("weights", f"{dtype}, after step {source.step}" if source.step is not None else dtype),
+        ("data", _data(settings.get("data") or {})),
+        ("steps, pairs a step", f"{train.get('steps')}, {train.get('global_batch_size')}"),
+        ("precision", train.get("precision")),
+        ("contrastive loss", _loss(loss)),
+        ("teacher", _teacher(teacher)),
+        ("momentum model", "yes" if (settings.get("momentum") or {}).get("enabled") else None),
+        ("versions", ", ".join([f"sacl_ds {__version__}", *(f"{name} {version(name)}" for name in _VERSIONS)])),
+    ]  # fmt: skip
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if data.get("source") == "scenes":
+        return "the generated scenes that come with sacl_ds, which are no photographs"
+    shards = data.get("shards") or []
+    names = [last_name(str(each)) for each in ([shards] if isinstance(shards, str) else shards)]
+    return ", ".join(["image-text pairs", *map(_code, names)]) if names else "files of the task"
+
+
+def _loss(loss: Mapping[str, Any]) -> str:
+    shown = ("contrastive", "sharpness", "alpha_start", "alpha_end", "false_share", "matching_weight", "mlm_weight")
+    return ", ".join(f"{_code(name)} {_text(loss[name])}" for name in shown if loss.get(name) is not None)
+
+
+def _teacher(teacher: Mapping[str, Any]) -> str | None:
+    if teacher.get("checkpoint"):
+        return _code(last_name(str(teacher["checkpoint"])))
+    return f"the same model, {teacher['steps']} steps of InfoNCE" if teacher.get("steps") else None
+
+
+def _figures(source: Source) -> list[str]:
+    if not source.figures:
+        return []
+    rows = [
+        (
+            _text(name.replace("_to_", " → ").replace("_", " ")),
+            f"{100 * value:.1f}",
+            f"{100 * source.chance[name]:.1f}" if name in source.chance else "",
+        )
+        for name, value in source.figures.items()
+    ]
+    return [
+        "## Figures",
+        "Of the last evaluation before these weights, in per cent, on what the run held out:",
+        _table(("", "%", "chance %"), rows),
+    ]
+
+
+def _limits(source: Source, form: str, widened: bool) -> list[str]:
+    lines = []
+    if form == "hf":
+        lines.append(
+            "The towers alone cannot say whether an image and a text belong together other than by the angle between "
+            "their features: image-text matching, re-ranking and masked words need the fusion encoder, which "
+            "`tools/export_checkpoint.py --to safetensors` exports."
+        )
+        lines.append(
+            f"Texts are read up to {source.run.model.max_tokens} tokens in training; give `truncation=True`, or longer "
+            "ones may fail or mislead."
+        )
+    if widened:
+        lines.append(
+            "The class has a norm before the blocks, which this image encoder lacks. One more attention head and its "
+            "channels make that norm the identity; they hold constants and zeros, which a training of this folder "
+            "would change."
+        )
+    lines += [
+        "A picture is seen by its middle square. Photographs that are turned by their EXIF entry are turned upright by "
+        "sacl_ds, not by every other reader.",
+        "It has learned what its data say, their errors and prejudices included.",
+    ]
+    return lines
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(value: object) -> str:
+    """For a quoted string in a program."""
+    return re.sub(r"[^\w.+-]", "_", str(value)) or "model"
+
+
+def _text(value: object) -> str:
+    """Of a user, as text: nothing in it is Markdown or HTML."""
+    line = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", line)
+
+
+def _code(value: object) -> str:
+    """Of a user, as code, in a table as well."""
+    line = " ".join(str(value).split()).replace("|", "¦")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
