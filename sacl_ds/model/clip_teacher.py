@@ -64,10 +64,10 @@ class ClipTeacher:
     def __init__(self, name_or_folder: str, device: torch.device, setting: str) -> None:
         """A folder written by save_pretrained of model and processor, or a hub name. Raises UserError."""
         try:
-            model = CLIPModel.from_pretrained(name_or_folder)
+            model = CLIPModel.from_pretrained(name_or_folder, attn_implementation="sdpa")
             processor = CLIPImageProcessor.from_pretrained(name_or_folder)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
+        except Exception as error:  # as in `Tokenizer.load`
             raise cannot_load(setting, name_or_folder, error) from None
         crop = processor.crop_size if processor.do_center_crop else processor.size
         if not crop or crop.get("height") != crop.get("width"):

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,6 +34,15 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     temporary.replace(path)
 
 
+def read_tensors(path: Path, label: str) -> dict[str, Tensor]:
+    """Of a safetensors file. label: what error lines begin with. Raises UserError where it cannot be read."""
+    try:
+        return load_file(path)
+    except Exception as error:  # a damaged header makes the library raise more than its own error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{label}: {path.name} cannot be read: {reason}") from None
+
+
 def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, Tokenizer]:
     """A finished run's model, its configuration and its tokenizer; `setting` is what error lines name.
 
@@ -47,9 +55,10 @@ def load_model(folder: str | Path, setting: str) -> tuple[SaclModel, RunConfig, 
     run = _run_config(folder, setting)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     model = SaclModel(run.model, tokenizer.size, pretrained=False)
+    weights = read_tensors(folder / WEIGHTS, f"{setting}={folder}")
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{setting}={folder}: {WEIGHTS} does not fit its {CONFIG}: {reason}") from None
     return model, run, tokenizer

@@ -33,7 +33,7 @@ from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.sample import Source
 from sacl_ds.data.shards.index import index_shards
-from sacl_ds.data.shards.patterns import is_remote
+from sacl_ds.data.shards.patterns import is_plain, is_remote
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import CONFIG, WEIGHTS
@@ -175,11 +175,15 @@ def _gallery(
         assert known is not None
         return gallery(lowest, lambda wanted: _scenes(known, wanted), known, folder, origin)
     named = sorted({entry[f"{side}_shard"] for entry in lowest for side in ("anchor", "negative")})
-    there = [shard for shard in named if is_remote(shard) or Path(shard).is_file()]
+    there = [shard for shard in named if is_plain(shard) and (is_remote(shard) or Path(shard).is_file())]
     reason = "they are not there"
     if there or not lowest:
         try:
-            source = ShardSource(index_shards(there), run.data.model_copy(update={"weights": None})) if there else None
+            source = (
+                ShardSource(index_shards(there), run.data.model_copy(update={"weights": None, "cache_dir": None}))
+                if there
+                else None
+            )
 
             def find(wanted: Sequence[Place]) -> dict[Place, Image.Image]:
                 return {} if source is None else pictures(source, [place for place in wanted if place[0] in there])
