@@ -147,7 +147,7 @@ def _cache_path(shards: list[str]) -> Path:
 def _read(path: Path) -> dict[str, list[int]]:
     try:
         known = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

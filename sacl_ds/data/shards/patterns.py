@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,29 +12,10 @@ import braceexpand
 from sacl_ds.config.typed import was_typed
 from sacl_ds.errors import UserError
 
-_MOST = 1_000_000  # shards that one pattern may stand for
+_MOST = 300_000  # shards that one pattern may stand for
 # what a list or a saved configuration may name; other protocols of fsspec open files in files and run templates
-_PLAIN = set(
-    [
-        "http",
-        "https",
-        "ftp",
-        "s3",
-        "s3a",
-        "gs",
-        "gcs",
-        "hf",
-        "az",
-        "abfs",
-        "abfss",
-        "adl",
-        "oci",
-        "oss",
-        "hdfs",
-        "webhdfs",
-        "ais",
-    ]
-)
+_PLAIN = ("http", "https", "ftp", "s3", "s3a", "gs", "gcs", "hf", "ais", "az", "abfs", "abfss", "adl", "oci", "hdfs")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 
 def is_remote(shard: str) -> bool:
@@ -94,12 +76,17 @@ def _only_plain(shards: list[str], where: str) -> list[str]:
 
 
 def _braces(pattern: str, setting: str) -> list[str]:
+    many = UserError(f"{setting}: {pattern[:80]!r} stands for more than {_MOST} shards; write a smaller range")
     try:
+        if any(abs(int(last) - int(first)) >= _MOST for first, last in _RANGE.findall(pattern)):
+            raise many  # before its numbers are made
         shards = list(islice(braceexpand.braceexpand(pattern), _MOST + 1))
+    except UserError:
+        raise
     except (ValueError, RecursionError):
         raise UserError(f"{setting}: braces do not match in {pattern!r}; write e.g. '/data/{{000..010}}.tar'") from None
     if len(shards) > _MOST:
-        raise UserError(f"{setting}: {pattern[:80]!r} stands for more than {_MOST} shards; write a smaller range")
+        raise many
     if "\0" in pattern:
         raise UserError(f"{setting}: {pattern!r} holds a zero byte, which no name has; correct it")
     return shards

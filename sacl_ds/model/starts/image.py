@@ -219,7 +219,7 @@ def _way_to(wanted: str, encoder_name: str) -> str:
 def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
     """All tensors of a saved CLIP, and what its config says."""
     written = Path(name).expanduser() / "config.json"
-    if written.is_file() and "architecture" in written.read_text(errors="replace"):
+    if written.is_file() and re.search(r'"architecture"\s*:', written.read_text(errors="replace")):
         raise UserError(f"{SETTING}={name}: a folder of timm's; give its model.safetensors")
     try:
         with quiet():
