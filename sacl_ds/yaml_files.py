@@ -11,6 +11,7 @@ from sacl_ds.errors import UserError
 _MOST_CHARACTERS = 1 << 20
 _MOST_NODES = 100_000  # once every alias is written out
 _DEEPEST = 40
+_LONGEST_NUMBER = 400  # digits
 
 
 class BadYaml(ValueError):
@@ -59,8 +60,8 @@ def plain_yaml(text: str) -> Any:
 def _check(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
     """Nodes in all. sizes: of those that were looked at, 0 while they are."""
     if not isinstance(node, yaml.CollectionNode):
-        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
-            raise BadYaml("a zero byte in a text", node.start_mark.line + 1)
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(node)
         return 1
     line = node.start_mark.line + 1
     if id(node) in sizes:
@@ -79,6 +80,13 @@ def _check(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
         raise BadYaml(f"more than {_MOST_NODES} values", line)
     sizes[id(node)] = total
     return total
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    if "\0" in node.value:
+        raise BadYaml("a zero byte in a text", node.start_mark.line + 1)
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _LONGEST_NUMBER:  # which Python may refuse to spell
+        raise BadYaml(f"a number of {len(node.value)} digits", node.start_mark.line + 1)
 
 
 def _no_key_twice(node: yaml.MappingNode) -> None:
