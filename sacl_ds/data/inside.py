@@ -19,7 +19,7 @@ def inside(folder: str | os.PathLike[str], *parts: str) -> str:
     base = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(base, *parts))
     if path != base and not path.startswith(base.rstrip(os.sep) + os.sep):
-        raise LeadsOut(f"the path {os.path.join(*parts)[:200]!r} leads out of the folder of images {base}")
+        raise LeadsOut(f"the path {os.path.join(*parts)[:200]!r} leads out of the folder of images")
     return os.path.join(folder, *parts)
 
 

@@ -29,6 +29,7 @@ _OTHERS = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, folders and the like: n
 _TIMES = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"comment"}
 _SKIPPED = r"__[^/]*__($|/)"  # what webdataset leaves out
 _LARGEST_FILE = 1 << 28  # bytes; one that is larger counts as damaged
+_CHUNK = 1 << 20  # bytes
 _LARGEST_HEADER = 1 << 20  # bytes of names and times that do not fit a header
 _EXTENDED = (
     tarfile.XHDTYPE,
@@ -82,12 +83,22 @@ def _files(stream: Stream) -> Iterator[dict[str, Any]]:
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:  # type: ignore[call-overload]
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # which it would keep
-            if not member.isreg() or re.match(_SKIPPED, member.name):
-                continue
             if member.size < 0 or member.issparse():  # said by an extended header
                 raise BadShard(f"a header in it says that {member.name[:80]!r} has {_claim(member)}")
-            file = tar.extractfile(member) if member.size <= _LARGEST_FILE else None
-            yield {"fname": member.name, "data": file.read() if file else b"", "__url__": ""}
+            large = member.size > _LARGEST_FILE
+            if large:
+                _pass_over(tar, member)
+            if member.isreg() and not re.match(_SKIPPED, member.name):
+                file = None if large else tar.extractfile(member)
+                yield {"fname": member.name, "data": file.read() if file else b"", "__url__": ""}
+
+
+def _pass_over(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Read to its end, or that of the tar: left to itself, tarfile would count its blocks for years."""
+    if (file := tar.extractfile(member)) is None:
+        raise BadShard(f"a header in it says that {member.name[:80]!r} has {member.size} bytes")
+    while file.read(_CHUNK):
+        continue
 
 
 def read_samples(shard: str, without_image: bool = False) -> Iterator[dict[str, Any]]:
