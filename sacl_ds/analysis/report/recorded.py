@@ -42,8 +42,8 @@ def _wrong_figures(record: Record) -> str | None:
     if not all(0 <= count < 2**53 for count in (record["step"], record["pairs"], *record["histogram"])):
         return "counts that no run has"
     too_large = (name for name, value in record.items() if isinstance(value, float) and abs(value) > _LARGEST)
-    name = next(too_large, None)
-    return f"a figure {name!r} that cannot be drawn" if name else None
+    found = next(too_large, None)
+    return f"a figure {found!r} that cannot be drawn" if found else None
 
 
 def _wrong_line(line: Record) -> str | None:
