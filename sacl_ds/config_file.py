@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from sacl_ds.config import RunConfig, TrainingConfig
+from sacl_ds.config.typed import remember_typed
 from sacl_ds.errors import UserError, nearest
+from sacl_ds.yaml_files import BadYaml, parse_yaml, plain_yaml
 
+_DEEPEST = 20  # rooms in rooms
+_LONGEST = 200  # characters of a value in an error line
 Layer = tuple[str, dict[str, Any]]  # where it was set, for error lines, and what
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -31,7 +34,7 @@ def load_config(file: str | Path | None, overrides: list[str]) -> RunConfig:
 def read_layers(file: str | Path | None, overrides: list[str]) -> list[Layer]:
     """What the YAML file and each key=value argument set. Raises UserError."""
     layers = [] if file is None else [(f"in {file}", read_yaml(Path(file)))]
-    return layers + [(f"in argument {argument!r}", _parse_override(argument)) for argument in overrides]
+    return layers + [(f"in argument {_shown(argument)}", _parse_override(argument)) for argument in overrides]
 
 
 def merged(layers: Sequence[Layer]) -> dict[str, Any]:
@@ -53,13 +56,12 @@ def resolve_layers(layers: Sequence[Layer], root: type[Config]) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A configuration file as it stands. Raises UserError."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except ValueError:
+        raise UserError(f"cannot read the configuration {path}: not UTF-8 text") from None
+    loaded = parse_yaml(text, str(path))
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -71,12 +73,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_override(argument: str) -> dict[str, Any]:
     key, separator, text = argument.partition("=")
-    if not separator or not key:
-        raise UserError(f"argument {argument!r}: expected key=value, e.g. train.steps=100")
+    if not separator or not key or key.count(".") > _DEEPEST:
+        raise UserError(f"argument {_shown(argument)}: expected key=value, e.g. train.steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = plain_yaml(text)
+    except BadYaml:
         value = text
+    remember_typed(value)
     if isinstance(value, str):
         value = _number(value)
     for part in reversed(key.split(".")):
@@ -104,15 +107,23 @@ def _explain(error: ValidationError, layers: Sequence[Layer], root: type[BaseMod
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     where = _where(path, layers)
-    key = ".".join(path)
+    key = ".".join(path)[:_LONGEST]
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r} {where}{_hint(path, root)}".replace("  ", " ")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{message} ({where})" if where else message
     value = first["input"]
-    shown = f", not {value!r}" if not isinstance(value, dict) else ""
+    shown = f", not {_shown(value)}" if not isinstance(value, dict) else ""
     return f"{key} {where}: {message[0].lower()}{message[1:]}{shown}".replace("  ", " ")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python spells no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _hint(path: list[str], root: type[BaseModel]) -> str:

@@ -8,18 +8,18 @@ silent choice.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from sacl_ds.config import TrainingConfig
+from sacl_ds.ds_file import MONITORS, check_sections, read_ds_config
 from sacl_ds.errors import UserError
 from sacl_ds.machine import Machine, has_package, missing_compiler
 
+__all__ = ["MONITORS", "EngineConfig", "offload_device", "read_ds_config", "resolve", "zero_stage"]
+
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "comet": "comet_ml"}  # and packages
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,6 @@ class EngineConfig:
     notes: tuple[str, ...]
 
 
-def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The file as it stands. Raises UserError where it cannot be read or is no JSON object."""
-    try:
-        loaded = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the DeepSpeed configuration {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: a DeepSpeed configuration is a JSON object")
-    return loaded
-
-
 def resolve(
     ds: dict[str, Any], run: TrainingConfig, world: int, machine: Machine, *, name: str = "ds_config", folder: str = "."
 ) -> EngineConfig:
@@ -53,6 +40,7 @@ def resolve(
     ds: what `read_ds_config` gave; name: how error lines call it; folder: the run directory, where monitors write.
     Raises UserError where file and run contradict each other, or ask for what the machine does not have.
     """
+    check_sections(ds, name)
     out = copy.deepcopy(ds)
     _batch(out, run, world, name)
     _settle(out, "gradient_clipping", run.optim.clip_norm, "optim.clip_norm", name)
@@ -190,7 +178,7 @@ def _offload(out: dict[str, Any], machine: Machine, name: str) -> None:
         path = section.get("nvme_path")
         if zero_stage(out) != 3:
             raise UserError(f'{name}: {part} to nvme needs zero_optimization.stage=3; or offload to "cpu"')
-        if not path or not os.path.isdir(path) or not os.access(path, os.W_OK):
+        if not isinstance(path, str) or not os.path.isdir(path) or not os.access(path, os.W_OK):
             raise UserError(
                 f"{name}: {part}.nvme_path={path!r} is no folder that can be written to; give one on the NVMe disk, "
                 'or offload to "cpu"'

@@ -7,11 +7,30 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def one_line(text: str) -> str:
+    """Without line breaks; other characters that no terminal should get (escapes, marks that turn the writing, halves
+    of surrogate pairs) are spelt out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or (c.isspace() and c not in _BREAKS) else _spelt(c) for c in text)
+
+
+_BREAKS = set("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
+
+
+def _spelt(character: str) -> str:
+    return " " if character in _BREAKS else character.encode("unicode_escape").decode("ascii")
+
+
 class UserError(ValueError):
     """Something the user can put right. The message is one line: what is wrong, where, what to do.
 
-    The command lines print it without a traceback and exit with status 2.
+    The command lines print it without a traceback and exit with status 2. What files put into it
+    cannot break the line or steer the terminal: see `one_line`.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class SharedError(UserError):
@@ -31,7 +50,7 @@ def cannot_load(setting: str, name: str, error: Exception) -> UserError:
     """For a model or tokenizer, by hub name or folder, that a library failed to load."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0].rstrip(".") if lines else type(error).__name__
-    if Path(name).exists():
+    if _exists(Path(name)):
         return UserError(f"{setting}={name} cannot be loaded: {reason}")
     if name.startswith(("/", ".", "~")):
         return UserError(f"{setting}={name}: no such folder; correct the path")
@@ -45,3 +64,11 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice nearest to `name` in spelling, or None where none is near."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return close[0] if close else None
+
+
+def _exists(path: Path) -> bool:
+    """False, too, for what no file system takes as a name."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -72,7 +72,7 @@ def loader(
     **data: Any,
 ) -> BatchLoader:
     settings = DataConfig.model_validate({"source": "shards", "shards": pattern, **data})
-    source = ShardSource(index_shards(pattern, several=settings.weights is not None), settings)
+    source = ShardSource(index_shards(pattern, several=settings.weights is not None, typed=True), settings)
     order = GlobalOrder(source.sets, batch, 1, streams, 20, source.weights)
     return BatchLoader(source, order, collator(), rank=rank, world=world, workers=workers, start_step=start)
 

@@ -13,10 +13,12 @@ ALLOWED = {
     "provenance": set(),
     "errors": set(),
     "config": {"config", "errors"},
-    "config_file": {"config", "errors"},
+    "yaml_files": {"errors"},
+    "config_file": {"config", "errors", "yaml_files"},
     "config_help": {"config", "errors"},
     "machine": set(),
-    "ds_config": {"config", "errors", "machine"},
+    "ds_file": {"errors"},
+    "ds_config": {"config", "ds_file", "errors", "machine"},
     "command_line": {"config", "config_file", "config_help", "distributed", "errors", "faults"},
     "distributed": {"errors"},
     "losses": {"distributed", "losses"},
@@ -40,11 +42,13 @@ ALLOWED = {
     "doctor": {"command_line", "data", "doctor", "errors", "machine"},
     "exporting": {"config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry"},
     "inference": {"data", "errors", "model"},
-    "study": {"analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training"},
+    "study": {
+        "analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training", "yaml_files",
+    },
     "planning": {"config", "config_file", "ds_config", "errors", "model", "planning"},
     "training": {
         "atomic", "config", "data", "distributed", "ds_config", "errors", "faults", "losses", "machine", "model",
-        "provenance", "telemetry", "training",
+        "provenance", "telemetry", "training", "yaml_files",
     },
 }  # fmt: skip
 HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")

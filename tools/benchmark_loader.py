@@ -42,7 +42,7 @@ def ours(shards: str, options: SimpleNamespace) -> Iterator[int]:
     from sacl_ds.data.text import Tokenizer, train_wordpiece
     from sacl_ds.data.transforms import TrainView
 
-    source = ShardSource(index_shards(shards), DataConfig())
+    source = ShardSource(index_shards(shards, typed=True), DataConfig())
     order = GlobalOrder(source.sets, options.batch_size, 0)
     tokenizer = Tokenizer(train_wordpiece(source.captions(1000), 4000), 32)
     view = TrainingView(TrainView(options.image_size, (0.9, 1.0), flip=False), tokenizer)

@@ -176,7 +176,7 @@ def main() -> int:
     try:
         if options.limit is not None and options.limit < 1:
             raise UserError(f"--limit {options.limit}: at least one sample")
-        files = [file for pattern in options.pattern for file in expand(pattern, "the pattern of shards")]
+        files = [file for pattern in options.pattern for file in expand(pattern, "the pattern of shards", typed=True)]
         shown = Console(stderr=True)
         with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
             expected = expected_samples(files)

@@ -49,7 +49,7 @@ def main() -> None:
     if not part or int(part[1]) > int(part[2]):
         raise UserError(f"--part {options.part}: I/N with I from 1 to N, e.g. 2/8")
     with counting("counting the samples of shards") as done:
-        index = index_shards(options.shards, "--shards", done=done)
+        index = index_shards(options.shards, "--shards", typed=True, done=done)
     device = torch.device(options.device)
     teacher = load_teacher(options.teacher, device, "--teacher")
     folder = FeatureFolder(options.out, teacher.identity)
@@ -57,7 +57,7 @@ def main() -> None:
     mine = range(int(part[1]) - 1, len(index.shards), int(part[2]))
     left = [number for number in mine if not folder.path(index.shards[number]).exists()]
     source = ShardSource(index)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     columns = TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=sum(index.counts[number] for number in left))

@@ -19,6 +19,7 @@ from sacl_ds.errors import UserError
 FEATURES, SAMPLES, FIGURES = "features.safetensors", "samples.parquet", "features.json"
 _ARRAYS = ("image", "text", "teacher_image", "teacher_text", "pair_ids")
 _TEXTS = {"keys": "key", "shards": "shard", "captions": "caption", "sha256": "sha256", "urls": "url"}
+_LONGEST_HEADER = 1 << 20  # bytes
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 
 
@@ -99,10 +100,15 @@ class Pairs:
                 logit_scale=float(figures["logit_scale"]),
                 skipped=int(figures["skipped"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, arrow.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # three formats, each with errors of its own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{folder} holds no features that can be read ({reason}); make them again") from None
         missing = [name for name in ("image", "text", "pair_ids") if name not in arrays]
+        if any(array.ndim != 2 or (array.dtype.kind == "i") != (name == "pair_ids") for name, array in arrays.items()):
+            raise UserError(f"{folder / FEATURES}: no tables of features and ids; make the features again")
+        for one, other in (("image", "text"), ("teacher_image", "teacher_text")):
+            if one in arrays and other in arrays and arrays[one].shape[1] != arrays[other].shape[1]:
+                raise UserError(f"{folder / FEATURES}: {one} and {other} differ in width; make the features again")
         if missing or any(len(array) != len(pairs) for array in arrays.values()):
             what = f"no {missing[0]}" if missing else f"not {len(pairs)} rows everywhere"
             raise UserError(f"{folder / FEATURES}: {what}; make the features again")
@@ -118,6 +124,8 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file, mapped copy-on-write: the library would read them whole."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     arrays = {}

@@ -47,6 +47,8 @@ WITHOUT = "none"  # in the place of a teacher
 _OWN_TEACHER = "teacher"  # the teacher phase's directory inside a run's
 _THREADS = 4
 _AHEAD = 64
+# of a run's data: it is not for the directory of a run, which may be anybody's, to say where files are written
+_NOT_TAKEN_OVER: dict[str, Any] = {"weights": None, "cache_dir": None}
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,14 @@ def load_subject(path: str | Path, teacher: str | None = None, device: torch.dev
 def data_source(run: RunConfig, shards: str | Sequence[str] | None) -> Source:
     """The given shards, with the run's choice of captions; None: the run's held-out data. Raises UserError."""
     if shards is not None:
-        return ShardSource(index_shards(shards, "--shards"), run.data.model_copy(update={"weights": None}))
+        return ShardSource(index_shards(shards, "--shards", typed=True), run.data.model_copy(update=_NOT_TAKEN_OVER))
     if run.data.source == "scenes":
         return SceneSource(held_out_scenes(run))
     if run.data.eval_shards is None:
         raise UserError(
             "the run has no held-out data (data.eval_shards); name shards by --shards '/path/{000..010}.tar'"
         )
-    every = run.data.model_copy(update={"captions": CaptionFilter(), "weights": None})
+    every = run.data.model_copy(update={"captions": CaptionFilter(), **_NOT_TAKEN_OVER})
     return ShardSource(index_shards(run.data.eval_shards, "data.eval_shards"), every)
 
 
@@ -228,8 +230,14 @@ def _of_checkpoint(path: Path) -> tuple[SaclModel, RunConfig, Tokenizer, int]:
 
 
 def _saved_step(weights: Path) -> int:
+    """0 where the file does not tell."""
     with safe_open(weights, "pt") as file:
-        return int(json.loads((file.metadata() or {}).get("sacl_ds", "{}")).get("step", 0))
+        said = (file.metadata() or {}).get("sacl_ds", "{}")
+    try:
+        step = json.loads(said)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return step if type(step) is int else 0
 
 
 def _teacher(run: RunConfig, folder: Path, given: str | None, device: torch.device) -> Teacher | None:

@@ -20,10 +20,10 @@ _SECONDS_BETWEEN_LINES = 15.0
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar with the time left on a terminal, a line now and then where there is none, both on stderr."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         columns = (
-            TextColumn(title),
+            TextColumn(title, markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(f"{unit}  ETA"),
@@ -54,7 +54,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1)
         shown.add_column(heading, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False).print(shown)
+    Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False).print(shown)
 
 
 def say(line: str) -> None:

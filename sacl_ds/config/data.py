@@ -35,8 +35,8 @@ class CaptionFilter(Room):
     def _is_a_pattern(cls, value: str | None) -> str | None:
         try:
             re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"data.captions.exclude={value!r} is no regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"data.captions.exclude={value!r:.200} is no regular expression: {error}") from None
         return value
 
     @property
@@ -97,7 +97,7 @@ class DataConfig(Room):
             sets = [self.shards] if isinstance(self.shards, str) else self.shards or []
             if len(sets) != len(self.weights):
                 raise ValueError(f"data.weights has {len(self.weights)} numbers for {len(sets)} entries of data.shards")
-            if min(self.weights) < sum(self.weights) / 1000:
+            if not self.weights or min(self.weights) < sum(self.weights) / 1000:
                 raise ValueError("data.weights: each is at least a thousandth of their sum")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ValueError(f"data.crop_scale={list(self.crop_scale)}: two shares, the smaller one first and above 0")

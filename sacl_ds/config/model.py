@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sacl_ds.config.room import Fraction, Positive, PositiveFloat, Room
 
@@ -45,6 +46,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_tokens": 30,
     },
 }
+
+
+_FILES_OF_TIMM = ("checkpoint_path", "cache_dir")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has it, so that it is read back as it was saved."""
+    if isinstance(value, (list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        return all(map(_is_plain, inner)) and (isinstance(value, list) or all(type(key) is str for key in value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or type(value) in (bool, str) or (type(value) is int and abs(value) < 2**63)
 
 
 class PatchSelectionConfig(Room):
@@ -117,7 +131,22 @@ class ModelConfig(Room):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {**PRESETS.get(values.get("preset", "tiny"), {}), **values}
+        preset = values.get("preset", "tiny")
+        return {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **values}
+
+    @field_validator("image_encoder_arguments")
+    @classmethod
+    def _of_the_architecture(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Not arguments by which timm would read or write other files: weights have settings of their own."""
+        for name, value in values.items():
+            if name.startswith("pretrained") or name in _FILES_OF_TIMM:
+                raise ValueError(
+                    f"model.image_encoder_arguments.{name}: it names files, not an architecture; give weights by "
+                    "model.image_weights or model.image_pretrained"
+                )
+            if not _is_plain(value):
+                raise ValueError(f"model.image_encoder_arguments.{name}: numbers, texts, lists and mappings of them")
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

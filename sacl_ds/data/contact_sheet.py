@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from sacl_ds.data.images import open_image
 from sacl_ds.data.inspection import Example
 
 COLUMNS, ROWS = 5, 4
@@ -87,7 +87,7 @@ def _cut(line: str, width_of: Callable[[str], float]) -> str:
 
 def _fitted(data: bytes) -> Image.Image:
     """As large as a tile allows; small pictures in whole multiples of their size, so that their pixels stay sharp."""
-    encoded = Image.open(io.BytesIO(data))
+    encoded = open_image(data)
     encoded.draft("RGB", (_WIDTH, _PICTURE))
     image = encoded.convert("RGB")
     scale = min(_WIDTH / image.width, _PICTURE / image.height)

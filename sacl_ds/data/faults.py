@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sacl_ds.errors import one_line
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -17,9 +19,8 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        if not self.shard:
-            return f"{self.key}: {self.reason}"
-        return f"shard {self.shard}{', sample ' + self.key if self.key else ''}: {self.reason}"
+        where = f"shard {self.shard}{', sample ' + self.key if self.key else ''}" if self.shard else self.key
+        return one_line(f"{where}: {self.reason}")
 
 
 class BadSample(ValueError):

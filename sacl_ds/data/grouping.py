@@ -96,7 +96,9 @@ def _parquet_rows(path: Path, where: str) -> Iterable[tuple[Any, Any, Any]]:
         for batch in file.iter_batches(columns=[name for name in columns if name]):
             nothing = [None] * len(batch)
             yield from zip(*(batch.column(name).to_pylist() if name else nothing for name in columns), strict=True)
-    except (OSError, arrow.ArrowException) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, arrow.ArrowException) as error:  # ValueError: a text that is not UTF-8
         raise _unreadable(where, error) from None
 
 

@@ -22,6 +22,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; lists within lists without end
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -37,6 +39,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path} line {number}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; lists within lists without end
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def each_entry(entries: Iterable[Any], where: Callable[[int], str], make: Callable[[Any], Made]) -> list[Made]:
@@ -48,6 +52,6 @@ def each_entry(entries: Iterable[Any], where: Callable[[int], str], make: Callab
             made.append(make(entry))
         except KeyError as error:
             raise UserError(f"{where(number)}: {error} is missing") from None
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
+        except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise UserError(f"{where(number)}: not as expected: {error}") from None
     return made

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sacl_ds.data.inside import require_relative
 from sacl_ds.data.json_files import each_entry, read_json
 from sacl_ds.errors import UserError
 
@@ -65,10 +66,13 @@ def _where(path: Path, number: int) -> str:
 def _image(number: int, entry: Any) -> KarpathyImage:
     sentences = entry["sentences"]
     ids = [each.get("sentid") for each in sentences]
+    filename, filepath = _text(entry, "filename"), _text(entry, "filepath") if "filepath" in entry else ""
+    require_relative(filepath, filename)
+    require_relative(filename)
     return KarpathyImage(
         number=number,
-        filename=_text(entry, "filename"),
-        filepath=_text(entry, "filepath") if "filepath" in entry else "",
+        filename=filename,
+        filepath=filepath,
         captions=[_text(each, "raw") for each in sentences],
         imgid=_number(entry, "imgid"),
         cocoid=_number(entry, "cocoid"),

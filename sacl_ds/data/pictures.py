@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sacl_ds.data.images import bad_image
+from sacl_ds.data.images import bad_image, open_image
 
 _ORIENTATION = 274  # EXIF
 _SPARE = 2  # a picture is decoded at 1/2, 1/4 or 1/8 where that leaves so many times the pixels asked for
@@ -48,7 +47,7 @@ class Picture:
             self.size, self._jpeg, self._plain = size, True, True
             return
         try:
-            opened = Image.open(io.BytesIO(data))
+            opened = open_image(data)
             orientation = opened.getexif().get(_ORIENTATION, 1)
             width, height = opened.size
         except Exception as error:  # Pillow's readers raise a dozen types for damaged files
@@ -100,7 +99,7 @@ class Picture:
             except ValueError:
                 pass  # Pillow decides whether it is damaged, here as in `examine`
         try:
-            image = Image.open(io.BytesIO(self._data))
+            image = open_image(self._data)
             if divisor > 1:
                 width, height = image.size
                 image.draft("RGB", (width // divisor, height // divisor))

@@ -105,15 +105,21 @@ class FeatureReader:
     def of(self, place: Place, sample: Sample, caption: int) -> np.ndarray:
         """(2, d) float16: of the image, and of caption number `caption`. Raises UserError for another sample's."""
         file, at = self._file(place.shard), place.offset
-        known = file.get_slice("samples")
-        same = at < known.get_shape()[0] and int(known[at : at + 1].view(np.uint64)[0]) == sample.fingerprint
+        path = self._folder.path(self._shards[place.shard])
+        try:
+            known = file.get_slice("samples")
+            same = at < known.get_shape()[0] and int(known[at : at + 1].view(np.uint64)[0]) == sample.fingerprint
+            row = int(file.get_slice("first_text")[at : at + 1][0]) + caption if same else 0
+            found = [file.get_slice(name)[r : r + 1] for name, r in (("image", at), ("text", row))] if same else []
+        except Exception as error:  # of a file with other tensors, or values that lead nowhere
+            raise UserError(f"{path} is damaged ({error}); remove it and {_COMMAND}") from None
         if not same:
             raise UserError(
-                f"{self._folder.path(self._shards[place.shard])} is of another version of its shard "
-                f"(sample {sample.key}); remove it and {_COMMAND}"
+                f"{path} is of another version of its shard (sample {sample.key}); remove it and {_COMMAND}"
             )
-        row = int(file.get_slice("first_text")[at : at + 1][0]) + caption
-        return np.concatenate([file.get_slice("image")[at : at + 1], file.get_slice("text")[row : row + 1]])
+        if any(each.dtype != np.float16 or each.shape != (1, found[0].size) for each in found):
+            raise UserError(f"{path} is damaged (no row of features for {sample.key}); remove it and {_COMMAND}")
+        return np.concatenate(found)
 
     def _file(self, shard: int) -> Any:
         if shard not in self._open:

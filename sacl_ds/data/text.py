@@ -95,8 +95,8 @@ class Tokenizer:
         setting: what error lines call it. Raises UserError.
         """
         try:
-            fast = AutoTokenizer.from_pretrained(str(name_or_folder), use_fast=True)
-        except (OSError, ValueError) as error:
+            fast = AutoTokenizer.from_pretrained(str(name_or_folder), use_fast=True, trust_remote_code=False)
+        except Exception as error:  # the library's own, of which some are plain Exceptions
             raise cannot_load(setting, str(name_or_folder), error) from None
         missing = [name for name in SPECIAL if getattr(fast, name, None) is None]
         if missing:

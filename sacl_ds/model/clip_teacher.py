@@ -65,18 +65,18 @@ class ClipTeacher:
     def __init__(self, name_or_folder: str, device: torch.device, setting: str) -> None:
         """A folder written by save_pretrained of model and processor, or a hub name. Raises UserError."""
         try:
-            kind = AutoConfig.from_pretrained(name_or_folder).model_type
+            kind = AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False).model_type
             if kind not in _MODELS:
                 raise UserError(
                     f"{setting}={name_or_folder} holds a model of type {kind!r}; give a CLIPModel or ChineseCLIPModel, "
                     "or the directory of a finished run"
                 )
-            model: Any = _MODELS[kind].from_pretrained(name_or_folder)
-            processor = AutoImageProcessor.from_pretrained(name_or_folder)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+            model: Any = _MODELS[kind].from_pretrained(name_or_folder, attn_implementation="sdpa")
+            processor = AutoImageProcessor.from_pretrained(name_or_folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
         except UserError:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as in `Tokenizer.load`
             raise cannot_load(setting, name_or_folder, error) from None
         crop = processor.crop_size if processor.do_center_crop else processor.size
         if not crop or crop.get("height") != crop.get("width"):

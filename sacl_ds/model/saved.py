@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +35,15 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     temporary.replace(path)
 
 
+def read_tensors(path: Path, label: str) -> dict[str, Tensor]:
+    """Of a safetensors file. label: what error lines begin with. Raises UserError where it cannot be read."""
+    try:
+        return load_file(path)
+    except Exception as error:  # a damaged header makes the library raise more than its own error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{label}: {path.name} cannot be read: {reason}") from None
+
+
 def load_model(
     folder: str | Path, setting: str, state: Mapping[str, Tensor] | None = None
 ) -> tuple[SaclModel, RunConfig, Tokenizer]:
@@ -51,9 +59,10 @@ def load_model(
     run = _run_config(folder, setting)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     model = SaclModel(run.model, tokenizer.size, pretrained=False)
+    weights = read_tensors(folder / WEIGHTS, f"{setting}={folder}") if state is None else state
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS) if state is None else state)
-    except (RuntimeError, SafetensorError) as error:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{setting}={folder}: {WEIGHTS} does not fit its {CONFIG}: {reason}") from None
     return model, run, tokenizer

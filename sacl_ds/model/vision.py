@@ -76,10 +76,10 @@ class ImageEncoder(nn.Module):
             self.vit = timm.create_model(
                 name, pretrained=pretrained, img_size=image_size, num_classes=0, **(arguments or {})
             )
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"model.image_encoder={name!r}: {error}") from error
         except OSError as error:  # what fetching weights raises
             raise cannot_load("model.image_encoder", name.removeprefix("local-dir:"), error) from None
+        except Exception as error:  # of arguments that the architecture does not take
+            raise UserError(f"model.image_encoder={name!r}: {error}") from error
         if getattr(self.vit, "num_prefix_tokens", 0) != 1 or not hasattr(self.vit, "forward_features"):
             raise UserError(f"model.image_encoder={name!r}: choose a timm vision transformer with one [CLS] token")
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)

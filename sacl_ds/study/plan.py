@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sacl_ds.data.scenes import VERSION
 from sacl_ds.errors import UserError
 from sacl_ds.study.dual_encoder import Shape
 from sacl_ds.study.recognition import StemSettings
+from sacl_ds.yaml_files import parse_yaml
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 Positive = Annotated[int, Field(gt=0)]
@@ -176,11 +176,11 @@ def read_plan(path: Path) -> Plan:
 def read_validated(path: Path, kind: type[_Kind]) -> _Kind:
     """A plan of any study from its YAML. Raises UserError with one line."""
     try:
-        return kind.model_validate(yaml.safe_load(path.read_text()))
+        return kind.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

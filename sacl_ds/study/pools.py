@@ -82,7 +82,7 @@ def pool(
             np.save(file, np.concatenate(parts))
         temporary.replace(path)
     ids = torch.from_numpy(pad(tokenizer.ids([caption.text for caption in said]), tokenizer.pad_id))
-    tokens = torch.from_numpy(np.load(path)).float()
+    tokens = torch.from_numpy(np.load(path, allow_pickle=False)).float()
     numbers: dict[str, int] = {}
     same = torch.tensor([numbers.setdefault(caption.text, len(numbers)) for caption in said])
     return Pool([scenes.scene(index) for index in range(count)], said, tokens, ids, same)

@@ -34,7 +34,9 @@ class Best:
         try:
             kept = json.loads(file.read_text())
             step, value, figure = int(kept["step"]), float(kept["value"]), str(kept["figure"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not math.isfinite(value):
+                raise ValueError(f"its value is {value}")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"--resume: {file} cannot be read: {error}; remove it, and the next best is kept") from None
         if step <= resumed_at and figure == main and (folder / WEIGHTS).exists():
             self.step, self.value = step, value

@@ -40,6 +40,9 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
     folder = run_of(str(said["checkpoint"]))
     theirs = read_yaml(folder / CONFIG)
     if "task" in theirs:
+        their_data = theirs.get("data")
+        if not isinstance(their_data, dict) or "source" not in their_data:
+            raise UserError(f"{folder / CONFIG} has no data.source; give the directory of a run")
         name = _task(task, said.get("task")) if task or "task" in said else str(theirs["task"])
         if name != theirs["task"]:
             raise UserError(
@@ -47,8 +50,8 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
                 "another checkpoint"
             )
         before: list[Layer] = [(f"in {folder / CONFIG}", {key: theirs[key] for key in _TAKEN_OVER if key in theirs})]
-        source = said.get("data", {}).get("source", theirs["data"]["source"])
-        if source != theirs["data"]["source"]:
+        asked = said.get("data")
+        if isinstance(asked, dict) and asked.get("source", their_data["source"]) != their_data["source"]:
             before = []  # its files or scenes are not those that are asked for
     else:
         name = _task(task, said.get("task"))
@@ -64,9 +67,13 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
 
 def run_of(checkpoint: str) -> Path:
     """The run that `checkpoint` is, or is one of. Raises UserError."""
-    path = Path(checkpoint).expanduser()
+    try:
+        path = Path(checkpoint).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError):  # no name of a file; no home of that user
+        raise UserError(f"checkpoint={checkpoint}: no such folder; correct the path") from None
     folder = path.parent.parent if path.parent.name == _CHECKPOINTS else path
-    if path.is_file():
+    if there and path.is_file():
         raise UserError(
             f"checkpoint={checkpoint} is a file; give the directory of a run, or weights of elsewhere as model.start"
         )

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sacl_ds.config import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import TOKENIZER, WEIGHTS
+from sacl_ds.model.saved import TOKENIZER, WEIGHTS, read_tensors
 from sacl_ds.model.starts.report import StartReport
 from sacl_ds.model.starts.start import load_starts, tokenizer_source
 from sacl_ds.model.starts.whole import place_run
@@ -32,10 +30,7 @@ def saved_state(checkpoint: str) -> tuple[dict[str, Tensor], int | None]:
         return state, stood.step
     if not (folder / WEIGHTS).exists():
         raise UserError(f"checkpoint={checkpoint}: no {WEIGHTS} there; give a finished run, or its checkpoints/step_N")
-    try:
-        return load_file(folder / WEIGHTS), None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint={checkpoint}: {WEIGHTS} cannot be read: {error}") from None
+    return read_tensors(folder / WEIGHTS, f"checkpoint={checkpoint}"), None
 
 
 def task_tokenizer(run: FinetuneConfig) -> Tokenizer | None:

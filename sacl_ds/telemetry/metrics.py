@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sacl_ds.errors import UserError
+
 
 class MetricLog:
     """The file of one run. An object holds `step` (steps done) and either training figures or `evaluation`."""
@@ -27,14 +29,25 @@ class MetricLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line that a kill cut short is left out."""
+    """All complete lines; a last line that a kill cut short is left out.
+
+    Raises UserError for a file that is no text, and for a line that is JSON but no object with a whole number `step`.
+    """
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    if not path.exists():
+        return lines
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            read = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not (isinstance(read, dict) and type(read.get("step")) is int):
+            raise UserError(f"{path} line {number}: no object with a whole number 'step'; remove that line")
+        lines.append(read)
     return lines
 
 

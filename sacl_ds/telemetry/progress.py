@@ -21,7 +21,8 @@ class RunProgress:
     """Progress over the steps of one phase; silent on every rank but the first."""
 
     def __init__(self, title: str, steps: int, start: int, enabled: bool) -> None:
-        self.console = Console(quiet=not enabled, soft_wrap=True)
+        # names of files and samples are no markup
+        self.console = Console(quiet=not enabled, soft_wrap=True, markup=False, emoji=False)
         self.title, self.steps = title, steps
         self._last_line = 0.0
         self._live: Live | None = None

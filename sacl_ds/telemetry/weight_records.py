@@ -91,7 +91,7 @@ def read_figures(run_folder: Path) -> list[dict[str, Any]]:
     files = _files(run_folder, "figures")
     if not files:
         raise _nothing(run_folder)
-    rows = [row for _, path in files for row in _read(path)]
+    rows = [row for _, path in files for row in _read(path, FIGURES)]
     return sorted(rows, key=lambda row: (row["step"], row["direction"]))
 
 
@@ -106,7 +106,7 @@ def read_lowest(run_folder: Path, step: int | None = None) -> list[dict[str, Any
     if step not in files:
         near = min(files, key=lambda other: abs(other - step))
         raise UserError(f"{run_folder / FOLDER}: step {step} was not recorded; the nearest that was is {near}")
-    return sorted(_read(files[step]), key=lambda row: (row["direction"], row["place"]))
+    return sorted(_read(files[step], LOWEST), key=lambda row: (row["direction"], row["place"]))
 
 
 def _files(run_folder: Path, name: str) -> list[tuple[int, Path]]:
@@ -136,11 +136,22 @@ def _encodable(row: Row) -> dict[str, Any]:
     return {name: x.encode("utf-8", "replace").decode() if isinstance(x, str) else x for name, x in row.items()}
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, schema: arrow.Schema) -> list[dict[str, Any]]:
+    """Rows with the columns and types of `schema`. Raises UserError for a file that is damaged or of something else."""
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
-    except (OSError, arrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}; remove it") from None
+        table = parquet.ParquetFile(path).read()
+        if sorted(table.schema.names) != sorted(schema.names):
+            raise ValueError(f"its columns are {', '.join(table.schema.names)[:80]}")
+        table = table.select(schema.names).cast(schema)
+        for column in schema:
+            if table[column.name].null_count and column.type != _FLOAT:
+                raise ValueError(f"values of {column.name} are missing")
+        rows: list[dict[str, Any]] = table.to_pylist()
+        if any(row["direction"] not in DIRECTIONS for row in rows):
+            raise ValueError(f"a direction is neither {' nor '.join(DIRECTIONS)}")
+    except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; remove it") from None
+    return rows
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

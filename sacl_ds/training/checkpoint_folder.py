@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sacl_ds.atomic import write_text
 from sacl_ds.errors import UserError
+from sacl_ds.model import saved
 from sacl_ds.training.tensor_files import Fragments, Written, checksum
 
 FOLDER, LATEST, STATE, MANIFEST = "checkpoints", "latest", "state.json", "manifest.json"
@@ -140,10 +139,7 @@ def frozen_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Raises UserError."""
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {_line(error)}; take another checkpoint of this run") from None
+    return saved.read_tensors(file, f"the checkpoint {file.parent}")
 
 
 def complete(checkpoints: Path) -> list[Path]:

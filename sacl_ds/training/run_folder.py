@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from sacl_ds.config import ModelConfig, TrainingConfig
 from sacl_ds.distributed import broadcast_object, gather_objects, rank, same_error
 from sacl_ds.errors import SharedError, UserError
 from sacl_ds.faults.judging import Limits
 from sacl_ds.model.saved import CONFIG, WEIGHTS
 from sacl_ds.training.checkpoint_folder import latest
+from sacl_ds.yaml_files import plain_yaml
 
 TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
 _LOCK = ".lock"
@@ -174,8 +173,8 @@ def with_saved_positions(model: ModelConfig, folder: Path) -> ModelConfig | None
 
 def _saved_model(folder: Path) -> dict[str, Any] | None:
     try:
-        return dict(yaml.safe_load((folder / CONFIG).read_text())["model"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return dict(plain_yaml((folder / CONFIG).read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

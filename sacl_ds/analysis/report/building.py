@@ -16,6 +16,7 @@ from sacl_ds.analysis.device import device_named
 from sacl_ds.analysis.report import sections
 from sacl_ds.analysis.report.examples import FindPictures, Pictures, Place, gallery, lowest_of, matrix
 from sacl_ds.analysis.report.page import Headline, Section, percent, plain, render, shown
+from sacl_ds.analysis.report.recorded import recorded
 from sacl_ds.analysis.report.retrieval import side_by_side
 from sacl_ds.analysis.report.truth import SceneTruth, truth_of
 from sacl_ds.analysis.subject import (
@@ -33,12 +34,10 @@ from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.sample import Source
 from sacl_ds.data.shards.index import index_shards
-from sacl_ds.data.shards.patterns import is_remote
+from sacl_ds.data.shards.patterns import is_plain, is_remote
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import CONFIG, WEIGHTS
-from sacl_ds.telemetry.metrics import read as read_metrics
-from sacl_ds.telemetry.weight_records import read_figures, read_lowest
 
 _LARGEST_BATCH = 1024  # of the mini-batch that is held as a matrix
 _LIGHTEST = 64  # pairs per direction, where they are not from the run's records
@@ -87,8 +86,7 @@ def write_report(
     """
     if against is not None and Path(against).resolve() == folder.resolve():
         raise UserError(f"--against {against} is the run itself; name another")
-    figures, lowest = read_figures(folder), read_lowest(folder)
-    metrics = read_metrics(folder / "metrics.jsonl")
+    figures, lowest, metrics = recorded(folder)
     run = load_config(folder / CONFIG, [])
     drawn = out / "pictures"
     try:
@@ -175,11 +173,15 @@ def _gallery(
         assert known is not None
         return gallery(lowest, lambda wanted: _scenes(known, wanted), known, folder, origin)
     named = sorted({entry[f"{side}_shard"] for entry in lowest for side in ("anchor", "negative")})
-    there = [shard for shard in named if is_remote(shard) or Path(shard).is_file()]
+    there = [shard for shard in named if is_plain(shard) and (is_remote(shard) or Path(shard).is_file())]
     reason = "they are not there"
     if there or not lowest:
         try:
-            source = ShardSource(index_shards(there), run.data.model_copy(update={"weights": None})) if there else None
+            source = (
+                ShardSource(index_shards(there), run.data.model_copy(update={"weights": None, "cache_dir": None}))
+                if there
+                else None
+            )
 
             def find(wanted: Sequence[Place]) -> dict[Place, Image.Image]:
                 return {} if source is None else pictures(source, [place for place in wanted if place[0] in there])

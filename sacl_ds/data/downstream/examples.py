@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sacl_ds.data.faults import BadSample, Fault
-from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Block, GlobalOrder
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import Numbers
@@ -68,7 +67,7 @@ class ImageFile:
                 return Picture(path.read_bytes())
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except (OSError, BadImage) as error:
+            except (OSError, ValueError) as error:  # BadImage, or a name with a zero byte
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise BadSample(Fault("bad", "", self.key, f"{path} cannot be read: {reason}")) from None
         raise BadSample(Fault("bad", "", self.key, f"no file {' or '.join(map(str, self.places))}"))

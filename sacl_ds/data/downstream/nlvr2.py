@@ -24,6 +24,7 @@ from sacl_ds.data.downstream.scene_image import SceneImage
 from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.data.grouping import hash64
 from sacl_ds.data.images import BadImage
+from sacl_ds.data.inside import require_relative
 from sacl_ds.data.json_files import each_entry, read_json_lines
 from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.order import Place
@@ -102,6 +103,7 @@ def _statement(entry: Any, images: Path) -> Statement:
     split, number, pair, _ = form.groups()
     folders = [images, images / split]
     if (directory := entry.get("directory")) is not None:
+        require_relative(str(directory))
         folders += [images / split / str(directory), images / str(directory)]
 
     def side(place: int) -> ImageFile:

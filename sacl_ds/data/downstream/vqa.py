@@ -93,6 +93,8 @@ def vqa_questions(questions: Path, annotations: Path | None, images: Path) -> li
     subset = content.get("data_subtype", "")
     if not isinstance(subset, str):
         raise UserError(f"{questions}: data_subtype is not a text; give an official questions file of VQA v2")
+    if "/" in subset or subset in (".", ".."):
+        raise UserError(f"{questions}: data_subtype {subset[:80]!r} is no name such as val2014; correct it")
 
     image = cache(lambda image_id: _CocoImage(images, subset, image_id))
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ _CHUNK = 1 << 20
 _ROOM_EVERY = 32  # chunks
 _POLL_SECONDS = 0.1
 _PARTIAL, _LOCK = ".partial", ".lock"
+_OWN = re.compile(r"[0-9a-f]{16}-.*", re.DOTALL)  # names that the cache gives: nothing else is removed
 _ABANDONED_SECONDS = 3600.0  # a fetch that was killed leaves its part
 
 
@@ -41,8 +43,9 @@ class ShardCache:
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / _LOCK).touch()
-        except OSError as error:
-            raise UserError(f"data.cache_dir={folder} cannot be written to: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a zero byte
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"data.cache_dir={folder} cannot be written to: {reason}") from None
         return cls(path, int(gigabytes * 1e9))
 
     def open(self, shard: str, heart: Heart, stall_seconds: float = STALL_SECONDS) -> Stream:
@@ -119,8 +122,10 @@ class ShardCache:
             _lock(lock, Heart())
             found: list[tuple[float, int, Path]] = []
             for path in self.folder.iterdir():
+                if not _OWN.fullmatch(path.name):
+                    continue  # the folder may be anybody's
                 with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
+                    status = path.lstat()
                     found.append((status.st_mtime, status.st_size, path))
             most = self.limit - _ROOM_EVERY * _CHUNK
             total = sum(size for _, size, _ in found)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sacl_ds.data.shards.layout import stats_path
 from sacl_ds.data.shards.opening import open_shard, reason
@@ -22,6 +23,8 @@ _THREADS = 16
 _AT_ONCE = 64
 _PARTS_BETWEEN_WRITES = 16
 _ATTEMPTS = 3
+_MOST = 10**8  # samples of a shard
+_LARGEST_STATS = 1 << 20  # bytes
 
 Done = Callable[[int, int], None]  # shards counted, of how many
 
@@ -47,15 +50,16 @@ def index_shards(
     setting: str = "data.shards",
     *,
     several: bool = False,
+    typed: bool = False,
     done: Done = lambda count, total: None,
 ) -> ShardIndex:
-    """Expand and count. several: each of the patterns is a set of its own.
+    """Expand and count. several: each of the patterns is a set of its own. typed: as for `expand`.
 
     Counts that were found before are kept under $XDG_CACHE_HOME/sacl_ds, with a local shard's size and time of change,
     and hold as long as these do. Raises UserError for shards that are missing, empty or cannot be counted.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    sets = [expand(one, setting) for one in patterns] if several else [expand(pattern, setting)]
+    sets = [expand(one, setting, typed=typed) for one in (patterns if several else [pattern])]
     shards = [shard for one in sets for shard in one]
     counts = _counts(shards, done)
     index, start = ShardIndex(shards, []), 0
@@ -73,9 +77,9 @@ def _counts(shards: list[str], done: Done) -> list[int]:
     known = _read(path)
     states = [_state(shard) for shard in shards]
     found = {
-        shard: int(entry[-1])
+        shard: entry[-1]
         for shard, state in zip(shards, states, strict=True)
-        if (entry := known.get(shard)) and entry[:-1] == state
+        if isinstance(entry := known.get(shard), list) and entry[:-1] == state and _is_count(entry[-1])
     }
     missing = [shard for shard in shards if shard not in found]
     state_of = dict(zip(shards, states, strict=True))
@@ -108,13 +112,21 @@ def count_samples(shard: str) -> int:
 
 def _stats(shard: str) -> int | None:
     """What the file beside it says; None where there is none or it says nothing."""
-    with suppress(OSError, KeyError, ValueError, TypeError):
+    with suppress(OSError, KeyError, ValueError, TypeError, RecursionError):
         if not is_remote(shard):
-            return int(json.loads(stats_path(shard).read_bytes())["successes"])
-        if shard.endswith(".tar") and not shard.startswith("pipe:"):
+            says = json.loads(stats_path(shard).read_bytes())["successes"]
+        elif shard.endswith(".tar") and not shard.startswith("pipe:"):
             with open_shard(f"{shard.removesuffix('.tar')}_stats.json") as stream:
-                return int(json.loads(stream.read())["successes"])
+                says = json.loads(stream.read(_LARGEST_STATS))["successes"]
+        else:
+            return None
+        return says if _is_count(says) else None
     return None
+
+
+def _is_count(says: Any) -> bool:
+    """Of the samples of a shard; what a file says need be neither a number nor one that memory can bear."""
+    return type(says) is int and 0 <= says <= _MOST
 
 
 def _state(shard: str) -> list[int]:
@@ -135,7 +147,7 @@ def _cache_path(shards: list[str]) -> Path:
 def _read(path: Path) -> dict[str, list[int]]:
     try:
         known = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

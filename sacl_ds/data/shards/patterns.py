@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import braceexpand
 
+from sacl_ds.config.typed import was_typed
 from sacl_ds.errors import UserError
+
+_MOST = 300_000  # shards that one pattern may stand for
+# what a list or a saved configuration may name; other protocols of fsspec open files in files and run templates
+_PLAIN = ("http", "https", "ftp", "s3", "s3a", "gs", "gcs", "hf", "ais", "az", "abfs", "abfss", "adl", "oci", "hdfs")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 
 
 def is_remote(shard: str) -> bool:
     return "://" in shard or shard.startswith("pipe:")
 
 
-def expand(pattern: str | Sequence[str], setting: str = "data.shards") -> list[str]:
+def is_plain(shard: str) -> bool:
+    """A path, or an address that can only be fetched: neither a command (pipe:...) nor files in files (a::b)."""
+    return "::" not in shard and (not is_remote(shard) or shard.partition("://")[0] in _PLAIN)
+
+
+def expand(pattern: str | Sequence[str], setting: str = "data.shards", *, typed: bool = False) -> list[str]:
     """'/data/{000..010}.tar', '@list.txt' (a pattern a line), or several of them -> the shards, in order.
 
-    Raises UserError for no shard, a missing one, or one that is named twice.
+    typed: the user wrote the pattern himself, on a command line or in Python, and may run commands by it; else only one
+    that `sacl_ds.config.typed` knows may. Raises UserError for no shard, a missing one, one that is named twice, and a
+    command that nobody typed.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    shards = [shard for one in patterns for shard in _expand(one.strip(), setting)]
+    shards = [shard for one in patterns for shard in _expand(one.strip(), setting, typed)]
     if not shards:
         raise UserError(f"{setting} is an empty list of shards; give e.g. {setting}='/data/{{000..010}}.tar'")
     missing = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
@@ -34,24 +49,47 @@ def expand(pattern: str | Sequence[str], setting: str = "data.shards") -> list[s
     return shards
 
 
-def _expand(pattern: str, setting: str) -> list[str]:
+def _expand(pattern: str, setting: str, typed: bool) -> list[str]:
     if pattern.startswith("["):
         raise UserError(f'{setting}={pattern}: entries of a list stand in quotes: \'["/a/{{0..9}}.tar", "@b.txt"]\'')
     if not pattern.startswith("@"):
-        return sorted(_braces(pattern, setting)) if pattern else []
+        shards = sorted(_braces(pattern, setting)) if pattern else []
+        return shards if typed or was_typed(pattern) else _only_plain(shards, setting)
     try:
         lines = Path(pattern[1:]).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{setting}: the list {pattern[1:]} cannot be read: {_reason(error)}") from None
     lines = [line.strip() for line in lines]
-    return [shard for line in lines if line and not line.startswith("#") for shard in _braces(line, setting)]
+    shards = [shard for line in lines if line and not line.startswith("#") for shard in _braces(line, setting)]
+    return _only_plain(shards, f"{setting}: the list {pattern[1:]}")
+
+
+def _only_plain(shards: list[str], where: str) -> list[str]:
+    for shard in shards:
+        if not is_plain(shard):
+            what = "runs a command" if shard.startswith("pipe:") else "is opened by other means than fetching it"
+            raise UserError(
+                f"{where}: {shard[:80]!r} {what}, which is done only where you type it; give it on the "
+                "command line in place of this"
+            )
+    return shards
 
 
 def _braces(pattern: str, setting: str) -> list[str]:
+    many = UserError(f"{setting}: {pattern[:80]!r} stands for more than {_MOST} shards; write a smaller range")
     try:
-        return list(braceexpand.braceexpand(pattern))
-    except ValueError:
+        if any(abs(int(last) - int(first)) >= _MOST for first, last in _RANGE.findall(pattern)):
+            raise many  # before its numbers are made
+        shards = list(islice(braceexpand.braceexpand(pattern), _MOST + 1))
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         raise UserError(f"{setting}: braces do not match in {pattern!r}; write e.g. '/data/{{000..010}}.tar'") from None
+    if len(shards) > _MOST:
+        raise many
+    if "\0" in pattern:
+        raise UserError(f"{setting}: {pattern!r} holds a zero byte, which no name has; correct it")
+    return shards
 
 
 def _reason(error: Exception) -> str:

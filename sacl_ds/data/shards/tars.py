@@ -1,4 +1,8 @@
-"""Samples of a tar in their order, as webdataset groups them; and where in a local tar a sample begins."""
+"""Samples of a tar in their order, as webdataset groups them; and where in a local tar a sample begins.
+
+Nothing is unpacked to a disk and no member is decoded by its name. What a header claims is held against limits before
+memory is taken for it, and against the place where it stands: a tar may claim to go on before itself.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from array import array
 from collections.abc import Iterator
 from typing import IO, Any
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.data.shards.opening import Heart, Stream, open_shard, reason
@@ -19,10 +23,21 @@ from sacl_ds.data.shards.patterns import is_remote
 from sacl_ds.errors import UserError
 
 _BLOCK = 512  # bytes, of a tar's headers and padding
+_FARTHEST = 1 << 62  # bytes into a file
 _REGULAR = (b"0", b"\0", b"7")
 _OTHERS = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, folders and the like: no files
 _TIMES = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"comment"}
 _SKIPPED = r"__[^/]*__($|/)"  # what webdataset leaves out
+_LARGEST_FILE = 1 << 28  # bytes; one that is larger counts as damaged
+_CHUNK = 1 << 20  # bytes
+_LARGEST_HEADER = 1 << 20  # bytes of names and times that do not fit a header
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class BadShard(OSError):
@@ -35,13 +50,55 @@ def samples_of(stream: Stream, without_image: bool = False) -> Iterator[dict[str
     without_image: groups that have none too, which are no samples for training.
     """
     try:
-        for fields in group_by_keys(tar_file_expander([{"url": "", "stream": stream}])):
+        for fields in group_by_keys(_files(stream)):
             if without_image or image_of(fields) is not None:
                 yield fields
-    except (OSError, tarfile.TarError, ValueError, EOFError) as error:
-        # webdataset adds the stream to the message and to the arguments
-        said = (error.strerror if isinstance(error, OSError) else None) or str(next(iter(error.args), error))
-        raise BadShard(said.partition(" @ <")[0]) from None
+    except Exception as error:  # tarfile, zlib and their kin raise a dozen types for damaged files
+        raise _bad_shard(error) from None
+
+
+class _Member(tarfile.TarInfo):
+    """A header that claims nothing which reading it could not bear."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        """Raises BadShard."""
+        made = super().frombuf(buf, encoding, errors)
+        if made.size < 0 or made.type == tarfile.GNUTYPE_SPARSE:
+            raise BadShard(f"a header in it says that {made.name[:80]!r} has {_claim(made)}")
+        if made.type in _EXTENDED and made.size > _LARGEST_HEADER:
+            raise BadShard(f"a header in it has {made.size} bytes of name")
+        return made
+
+
+def _claim(member: tarfile.TarInfo) -> str:
+    return f"{member.size} bytes" if member.size < 0 else "holes"
+
+
+def _files(stream: Stream) -> Iterator[dict[str, Any]]:
+    """{'fname': ..., 'data': ...} of the regular files in their order, as webdataset's grouping takes them.
+
+    Of one that is too large there are no bytes: its sample cannot be used, and the others keep their places.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:  # type: ignore[call-overload]
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # which it would keep
+            if member.size < 0 or member.issparse():  # said by an extended header
+                raise BadShard(f"a header in it says that {member.name[:80]!r} has {_claim(member)}")
+            large = member.size > _LARGEST_FILE
+            if large:
+                _pass_over(tar, member)
+            if member.isreg() and not re.match(_SKIPPED, member.name):
+                file = None if large else tar.extractfile(member)
+                yield {"fname": member.name, "data": file.read() if file else b"", "__url__": ""}
+
+
+def _pass_over(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Read to its end, or that of the tar: left to itself, tarfile would count its blocks for years."""
+    if (file := tar.extractfile(member)) is None:
+        raise BadShard(f"a header in it says that {member.name[:80]!r} has {member.size} bytes")
+    while file.read(_CHUNK):
+        continue
 
 
 def read_samples(shard: str, without_image: bool = False) -> Iterator[dict[str, Any]]:
@@ -62,11 +119,27 @@ def count_in(shard: str) -> int:
     if is_remote(shard):
         with open_shard(shard) as stream:
             return sum(1 for _ in samples_of(stream))
+    keys, place = set(), -1
     try:
-        with tarfile.open(shard) as tar:
-            return len({base_plus_ext(m.name)[0] for m in tar if m.isfile() and _extension(m.name) in IMAGE_EXTENSIONS})
-    except (OSError, tarfile.TarError) as error:
-        raise BadShard(reason(error)) from None
+        with tarfile.open(shard, tarinfo=_Member) as tar:
+            for member in tar:
+                if member.offset <= place:
+                    raise BadShard("its headers lead back to where they began")
+                place = member.offset
+                if member.isfile() and _extension(member.name) in IMAGE_EXTENSIONS:
+                    keys.add(base_plus_ext(member.name)[0])
+                tar.members = []  # type: ignore[attr-defined]
+    except Exception as error:  # as in `samples_of`
+        raise _bad_shard(error) from None
+    return len(keys)
+
+
+def _bad_shard(error: Exception) -> BadShard:
+    if isinstance(error, OSError):
+        return BadShard(reason(error))
+    return BadShard(
+        " ".join(str(next(iter(error.args), "")).split()) or type(error).__name__
+    )  # webdataset adds arguments
 
 
 def start_of(file: IO[bytes], number: int, heart: Heart) -> tuple[int, int]:
@@ -108,7 +181,9 @@ class _Starts:
         for place, header in self._headers():
             self._heart.beat()
             kind = header[156:157]
-            if kind == b"x" and _only_times(os.pread(self._file, _size(header), place + _BLOCK)):
+            if kind == b"x" and _size(header) <= _LARGEST_HEADER:
+                if not _only_times(os.pread(self._file, _size(header), place + _BLOCK)):
+                    break
                 extended = place
                 continue
             if kind not in _REGULAR:
@@ -142,8 +217,11 @@ class _Starts:
                 size = _size(header)
             except ValueError:
                 return
+            following = place + _BLOCK + -(-size // _BLOCK) * _BLOCK
+            if not place < following < _FARTHEST:
+                return
             yield place, header
-            place += _BLOCK + -(-size // _BLOCK) * _BLOCK
+            place = following
 
 
 @functools.lru_cache(maxsize=128)

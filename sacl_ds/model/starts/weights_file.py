@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sacl_ds.errors import UserError
+from sacl_ds.model.starts.torchscript import is_torchscript, read_torchscript
 
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
@@ -34,22 +33,26 @@ def read_weights(path: str, setting: str) -> WeightsFile:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{setting}={path}: no such file; correct the path")
-    torchscript = _is_torchscript(file)
+    torchscript = False
     try:
+        torchscript = is_torchscript(file)
         if torchscript:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch.jit has no successor that reads these
-                loaded: Any = torch.jit.load(str(file), map_location="cpu").state_dict()
+            loaded: Any = read_torchscript(file)
         elif file.suffix == ".safetensors":
             loaded = load_file(file)
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if torchscript:
+            raise UserError(
+                f"{setting}={path}: a TorchScript archive that is damaged or more than weights ({error}); "
+                "fetch it again, or give the state dict of its model"
+            ) from None
         raise UserError(
             f"{setting}={path}: it holds objects other than tensors, which may run code when loaded; if you trust "
             "it, keep its weights: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, NEW)"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes its reader raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{setting}={path} cannot be read: {reason}; fetch it again") from None
     tensors = _tensors(loaded)
@@ -58,19 +61,10 @@ def read_weights(path: str, setting: str) -> WeightsFile:
     return WeightsFile(tensors, torchscript)
 
 
-def _is_torchscript(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _tensors(loaded: Any) -> dict[str, Tensor]:
-    while isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
-        inner = next((loaded[key] for key in _WRAPPERS if key in loaded), None)
-        if inner is None:
-            return {}
-        loaded = inner
+    for _ in _WRAPPERS:  # one in another, each at most once
+        if isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
+            loaded = next((loaded[key] for key in _WRAPPERS if key in loaded), None)
     if not isinstance(loaded, Mapping):
         return {}
     found = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from sacl_ds.config import ModelConfig
 from sacl_ds.errors import UserError
 from sacl_ds.model.heads import MAX_LOGIT_SCALE
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, saved_model_config
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, read_tensors, saved_model_config
 from sacl_ds.model.starts.image import PART, Computation, image_tower, load_vit
 from sacl_ds.model.starts.placing import place, require_shapes
 from sacl_ds.model.starts.report import SourceReport
@@ -52,7 +51,7 @@ def run_positions(folder: Path) -> int:
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             return int(file.get_slice(_POSITIONS).get_shape()[0])
-    except SafetensorError as error:
+    except (OSError, SafetensorError, IndexError) as error:  # IndexError: positions that are a number
         raise UserError(f"{SETTING}={folder}: {WEIGHTS} cannot be read: {error}") from None
 
 
@@ -102,11 +101,7 @@ def _bert_name(name: str) -> str:
 
 def _load_run(model: SaclModel, config: ModelConfig, folder: Path) -> SourceReport:
     label = f"{SETTING}={folder}"
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{label}: {WEIGHTS} cannot be read: {error}") from None
-    return place_run(model, config, folder, state, label)
+    return place_run(model, config, folder, read_tensors(folder / WEIGHTS, label), label)
 
 
 def place_run(

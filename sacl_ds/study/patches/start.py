@@ -41,7 +41,7 @@ def pictures(scenes: Scenes, folder: Path) -> Tensor:
         with temporary.open("wb") as file:
             np.save(file, np.stack([scenes.image(index) for index in range(len(scenes))]))
         temporary.replace(path)
-    return torch.from_numpy(np.load(path)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.load(path, allow_pickle=False)).permute(0, 3, 1, 2).contiguous()
 
 
 def image_start(sizes: Sizes, folder: Path) -> Path:

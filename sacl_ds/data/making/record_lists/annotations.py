@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from sacl_ds.data.inside import LeadsOut, inside
 from sacl_ds.data.json_files import read_json
 from sacl_ds.data.karpathy import karpathy_split
 from sacl_ds.data.making.record import ImageFile, Record, no_image
@@ -40,17 +40,19 @@ def coco_records(annotations: Path, images: Path) -> list[Record]:
     captions: dict[Any, list[str]] = defaultdict(list)
     try:
         for annotation in document["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
+            captions[annotation["image_id"]].append(_text(annotation["caption"]))
         records = [
             Record(
                 key=f"{number:09d}",
                 captions=captions.pop(entry["id"], []),
-                load=ImageFile(os.path.join(images, entry["file_name"])),
+                load=ImageFile(inside(images, _text(entry["file_name"]))),
                 meta={"filename": entry["file_name"], "image_id": entry["id"]},
                 where=f"{annotations}, image {entry['id']} ({entry['file_name']})",
             )
             for number, entry in enumerate(document["images"])
         ]
+    except LeadsOut as error:
+        raise UserError(f"{annotations}: {error}; correct it, or give a folder above both as --images") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{annotations} is no COCO captions JSON: {error} is missing") from None
     if not records:
@@ -59,3 +61,9 @@ def coco_records(annotations: Path, images: Path) -> list[Record]:
         where, problem = f"{annotations}, image_id {image_id}", "caption of an image that 'images' lacks"
         records.append(Record(f"{len(records):09d}", orphans, no_image, {"image_id": image_id}, where, problem))
     return records
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text in place of {value!r:.60}")
+    return value

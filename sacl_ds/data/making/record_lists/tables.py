@@ -6,12 +6,13 @@ import csv
 import gzip
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sacl_ds.data.inside import LeadsOut, inside
 from sacl_ds.data.making.record import ImageBytes, ImageFile, Record, no_image
 from sacl_ds.errors import UserError, nearest
 
@@ -55,11 +56,14 @@ class TableRecords:
         # of several rows, name the one without a caption
         named = next((row for row in rows if not any(c.strip() for c in row.captions)), rows[0])
         meta = {"row": rows[0].where} if isinstance(image, bytes) else {"filename": image}
-        load = ImageBytes(image) if isinstance(image, bytes) else ImageFile(os.path.join(self.images, image))
         problem = next((row.problem for row in rows if row.problem), "") or ("" if image else "no image")
-        return Record(
-            f"{number:09d}", captions, load if image else no_image, meta, f"{self.path} {named.where}", problem
-        )
+        load: Callable[[], bytes]
+        try:
+            load = ImageBytes(image) if isinstance(image, bytes) else ImageFile(inside(self.images, image))
+        except LeadsOut:
+            load, problem = no_image, problem or "image outside the folder --images"
+        where = f"{self.path} {named.where}"
+        return Record(f"{number:09d}", captions, load if image else no_image, meta, where, problem)
 
 
 def table_records(
@@ -144,7 +148,7 @@ class ParquetTable:
             schema = parquet.read_schema(path)
         except (OSError, arrow.ArrowException) as error:
             raise UserError(f"cannot read {path}: {_one_line(error)}") from None
-        self.failures = (OSError, arrow.ArrowException)
+        self.failures = (OSError, ValueError, arrow.ArrowException)  # ValueError: a text that is not UTF-8
         _check_columns(path, schema.names, image_column, caption_column)
         kinds = arrow.types
         image, caption = schema.field(image_column).type, schema.field(caption_column).type

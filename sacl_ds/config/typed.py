@@ -1,0 +1,23 @@
+"""What the user has typed in this process: shards that run commands (pipe:...) are opened only where they are among it.
+
+A configuration, a list of shards, a run directory may have been downloaded; a command line has not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_typed: set[str] = set()
+
+
+def remember_typed(value: Any) -> None:
+    """A setting from the command line: a text, or lists and mappings of texts."""
+    if isinstance(value, str):
+        _typed.add(value.strip())
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            remember_typed(inner)
+
+
+def was_typed(text: str) -> bool:
+    return text.strip() in _typed

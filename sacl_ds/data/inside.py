@@ -1,0 +1,28 @@
+"""Paths that annotation files and tables name, held to the folder of images: a downloaded list reads nothing else."""
+
+from __future__ import annotations
+
+import os
+
+
+class LeadsOut(ValueError):
+    """The message says which path, and out of where."""
+
+
+def inside(folder: str | os.PathLike[str], *parts: str) -> str:
+    """folder/part/part. Raises LeadsOut where `..` or an absolute part leads out of the folder.
+
+    By name: links within the folder are the user's own, and followed.
+    """
+    if not any(part.startswith(os.sep) or ".." in part for part in parts):
+        return os.path.join(folder, *parts)  # of millions
+    base = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(base, *parts))
+    if path != base and not path.startswith(base.rstrip(os.sep) + os.sep):
+        raise LeadsOut(f"the path {os.path.join(*parts)[:200]!r} leads out of the folder of images")
+    return os.path.join(folder, *parts)
+
+
+def require_relative(*parts: str) -> None:
+    """Raises LeadsOut where folder/part/part might lead out of any folder."""
+    inside("/folder", *parts)
