@@ -53,7 +53,12 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]
             environment = os.environ | {"DS_ACCELERATOR": "cpu"}
             begun.append(
                 subprocess.Popen(
-                    [*command, *line(folder, *arguments)], cwd=ROOT, env=environment, stdout=out, stderr=out
+                    [*command, *line(folder, *arguments)],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
                 )
             )
         return begun[-1]
@@ -77,17 +82,23 @@ def belonging(folder: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
-@pytest.mark.parametrize("whom", ["deepspeed", "launch.py"])
-def test_sigterm_to_the_launcher(whom: str, launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("whom", ["deepspeed", "launch.py", "all, as Ctrl-C"])
+def test_asking_the_launcher_to_stop(
+    whom: str, launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
     """The run stops with a checkpoint, and leaves no process behind."""
     folder = tmp_path / "run"
     head = launched(folder, *LONG, "data.workers=1")
     until(reached(folder, 4), 120, lambda: (tmp_path / "said").read_text()[-3000:])
-    target = psutil.Process(head.pid) if whom == "deepspeed" else psutil.Process(head.pid).children()[0]
-    target.terminate()
+    if whom == "deepspeed":
+        head.terminate()
+    elif whom == "launch.py":
+        psutil.Process(head.pid).children()[0].terminate()
+    else:
+        os.killpg(head.pid, signal.SIGINT)
     begun = time.monotonic()
     until(lambda: not belonging(folder), 60, lambda: (tmp_path / "said").read_text()[-3000:])
-    print(f"SIGTERM to {whom}: all ended after {time.monotonic() - begun:.1f} s")
+    print(f"asked: {whom}: all ended after {time.monotonic() - begun:.1f} s")
     head.wait(10)
     status = read_status(folder)
     assert status is not None

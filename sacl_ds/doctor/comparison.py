@@ -165,7 +165,7 @@ def _room(seen: Examination) -> list[Finding]:
     for node, facts in seen.facts.items():
         if facts.disk_free is not None and facts.disk_free < _DISK:
             what = f"{node}: {facts.disk_free:.1f} GB free at output_dir"
-            found.append(Finding(False, what, "make room: a checkpoint takes 16 bytes a parameter, the weights 4"))
+            found.append(Finding(False, what, "make room: a checkpoint takes 12 bytes a parameter, the weights 4"))
         if facts.shm_free is not None and facts.shm_free < _SHM:
             what = f"{node}: {facts.shm_free:.1f} GB free in /dev/shm, through which data.workers hand batches"
             found.append(Finding(False, what, "docker run --shm-size=16g, or data.workers=0"))

@@ -32,6 +32,7 @@ _ROOM = 80e9  # bytes of an H100
 _ROAD = {1: 512, 8: 2048, 32: 8192, 128: 16384}  # GPUs -> global batch
 _BETWEEN = 600  # seconds between checkpoints
 _ADAM = 16  # bytes a parameter: weight, gradient, two averages
+_SAVED = 12  # bytes a parameter in a checkpoint: weights and two moments, fp32
 
 _PAGE = """# Scaling: memory, traffic, time
 
@@ -165,7 +166,7 @@ another 4P = {momentum:.1f} GB a GPU and a forward pass.
    a GPU takes {rate:.0f} pairs/s; `tools/benchmark_loader.py` says how many one worker decodes on your machine, and
    metrics.jsonl how much of a step waited for data. Shards at least as many as ranks × workers, better several times.
 10. **Checkpoints**: `train.save_every` by the clock: what a fault costs is the time since the last one, and faults come
-   with the number of nodes. Every rank writes its part to the shared `output_dir`, up to 16P = {saved:.1f} GB together.
+   with the number of nodes. Every rank writes its part to the shared `output_dir`, 12P = {saved:.1f} GB together.
 11. **Timeouts**: a step waits for the slowest rank, and the slowest of 128 reads the slowest disk. A run that was ended
    for silence while all were well needs a longer `train.peer_timeout` or `train.step_timeout`, not more restarts; one
    that shall go on by itself after a fault, `train.max_restarts`.
@@ -201,7 +202,7 @@ def page(measured: dict[str, Any]) -> str:
         first_batch=_ROAD[1],
         road="\n".join(_road()),
         momentum=4 * job.parameters / 1e9,
-        saved=_ADAM * job.parameters / 1e9,
+        saved=_SAVED * job.parameters / 1e9,
         rate=job.pairs / step_time(job, H100).least,
     )
 

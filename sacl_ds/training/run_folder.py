@@ -22,7 +22,7 @@ from sacl_ds.yaml_files import plain_yaml
 
 TEACHER = "teacher"  # the directory of the teacher phase, inside the run's
 _LOCK = ".lock"
-_BYTES_WEIGHTS, _BYTES_CHECKPOINT = 4, 16  # a parameter: fp32; fp32 in both module and optimizer, and two moments
+_BYTES_WEIGHTS, _BYTES_CHECKPOINT = 4, 12  # a parameter: fp32; with two moments
 
 
 def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
