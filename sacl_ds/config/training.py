@@ -62,7 +62,8 @@ class TrainConfig(Room):
         60.0, description="seconds without a word of another rank after which all ranks end"
     )
     step_timeout: PositiveFloat = Field(
-        1800.0, description="seconds of a step behind the first, with its wait for data, after which all ranks end"
+        1800.0,
+        description="seconds of computing a step behind the first, or of waiting for its data, after which all ranks end",
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")

@@ -41,7 +41,7 @@ class Heard:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. peer: without a word of a rank; step: of a step, with its wait for data, that does not end."""
+    """Seconds. peer: without a word of a rank; step: of computing a step, or waiting for its data."""
 
     peer: float
     step: float

@@ -39,7 +39,9 @@ class Court:
 
     def __init__(self, host: str, now: Now, limits: Limits, act: Act) -> None:
         """host: by which the others reach this machine."""
-        self._listener = socket.create_server(("", 0), backlog=1024)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self._listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
         self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
         self._now, self._limits, self._act = now, limits, act
         self._heard: dict[int, Heard] = {}
