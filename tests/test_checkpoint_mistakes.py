@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be used, and settings of checkpoints and restarts: the documented lines (`docs/mistakes.md`)."""
+"""Checkpoints that cannot be used, and settings of checkpoints and restarts: lines of `docs/mistakes.md`."""
 
 import json
 import shutil

@@ -63,7 +63,7 @@ class TrainConfig(Room):
     )
     step_timeout: PositiveFloat = Field(
         1800.0,
-        description="seconds of computing a step behind the first, or of waiting for its data, after which all ranks end",
+        description="seconds of a step behind the first, or of waiting for its data, after which all ranks end",
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")
