@@ -55,7 +55,7 @@ class Guard:
         self._checkpoint = checkpoint
         self._pulse: Court | Witness | None = None
         first = ranks.rank == 0
-        court = Court(ranks.address, self._now, limits, self._end) if first else None
+        court = Court(ranks.address, self._now, limits, self._end, ranks.world) if first else None
         address: Address = ranks.share(court.address if court else None)
         try:
             self._pulse = court or Witness(address, self._now, limits, self._end, ranks.speaks)

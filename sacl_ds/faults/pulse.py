@@ -20,6 +20,7 @@ from sacl_ds.faults.judging import Beat, Heard, Limits, verdict
 INTERVAL = 1.0  # seconds between beats
 _TOLD = 3.0  # seconds that the first rank waits for the others to fetch its verdict
 _LONGEST = 1 << 16  # bytes of a line
+_ALIKE = ""  # the verdict where all ranks end for one reason, of which each knows
 
 Now = Callable[[], Beat]
 Act = Callable[[str, bool], None]  # on a verdict, and whether this rank is to say it
@@ -37,15 +38,16 @@ class Address:
 class Court:
     """The first rank's part: hears all others, and itself."""
 
-    def __init__(self, host: str, now: Now, limits: Limits, act: Act) -> None:
-        """host: by which the others reach this machine."""
+    def __init__(self, host: str, now: Now, limits: Limits, act: Act, world: int) -> None:
+        """host: by which the others reach this machine; world: how many ranks there are, this one among them."""
         self._listener = socket.create_server(("", 0), backlog=1024)
         self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
         self._now, self._limits, self._act = now, limits, act
+        self._missing, self._since = set(range(world)) - {now().rank}, time.monotonic()
         self._heard: dict[int, Heard] = {}
         self._at: dict[int, float] = {}  # when each rank was heard
         self._said: str | None = None
-        self._alone = False  # this rank tells the cause and ends by itself
+        self._alone = False  # this rank ends by itself
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._closed = threading.Event()
@@ -60,14 +62,28 @@ class Court:
         self._closed.wait(_TOLD + 1)
 
     def silence(self) -> None:
-        """All ranks end alike, for a reason that is said elsewhere."""
-        self._ending.set()
+        """All ranks end alike, for a reason that is said elsewhere: the others are told that this one's end means
+        nothing, then this returns."""
+        with self._lock:
+            self._alone = True
+            self._said = self._said or _ALIKE
+        self._closed.wait(_TOLD + 1)
 
     def close(self) -> None:
-        """The run ends as it should; so will the others, whose silence means nothing from now on."""
+        """The run ends as it should; so have the others."""
         self._ending.set()
+        self._closed.wait(_TOLD + 1)
 
     def _run(self) -> None:
+        try:
+            self._hear_all()
+        finally:
+            self._closed.set()
+        if self._said is not None and not self._ending.is_set() and not self._alone:
+            self._act(self._said, True)
+
+    def _hear_all(self) -> None:
+        """Until the run ends, or all have fetched a verdict."""
         selector = selectors.DefaultSelector()
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ)
@@ -82,14 +98,14 @@ class Court:
                     self._receive(key.fileobj, selector, lines, owners)
             if told is None and (said := self._judgement()) is not None:
                 told = time.monotonic()
-                self._said = said
-            waiting = [rank for rank in owners.values() if not self._heard[rank].gone]
+                with self._lock:
+                    self._said = self._said if self._said is not None else said
+            waiting = [rank for rank in owners.values() if self._heard[rank].words is None]
             if told is not None and (not waiting or time.monotonic() - told > _TOLD):
                 break
-        self._closed.set()
-        if told is not None and not self._ending.is_set() and not self._alone:
-            assert self._said is not None
-            self._act(self._said, True)
+        for peer in [*lines, self._listener]:
+            peer.close()
+        selector.close()
 
     def _judgement(self) -> str | None:
         with self._lock:
@@ -100,7 +116,12 @@ class Court:
             rank: Heard(heard.beat, now - self._at[rank], heard.gone, heard.words)
             for rank, heard in self._heard.items()
         }
-        return verdict({own.rank: Heard(own), **known}, self._limits)
+        said = verdict({own.rank: Heard(own), **known}, self._limits)
+        if said is None and self._missing and now - self._since > self._limits.peer:
+            first, more = min(self._missing), len(self._missing) - 1
+            also = f" and {more} more have" if more else " has"
+            return f"rank {first}{also} not come in {now - self._since:.0f} s: its start has failed, or its network"
+        return said
 
     def _receive(
         self,
@@ -138,6 +159,7 @@ class Court:
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
         owners[peer] = beat.rank
+        self._missing.discard(beat.rank)
         self._heard[beat.rank], self._at[beat.rank] = Heard(beat, words=words), time.monotonic()
         try:
             peer.sendall(json.dumps({"verdict": self._said, "host": socket.gethostname()}).encode() + b"\n")
@@ -170,9 +192,11 @@ class Witness:
                 pass
 
     def silence(self) -> None:
-        self._silent = True
+        """All ranks end alike, for a reason that is said elsewhere."""
+        self.say("")
 
     def close(self) -> None:
+        """The run ends as it should."""
         self.say("")
 
     def _send(self, words: str | None) -> None:
@@ -206,7 +230,9 @@ class Witness:
                     self._send(None)
                     answer = self._answer(begun + self._limits.peer)
                 host = answer["host"] or host
-                if answer["verdict"] is not None:
+                if answer["verdict"] == _ALIKE:
+                    self._silent = True
+                elif answer["verdict"] is not None:
                     self._end(answer["verdict"], False)
                     break
             except TimeoutError:
