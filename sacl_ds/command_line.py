@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ import yaml
 from sacl_ds.config import RunConfig, TrainingConfig
 from sacl_ds.config_file import Config, load_config
 from sacl_ds.config_help import explain
-from sacl_ds.errors import Fault, SharedError, Stopped, UserError
+from sacl_ds.errors import FULL, Fault, SharedError, Stopped, UserError
 from sacl_ds.faults import restarts
 from sacl_ds.faults.ending import Exit
 from sacl_ds.faults.guard import Guard, current
@@ -154,7 +153,7 @@ def _unforeseen(error: Exception, guard: Guard | None) -> int:
         print(f"rank {rank} stops: another rank ended first, whose own line says why", file=sys.stderr, flush=True)
         return Exit.FAULT
     traceback.print_exc()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         said = f"the disk is full: {error.filename or 'of output_dir'}; make room, and go on with --resume"
     else:
         first = next(iter(str(error).splitlines()), "")

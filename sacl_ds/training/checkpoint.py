@@ -7,7 +7,6 @@ ranks, and leave out what is not trained (0.19.8).
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from sacl_ds import provenance
 from sacl_ds.atomic import write_text
 from sacl_ds.distributed import barrier, gather_objects, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
-from sacl_ds.errors import UserError
+from sacl_ds.errors import FULL, UserError
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.training import fragments
@@ -174,7 +173,7 @@ def _room(run_folder: Path, step: int) -> Iterator[None]:
     except OSError as error:
         before = latest(run_folder)
         stands = f"the checkpoint of step {before.step} is whole" if before else "there is no checkpoint before it"
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+        what = "the disk is full" if error.errno in FULL else str(error)
         raise UserError(
             f"the checkpoint of step {step} cannot be written to {run_folder / FOLDER}: {what}; {stands}: make room, "
             "and go on with --resume"
