@@ -197,7 +197,7 @@ def test_all_fail_alike(order: str, job: Callable[..., Job], process: Callable[.
 
 
 def test_the_end_of_a_run_takes_its_time(job: Callable[..., Job]) -> None:
-    """Witnesses have said that they end, and the first one is slow: nobody is missed; and all say nothing at the end."""
+    """Witnesses have said that they end, and the first one is slow: nobody is missed, and the end is silent."""
     made = job(3)
     for witness in made.witnesses:
         witness.close()
