@@ -206,12 +206,8 @@ def test_a_supervisor_that_is_gone_before_its_process_asks(scripts: Scripts) -> 
 
 
 def listening(grace: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*above, sys.executable, "-c", LISTENING, str(grace)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    line = [sys.executable, "-c", LISTENING, str(grace)]
+    return subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -158,11 +158,16 @@ def _name(writing: Path, folder: Path, keep: Retention) -> None:
     flush_folder(checkpoints)
     write_text(checkpoints / LATEST, folder.name)
     flush_folder(checkpoints)
-    there = {path.name: path for path in complete(checkpoints)}
-    states = [read_state(path) for path in there.values()]
-    for step in keep.superseded([*states]):
-        if there[tag_of(step)] != folder:
-            remove(there[tag_of(step)])
+    for step in keep.superseded([*_readable(checkpoints)]):
+        if tag_of(step) != folder.name:
+            remove(checkpoints / tag_of(step))
+
+
+def _readable(checkpoints: Path) -> Iterator[RunState]:
+    """Of a damaged one nothing is known, and it stays."""
+    for path in complete(checkpoints):
+        with suppress(UserError, FileNotFoundError):
+            yield read_state(path)
 
 
 @contextmanager
@@ -171,8 +176,11 @@ def _room(run_folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        before = latest(run_folder)
-        stands = f"the checkpoint of step {before.step} is whole" if before else "there is no checkpoint before it"
+        try:
+            before = latest(run_folder)
+            stands = f"the checkpoint of step {before.step} is whole" if before else "there is no checkpoint before it"
+        except UserError as damaged:
+            stands = str(damaged)
         what = "the disk is full" if error.errno in FULL else str(error)
         raise UserError(
             f"the checkpoint of step {step} cannot be written to {run_folder / FOLDER}: {what}; {stands}: make room, "
