@@ -130,7 +130,7 @@ def exit_status(main: Callable[[], int | None]) -> int:
         if _first() or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if held := guard():
-            held.failed(str(error), alone)
+            held.failed(str(error), alone, mistake=True)
         if not (_first() or alone):  # the launcher ends all ranks when one has ended: not before the first has spoken
             time.sleep(_SECONDS_TO_SPEAK)
         return Exit.MISTAKE
@@ -147,7 +147,7 @@ def exit_status(main: Callable[[], int | None]) -> int:
 
 def _unforeseen(error: Exception, guard: Guard | None) -> int:
     rank = os.environ.get("RANK", "0")
-    if any(sign in str(error) for sign in _PEER_GONE):
+    if not isinstance(error, OSError) and any(sign in str(error) for sign in _PEER_GONE):
         if guard:
             guard.wait_for_the_cause(_SECONDS_TO_SPEAK)
         print(f"rank {rank} stops: another rank ended first, whose own line says why", file=sys.stderr, flush=True)
@@ -190,7 +190,9 @@ def _in_a_job() -> bool:
 
 
 _SECONDS_TO_SPEAK = 30.0
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
+_PEER_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",  # gloo's, NCCL's
+)  # fmt: skip
 
 
 def check_hostfile() -> None:

@@ -27,7 +27,7 @@ from sacl_ds.faults.judging import Beat, Limits
 from sacl_ds.faults.pulse import Address, Witness
 host, port, token, rank, doing = sys.argv[1:]
 now = lambda: Beat(int(rank), "there", os.getpid(), 7, doing, 0.0)
-act = lambda said, speaks: print("verdict", said, flush=True)
+act = lambda said, speaks, mistake: print("verdict", said, flush=True)
 witness = Witness(Address(host, int(port), token), now, Limits(3, 600), act, True)
 print("ready", flush=True)
 for line in sys.stdin:
@@ -43,12 +43,14 @@ class Place:
     rank: int
     doing: str = "step"
     acted: list[tuple[str, bool]] = field(default_factory=list)
+    mistake: bool | None = None
     when: threading.Event = field(default_factory=threading.Event)
 
     def now(self) -> Beat:
         return Beat(self.rank, f"node{self.rank}", 4000 + self.rank, 7, self.doing, 0.0)
 
-    def act(self, said: str, speaks: bool) -> None:
+    def act(self, said: str, speaks: bool, mistake: bool) -> None:
+        self.mistake = mistake
         self.acted.append((said, speaks))
         self.when.set()
 
@@ -148,6 +150,20 @@ def test_last_words(job: Callable[..., Job], process: Callable[..., subprocess.P
     said, speaks = made.first.told(SOON)
     assert (said, speaks) == (f"rank 2 on there (process {child.pid}) failed: the disk is full", True)
     assert made.others[0].told(1) == (said, False)
+    assert made.first.mistake is False
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_mistake_of_one_is_a_mistake_of_all(number: int, job: Callable[..., Job]) -> None:
+    """No rank is started anew for what no restart mends, whichever met it."""
+    made = job(3)
+    for rank in (1, 2, 3):
+        beaten(made.court, rank)
+    (made.court, *made.witnesses)[number].say("no such file", True)
+    for place in [made.first, *made.others]:
+        if place.rank != number:
+            assert place.told(SOON)[0].endswith("failed: no such file")
+            assert place.mistake is True
 
 
 def test_a_process_that_stands_still(job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:

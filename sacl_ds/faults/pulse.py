@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from sacl_ds.faults.judging import Beat, Heard, Limits, verdict
 
@@ -23,7 +24,7 @@ _LONGEST = 1 << 16  # bytes of a line
 _ALIKE = ""  # the verdict where all ranks end for one reason, of which each knows
 
 Now = Callable[[], Beat]
-Act = Callable[[str, bool], None]  # on a verdict, and whether this rank is to say it
+Act = Callable[[str, bool, bool], None]  # on a verdict: whether this rank is to say it, and whether it is a mistake
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,21 @@ class Court:
         self._missing, self._since = set(range(world)) - {now().rank}, time.monotonic()
         self._heard: dict[int, Heard] = {}
         self._at: dict[int, float] = {}  # when each rank was heard
+        self._mistaken: set[int | None] = set()  # ranks whose last words are of a mistake
         self._said: str | None = None
+        self._mistake = False  # of the user, by the first last words: no rank is to be started anew
         self._alone = False  # this rank ends by itself
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
-    def say(self, words: str) -> None:
+    def say(self, words: str, mistake: bool = False) -> None:
         """This rank fails by itself, with these last words: all others are told, then this returns."""
         own = self._now()
         with self._lock:
             self._alone = True
+            self._mistake = mistake if not self._said else self._mistake
             self._said = self._said or f"{own} failed: {words}"
         self._closed.wait(_TOLD + 1)
 
@@ -80,7 +84,7 @@ class Court:
         finally:
             self._closed.set()
         if self._said is not None and not self._ending.is_set() and not self._alone:
-            self._act(self._said, True)
+            self._act(self._said, True, self._mistake)
 
     def _hear_all(self) -> None:
         """Until the run ends, or all have fetched a verdict."""
@@ -99,7 +103,9 @@ class Court:
             if told is None and (said := self._judgement()) is not None:
                 told = time.monotonic()
                 with self._lock:
-                    self._said = self._said if self._said is not None else said
+                    if self._said is None:
+                        blamed = next((rank for rank in sorted(self._heard) if self._heard[rank].words), None)
+                        self._said, self._mistake = said, blamed in self._mistaken
             waiting = [rank for rank in owners.values() if self._heard[rank].words is None]
             if told is not None and (not waiting or time.monotonic() - told > _TOLD):
                 break
@@ -155,14 +161,17 @@ class Court:
             said = json.loads(line)
             if said["token"] != self.address.token:
                 return False
-            beat, words = Beat(**said["beat"]), said["words"]
+            beat, words, mistake = Beat(**said["beat"]), said["words"], said["mistake"]
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
         owners[peer] = beat.rank
         self._missing.discard(beat.rank)
+        if mistake:
+            self._mistaken.add(beat.rank)
         self._heard[beat.rank], self._at[beat.rank] = Heard(beat, words=words), time.monotonic()
+        answer = {"verdict": self._said, "mistake": self._mistake, "host": socket.gethostname()}
         try:
-            peer.sendall(json.dumps({"verdict": self._said, "host": socket.gethostname()}).encode() + b"\n")
+            peer.sendall(json.dumps(answer).encode() + b"\n")
         except OSError:
             return False
         return self._said is None
@@ -181,12 +190,12 @@ class Witness:
         self._silent = False
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
-    def say(self, words: str) -> None:
+    def say(self, words: str, mistake: bool = False) -> None:
         """This rank ends; "" where it does so as it should. From now on it hears no verdict."""
         self._silent = True
         with self._lock:
             try:
-                self._send(words)
+                self._send(words, mistake)
                 self._answer(time.monotonic() + INTERVAL)
             except OSError:
                 pass
@@ -199,12 +208,12 @@ class Witness:
         """The run ends as it should."""
         self.say("")
 
-    def _send(self, words: str | None) -> None:
-        beat = self._now()
-        line = json.dumps({"token": self._address.token, "beat": asdict(beat), "words": words})
+    def _send(self, words: str | None, mistake: bool = False) -> None:
+        said = {"token": self._address.token, "beat": asdict(self._now()), "words": words, "mistake": mistake}
+        line = json.dumps(said)
         self._socket.sendall(line.encode() + b"\n")
 
-    def _answer(self, until: float) -> dict[str, str | None]:
+    def _answer(self, until: float) -> dict[str, Any]:
         """Raises ConnectionError where the first rank has closed, TimeoutError where it is silent."""
         line = b""
         while not line.endswith(b"\n"):
@@ -233,7 +242,7 @@ class Witness:
                 if answer["verdict"] == _ALIKE:
                     self._silent = True
                 elif answer["verdict"] is not None:
-                    self._end(answer["verdict"], False)
+                    self._end(answer["verdict"], False, answer["mistake"])
                     break
             except TimeoutError:
                 silent = f"has not been heard of for {time.monotonic() - begun:.0f} s"
@@ -245,9 +254,9 @@ class Witness:
                 break
             time.sleep(max(0.0, INTERVAL - (time.monotonic() - begun)))
 
-    def _end(self, said: str, speaks: bool) -> None:
+    def _end(self, said: str, speaks: bool, mistake: bool = False) -> None:
         if not self._silent:
-            self._act(said, speaks)
+            self._act(said, speaks, mistake)
 
 
 def _accept(listener: socket.socket, selector: selectors.BaseSelector, lines: dict[socket.socket, bytes]) -> None:
