@@ -7,6 +7,7 @@ ranks, and leave out what is not trained (0.19.8).
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sacl_ds import provenance
 from sacl_ds.atomic import write_text
-from sacl_ds.distributed import barrier, gather_objects, rank, same_error, world_size
+from sacl_ds.distributed import barrier, broadcast_object, gather_objects, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import FULL, UserError
 from sacl_ds.model.momentum import Momentum
@@ -139,14 +140,19 @@ def _beside(writing: Path, run_folder: Path, state: RunState, frozen: dict[str, 
     if frozen:
         written[FROZEN] = write_entries(writing / FROZEN, (Entry.of(n, t) for n, t in frozen.items()))
     write_text(writing / STATE, state_json(state))
-    names = [STATE]
-    if (run_folder / CONFIG).exists():
-        shutil.copyfile(run_folder / CONFIG, writing / CONFIG)
-        names.append(CONFIG)
-    if (run_folder / TOKENIZER).is_dir():
-        shutil.copytree(run_folder / TOKENIZER, writing / TOKENIZER, copy_function=shutil.copyfile)
-        names += [str(path.relative_to(writing)) for path in (writing / TOKENIZER).rglob("*") if path.is_file()]
-    return written | {name: checksum(writing / name) for name in names}
+    kept = [run_folder / CONFIG, *(run_folder / TOKENIZER).rglob("*")]
+    names = [str(path.relative_to(run_folder)) for path in kept if path.is_file()]
+    for name in names:
+        _copy(run_folder / name, writing / name)
+    return written | {name: checksum(writing / name) for name in (STATE, *names)}
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    flush_folder(target.parent)
 
 
 def _name(writing: Path, folder: Path, keep: Retention) -> None:
@@ -200,10 +206,13 @@ def resume(
     id_columns: how many ids a pair has, for the queue of `momentum`.
     Returns the number of steps done, and a note where the data that follow are not those that would have followed.
     """
+    state: RunState
     with same_error():
-        state = latest(run_folder)
-        if state is None:
+        found = latest(run_folder) if rank() == 0 else None
+        if rank() == 0 and found is None:
             raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
+    state = broadcast_object(found)  # nodes may not see the same file at once
+    with same_error():
         if state.vocabulary != identity.vocabulary:
             raise UserError(
                 f"--resume: the tokenizer in {run_folder} is not the one that its checkpoint was trained with; "
