@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside it, flushed to the disk, renamed: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Written beside it, flushed to the disk, renamed: a reader sees the old file or the new one, and so do several
+    writers. Raises OSError, and leaves nothing then."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

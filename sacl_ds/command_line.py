@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ import yaml
 from sacl_ds.config import RunConfig, TrainingConfig
 from sacl_ds.config_file import Config, load_config
 from sacl_ds.config_help import explain
-from sacl_ds.errors import Fault, SharedError, Stopped, UserError
+from sacl_ds.errors import FULL, Fault, SharedError, Stopped, UserError
 from sacl_ds.faults import restarts
 from sacl_ds.faults.ending import Exit
 from sacl_ds.faults.guard import Guard, current
@@ -131,7 +130,7 @@ def exit_status(main: Callable[[], int | None]) -> int:
         if _first() or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if held := guard():
-            held.failed(str(error), alone)
+            held.failed(str(error), alone, mistake=True)
         if not (_first() or alone):  # the launcher ends all ranks when one has ended: not before the first has spoken
             time.sleep(_SECONDS_TO_SPEAK)
         return Exit.MISTAKE
@@ -148,13 +147,13 @@ def exit_status(main: Callable[[], int | None]) -> int:
 
 def _unforeseen(error: Exception, guard: Guard | None) -> int:
     rank = os.environ.get("RANK", "0")
-    if any(sign in str(error) for sign in _PEER_GONE):
+    if not isinstance(error, OSError) and any(sign in str(error) for sign in _PEER_GONE):
         if guard:
             guard.wait_for_the_cause(_SECONDS_TO_SPEAK)
         print(f"rank {rank} stops: another rank ended first, whose own line says why", file=sys.stderr, flush=True)
         return Exit.FAULT
     traceback.print_exc()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         said = f"the disk is full: {error.filename or 'of output_dir'}; make room, and go on with --resume"
     else:
         first = next(iter(str(error).splitlines()), "")
@@ -191,7 +190,9 @@ def _in_a_job() -> bool:
 
 
 _SECONDS_TO_SPEAK = 30.0
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, NCCL
+_PEER_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",  # gloo's, NCCL's
+)  # fmt: skip
 
 
 def check_hostfile() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of the system's errors where a disk or a quota is full
 
 
 def one_line(text: str) -> str:

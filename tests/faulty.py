@@ -61,8 +61,11 @@ class Going:
 
 
 @contextmanager
-def going(folder: Path, *arguments: str, ranks: int = 2, stage: int = 2) -> Iterator[Going]:
-    """launch/pretrain.py, a small run without a teacher, on so many ranks; at the end none of them is left."""
+def going(folder: Path, *arguments: str, ranks: int = 2, stage: int = 2, mounts: int | None = None) -> Iterator[Going]:
+    """launch/pretrain.py, a small run without a teacher, on so many ranks; at the end none of them is left.
+
+    mounts: a process whose file systems they see.
+    """
     line = [
         "--ds_config",
         f"ds_configs/zero{stage}.json",
@@ -79,7 +82,7 @@ def going(folder: Path, *arguments: str, ranks: int = 2, stage: int = 2) -> Iter
         processes = []
         for rank in range(ranks):
             env = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            processes.append(prepared().Process(target=_run, args=("pretrain", line, env, out, err)))
+            processes.append(prepared().Process(target=_run, args=("pretrain", line, env, out, err, mounts)))
             processes[-1].start()
         run = Going(folder, processes, out, err)
         try:

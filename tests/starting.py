@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
 import subprocess
@@ -46,17 +47,18 @@ def start(
     check: bool = True,
     device: str = "cpu",
     launcher: bool = False,
+    mounts: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """A small run with ds_configs/zero{stage}.json into `output`; stdout and stderr of all ranks together.
 
     Without `launcher` the ranks are started from here, without its cost and that of the imports (`ranks.prepared`);
-    as under the launcher, the first that fails ends the others.
+    as under the launcher, the first that fails ends the others. mounts: a process whose file systems they see.
     """
     line = ["--ds_config", f"ds_configs/zero{stage}.json", f"output_dir={output}", *SMALL, *arguments]
     if launcher or device != "cpu":
         done = launch(*line, options=("--num_gpus", str(ranks)), env={**os.environ, "DS_ACCELERATOR": device})
     else:
-        done = run_script("pretrain", line, ranks, check=False)
+        done = run_script("pretrain", line, ranks, check=False, mounts=mounts)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -68,7 +70,7 @@ def losses(folder: Path, name: str = "loss") -> list[float]:
 
 
 def run_script(
-    script: str, arguments: list[str], ranks: int = 1, check: bool = True
+    script: str, arguments: list[str], ranks: int = 1, check: bool = True, mounts: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """launch/SCRIPT.py on so many ranks, started from here; stdout and stderr of all ranks together."""
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -79,7 +81,7 @@ def run_script(
             env = {}
             if ranks > 1:
                 env |= {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            processes.append(prepared().Process(target=_run, args=(script, arguments, env, out, err)))
+            processes.append(prepared().Process(target=_run, args=(script, arguments, env, out, err, mounts)))
             processes[-1].start()
         while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes):
             time.sleep(0.05)
@@ -94,8 +96,13 @@ def run_script(
     return done
 
 
-def _run(script: str, arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+def _run(
+    script: str, arguments: list[str], env: dict[str, str], out: Path, err: Path, mounts: int | None = None
+) -> None:
     """In a process of its own: launch/SCRIPT.py as its command line would run it."""
+    if mounts is not None:
+        with open(f"/proc/{mounts}/ns/mnt") as namespace:
+            assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(ROOT)

@@ -44,11 +44,13 @@ def checkpoint_of(folder: Path) -> int:
 
 @pytest.fixture
 def launched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """launched(folder, *arguments): deepspeed --num_gpus 2, whose processes are all gone when the test is over."""
+    """launched(folder, *arguments): deepspeed --num_gpus 2, or torchrun, whose processes are all gone when the test is
+    over."""
     begun: list[subprocess.Popen[bytes]] = []
 
-    def go(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    def go(folder: Path, *arguments: str, launcher: str = "deepspeed") -> subprocess.Popen[bytes]:
+        count = {"deepspeed": "--num_gpus", "torchrun": "--nproc_per_node"}[launcher]
+        command = [str(Path(sys.executable).parent / launcher), count, "2", "--master_port", str(free_port())]
         with (tmp_path / "said").open("wb") as out:
             environment = os.environ | {"DS_ACCELERATOR": "cpu"}
             begun.append(
@@ -125,6 +127,20 @@ def test_restarts(launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Pa
     start(tmp_path / "whole", "teacher.steps=0", *settings, ranks=2)
     assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
     assert len(losses(folder)) == 24
+
+
+def test_restarts_under_torchrun(launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    """Whose own store, by which ranks first met, is not where those that are started anew can meet."""
+    folder = tmp_path / "run"
+    settings = ["train.steps=8", "train.save_every=2", "train.eval_every=null", "data.workers=0"]
+    head = launched(folder, *settings, "train.max_restarts=1", launcher="torchrun")
+    until(reached(folder, 3), 120, lambda: (tmp_path / "said").read_text()[-3000:])
+    (victim,) = [process for process in belonging(folder) if is_rank(process, 1)]
+    victim.kill()
+    assert head.wait(180) == 0, (tmp_path / "said").read_text()[-3000:]
+    status = read_status(folder)
+    assert status is not None
+    assert (status.state, status.restarts, status.step) == ("finished", 1, 8)
 
 
 def is_rank(process: psutil.Process, rank: int) -> bool:

@@ -55,7 +55,7 @@ class Guard:
         self._checkpoint = checkpoint
         self._pulse: Court | Witness | None = None
         first = ranks.rank == 0
-        court = Court(ranks.address, self._now, limits, self._end) if first else None
+        court = Court(ranks.address, self._now, limits, self._end, ranks.world) if first else None
         address: Address = ranks.share(court.address if court else None)
         try:
             self._pulse = court or Witness(address, self._now, limits, self._end, ranks.speaks)
@@ -84,11 +84,12 @@ class Guard:
         self._close()
         self._write("stopped", message)
 
-    def failed(self, message: str, alone: bool) -> None:
-        """By a mistake or fault that is about to be said. alone: of this rank, so that the others are to be told."""
+    def failed(self, message: str, alone: bool, mistake: bool = False) -> None:
+        """By a mistake or fault that is about to be said. alone: of this rank, so that the others are to be told;
+        mistake: they end with its status, then, as one that no restart mends."""
         if alone and self._pulse:
             self._write("failed", message, by_any=True)
-            self._pulse.say(message)
+            self._pulse.say(message, mistake)
         elif self._pulse:
             self._pulse.silence()
             self._write("failed", message)
@@ -127,13 +128,13 @@ class Guard:
         except OSError as error:  # never the cause that a run ends
             print(f"warning: {self._folder}: its status cannot be written: {error}", file=sys.stderr, flush=True)
 
-    def _end(self, said: str, speaks: bool) -> None:
+    def _end(self, said: str, speaks: bool, mistake: bool) -> None:
         """On a verdict, from the pulse's thread, wherever the others are."""
         if speaks:
             before = f"--resume goes on from step {self._checkpoint}" if self._checkpoint else "there is no checkpoint"
             print(f"error: {said}; all ranks end; {before}", file=sys.stderr, flush=True)
             self._write("failed", said, by_any=True)
-        _leave(Exit.FAULT)
+        _leave(Exit.MISTAKE if mistake else Exit.FAULT)
 
     def _end_alone(self) -> None:
         print(f"error: rank {self._ranks.rank}: its launcher has ended, and no step since", file=sys.stderr, flush=True)

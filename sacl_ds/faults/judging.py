@@ -59,22 +59,26 @@ def verdict(heard: Mapping[int, Heard], limits: Limits) -> str | None:
                 f"{each.beat} ended without a word, {each.beat.where}: it was killed, or the system ended it for "
                 "want of memory (dmesg tells)"
             )
+    ranks = [each for each in ranks if not each.gone and each.words is None]  # the others have ended as they should
     for each in ranks:
-        if not each.gone and each.ago > limits.peer:
+        if each.ago > limits.peer:
             return (
                 f"{each.beat} has not been heard of for {each.ago:.0f} s, last {each.beat.where}: its network is cut, "
                 "or it stands still"
             )
-    return _hang([each.beat for each in ranks if not each.gone], limits)
+    return _hang([each.beat for each in ranks], limits)
 
 
 def _hang(beats: list[Beat], limits: Limits) -> str | None:
-    """Ranks wait for each other in a step; at fault are those that are behind."""
+    """Ranks wait for each other in a step; at fault are those that are behind, unless it is by what may take as long
+    as it takes: an evaluation, a checkpoint, a start."""
     within = [beat for beat in beats if beat.doing in _ORDER]
     slow = [beat for beat in within if beat.seconds > limits.step]
     if not slow:
         return None
     behind = min((beat.step, _ORDER[beat.doing]) for beat in within)
+    if any((beat.step, _ORDER["data"]) <= behind for beat in beats if beat.doing not in _ORDER):
+        return None
     last = [beat for beat in within if (beat.step, _ORDER[beat.doing]) == behind]
     seconds = max(beat.seconds for beat in slow)
     if len(last) == len(within) > 1:

@@ -14,15 +14,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from sacl_ds.faults.judging import Beat, Heard, Limits, verdict
 
 INTERVAL = 1.0  # seconds between beats
 _TOLD = 3.0  # seconds that the first rank waits for the others to fetch its verdict
 _LONGEST = 1 << 16  # bytes of a line
+_ALIKE = ""  # the verdict where all ranks end for one reason, of which each knows
 
 Now = Callable[[], Beat]
-Act = Callable[[str, bool], None]  # on a verdict, and whether this rank is to say it
+Act = Callable[[str, bool, bool], None]  # on a verdict: whether this rank is to say it, and whether it is a mistake
 
 
 @dataclass(frozen=True)
@@ -37,39 +39,57 @@ class Address:
 class Court:
     """The first rank's part: hears all others, and itself."""
 
-    def __init__(self, host: str, now: Now, limits: Limits, act: Act) -> None:
-        """host: by which the others reach this machine."""
+    def __init__(self, host: str, now: Now, limits: Limits, act: Act, world: int) -> None:
+        """host: by which the others reach this machine; world: how many ranks there are, this one among them."""
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self._listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
         self.address = Address(host, self._listener.getsockname()[1], secrets.token_hex(16))
         self._now, self._limits, self._act = now, limits, act
+        self._missing, self._since = set(range(world)) - {now().rank}, time.monotonic()
         self._heard: dict[int, Heard] = {}
         self._at: dict[int, float] = {}  # when each rank was heard
+        self._mistaken: set[int | None] = set()  # ranks whose last words are of a mistake
         self._said: str | None = None
-        self._alone = False  # this rank tells the cause and ends by itself
+        self._mistake = False  # of the user, by the first last words: no rank is to be started anew
+        self._alone = False  # this rank ends by itself
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
-    def say(self, words: str) -> None:
+    def say(self, words: str, mistake: bool = False) -> None:
         """This rank fails by itself, with these last words: all others are told, then this returns."""
         own = self._now()
         with self._lock:
             self._alone = True
+            self._mistake = mistake if not self._said else self._mistake
             self._said = self._said or f"{own} failed: {words}"
         self._closed.wait(_TOLD + 1)
 
     def silence(self) -> None:
-        """All ranks end alike, for a reason that is said elsewhere."""
-        self._ending.set()
+        """All ranks end alike, for a reason that is said elsewhere: the others are told that this one's end means
+        nothing, then this returns."""
+        with self._lock:
+            self._alone = True
+            self._said = self._said or _ALIKE
+        self._closed.wait(_TOLD + 1)
 
     def close(self) -> None:
-        """The run ends as it should; so will the others, whose silence means nothing from now on."""
+        """The run ends as it should; so have the others."""
         self._ending.set()
+        self._closed.wait(_TOLD + 1)
 
     def _run(self) -> None:
+        try:
+            self._hear_all()
+        finally:
+            self._closed.set()
+        if self._said is not None and not self._ending.is_set() and not self._alone:
+            self._act(self._said, True, self._mistake)
+
+    def _hear_all(self) -> None:
+        """Until the run ends, or all have fetched a verdict."""
         selector = selectors.DefaultSelector()
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ)
@@ -84,14 +104,16 @@ class Court:
                     self._receive(key.fileobj, selector, lines, owners)
             if told is None and (said := self._judgement()) is not None:
                 told = time.monotonic()
-                self._said = said
-            waiting = [rank for rank in owners.values() if not self._heard[rank].gone]
+                with self._lock:
+                    if self._said is None:
+                        blamed = next((rank for rank in sorted(self._heard) if self._heard[rank].words), None)
+                        self._said, self._mistake = said, blamed in self._mistaken
+            waiting = [rank for rank in owners.values() if self._heard[rank].words is None]
             if told is not None and (not waiting or time.monotonic() - told > _TOLD):
                 break
-        self._closed.set()
-        if told is not None and not self._ending.is_set() and not self._alone:
-            assert self._said is not None
-            self._act(self._said, True)
+        for peer in [*lines, self._listener]:
+            peer.close()
+        selector.close()
 
     def _judgement(self) -> str | None:
         with self._lock:
@@ -102,7 +124,12 @@ class Court:
             rank: Heard(heard.beat, now - self._at[rank], heard.gone, heard.words)
             for rank, heard in self._heard.items()
         }
-        return verdict({own.rank: Heard(own), **known}, self._limits)
+        said = verdict({own.rank: Heard(own), **known}, self._limits)
+        if said is None and self._missing and now - self._since > self._limits.peer:
+            first, more = min(self._missing), len(self._missing) - 1
+            also = f" and {more} more have" if more else " has"
+            return f"rank {first}{also} not come in {now - self._since:.0f} s: its start has failed, or its network"
+        return said
 
     def _receive(
         self,
@@ -136,13 +163,17 @@ class Court:
             said = json.loads(line)
             if said["token"] != self.address.token:
                 return False
-            beat, words = Beat(**said["beat"]), said["words"]
+            beat, words, mistake = Beat(**said["beat"]), said["words"], said["mistake"]
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
         owners[peer] = beat.rank
+        self._missing.discard(beat.rank)
+        if mistake:
+            self._mistaken.add(beat.rank)
         self._heard[beat.rank], self._at[beat.rank] = Heard(beat, words=words), time.monotonic()
+        answer = {"verdict": self._said, "mistake": self._mistake, "host": socket.gethostname()}
         try:
-            peer.sendall(json.dumps({"verdict": self._said, "host": socket.gethostname()}).encode() + b"\n")
+            peer.sendall(json.dumps(answer).encode() + b"\n")
         except OSError:
             return False
         return self._said is None
@@ -161,28 +192,30 @@ class Witness:
         self._silent = False
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
-    def say(self, words: str) -> None:
+    def say(self, words: str, mistake: bool = False) -> None:
         """This rank ends; "" where it does so as it should. From now on it hears no verdict."""
         self._silent = True
         with self._lock:
             try:
-                self._send(words)
+                self._send(words, mistake)
                 self._answer(time.monotonic() + INTERVAL)
             except OSError:
                 pass
 
     def silence(self) -> None:
-        self._silent = True
-
-    def close(self) -> None:
+        """All ranks end alike, for a reason that is said elsewhere."""
         self.say("")
 
-    def _send(self, words: str | None) -> None:
-        beat = self._now()
-        line = json.dumps({"token": self._address.token, "beat": asdict(beat), "words": words})
+    def close(self) -> None:
+        """The run ends as it should."""
+        self.say("")
+
+    def _send(self, words: str | None, mistake: bool = False) -> None:
+        said = {"token": self._address.token, "beat": asdict(self._now()), "words": words, "mistake": mistake}
+        line = json.dumps(said)
         self._socket.sendall(line.encode() + b"\n")
 
-    def _answer(self, until: float) -> dict[str, str | None]:
+    def _answer(self, until: float) -> dict[str, Any]:
         """Raises ConnectionError where the first rank has closed, TimeoutError where it is silent."""
         line = b""
         while not line.endswith(b"\n"):
@@ -208,8 +241,10 @@ class Witness:
                     self._send(None)
                     answer = self._answer(begun + self._limits.peer)
                 host = answer["host"] or host
-                if answer["verdict"] is not None:
-                    self._end(answer["verdict"], False)
+                if answer["verdict"] == _ALIKE:
+                    self._silent = True
+                elif answer["verdict"] is not None:
+                    self._end(answer["verdict"], False, answer["mistake"])
                     break
             except TimeoutError:
                 silent = f"has not been heard of for {time.monotonic() - begun:.0f} s"
@@ -221,9 +256,9 @@ class Witness:
                 break
             time.sleep(max(0.0, INTERVAL - (time.monotonic() - begun)))
 
-    def _end(self, said: str, speaks: bool) -> None:
+    def _end(self, said: str, speaks: bool, mistake: bool = False) -> None:
         if not self._silent:
-            self._act(said, speaks)
+            self._act(said, speaks, mistake)
 
 
 def _accept(listener: socket.socket, selector: selectors.BaseSelector, lines: dict[socket.socket, bytes]) -> None:

@@ -48,6 +48,8 @@ def supervise(command: list[str], limit: int) -> int:
     count = 0
     while True:
         child = subprocess.Popen(command, env=os.environ | _environment(count))
+        if asked:  # meanwhile, when there was none to be told
+            child.terminate()
         status = child.wait()
         if asked or status in (Exit.DONE, Exit.MISTAKE, Exit.STOPPED) or count >= limit:
             return status if status >= 0 else 128 - status
@@ -68,6 +70,7 @@ def _environment(count: int) -> dict[str, str]:
     values = {_ATTEMPT: str(count), _SUPERVISOR: str(os.getpid())}
     if count and "MASTER_PORT" in os.environ:
         values["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + count)
+        values["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own listens on the first port alone
     return values
 
 

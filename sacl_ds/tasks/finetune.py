@@ -70,7 +70,7 @@ def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
         if rank() == 0:
             _keep_tokenizer(task, folder, job.resume)
             task.keep(folder)
-    resume = job.resume and latest(folder) is not None
+    resume = broadcast_object(job.resume and latest(folder) is not None)  # nodes may not see the same files at once
     progress = RunProgress(run.task, run.steps, 0, enabled=rank() == 0)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     _train(task, tokenizer, folder, job, resume, progress, guard)

@@ -7,22 +7,37 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.errors import UserError
+from sacl_ds.errors import FULL, UserError
 
 
 class MetricLog:
     """The file of one run. An object holds `step` (steps done) and either training figures or `evaluation`."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """resume_step: keep the lines up to this step and go on; None: start anew."""
+        """resume_step: keep the lines up to this step and go on; None: start anew. Raises UserError where it cannot be
+        written."""
+        self._path = path
         kept = [] if resume_step is None else [line for line in read(path) if line["step"] <= resume_step]
         temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        try:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(path)
+            self._file = path.open("ab", buffering=0)  # no line is left in a buffer, to be lost or to fail later
+        except OSError as error:
+            raise self._cannot_write(error) from None
 
     def write(self, figures: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_plain(figures)) + "\n")
+        """Raises UserError where it cannot be written."""
+        line = (json.dumps(_plain(figures)) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        reason = "the disk is full" if error.errno in FULL else error.strerror
+        return UserError(f"{self._path} cannot be written: {reason}; put that right, and go on with --resume")
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as arrow
 from pyarrow import parquet
 
-from sacl_ds.errors import UserError
+from sacl_ds.errors import FULL, UserError
 
 FOLDER = "weights"
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -156,6 +156,7 @@ def _read(path: Path, schema: arrow.Schema) -> list[dict[str, Any]]:
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
     reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+    reason = "the disk is full" if error.errno in FULL else reason
     return UserError(f"{path} cannot be written: {reason}; put that right, or train with records.every=0")
 
 

@@ -7,10 +7,10 @@ ranks, and leave out what is not trained (0.19.8).
 
 from __future__ import annotations
 
-import errno
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sacl_ds import provenance
 from sacl_ds.atomic import write_text
-from sacl_ds.distributed import barrier, gather_objects, rank, same_error, world_size
+from sacl_ds.distributed import barrier, broadcast_object, gather_objects, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
-from sacl_ds.errors import UserError
+from sacl_ds.errors import FULL, UserError
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.training import fragments
@@ -140,14 +140,19 @@ def _beside(writing: Path, run_folder: Path, state: RunState, frozen: dict[str, 
     if frozen:
         written[FROZEN] = write_entries(writing / FROZEN, (Entry.of(n, t) for n, t in frozen.items()))
     write_text(writing / STATE, state_json(state))
-    names = [STATE]
-    if (run_folder / CONFIG).exists():
-        shutil.copyfile(run_folder / CONFIG, writing / CONFIG)
-        names.append(CONFIG)
-    if (run_folder / TOKENIZER).is_dir():
-        shutil.copytree(run_folder / TOKENIZER, writing / TOKENIZER, copy_function=shutil.copyfile)
-        names += [str(path.relative_to(writing)) for path in (writing / TOKENIZER).rglob("*") if path.is_file()]
-    return written | {name: checksum(writing / name) for name in names}
+    kept = [run_folder / CONFIG, *(run_folder / TOKENIZER).rglob("*")]
+    names = [str(path.relative_to(run_folder)) for path in kept if path.is_file()]
+    for name in names:
+        _copy(run_folder / name, writing / name)
+    return written | {name: checksum(writing / name) for name in (STATE, *names)}
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    flush_folder(target.parent)
 
 
 def _name(writing: Path, folder: Path, keep: Retention) -> None:
@@ -159,11 +164,16 @@ def _name(writing: Path, folder: Path, keep: Retention) -> None:
     flush_folder(checkpoints)
     write_text(checkpoints / LATEST, folder.name)
     flush_folder(checkpoints)
-    there = {path.name: path for path in complete(checkpoints)}
-    states = [read_state(path) for path in there.values()]
-    for step in keep.superseded([*states]):
-        if there[tag_of(step)] != folder:
-            remove(there[tag_of(step)])
+    for step in keep.superseded([*_readable(checkpoints)]):
+        if tag_of(step) != folder.name:
+            remove(checkpoints / tag_of(step))
+
+
+def _readable(checkpoints: Path) -> Iterator[RunState]:
+    """Of a damaged one nothing is known, and it stays."""
+    for path in complete(checkpoints):
+        with suppress(UserError, FileNotFoundError):
+            yield read_state(path)
 
 
 @contextmanager
@@ -172,9 +182,12 @@ def _room(run_folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        before = latest(run_folder)
-        stands = f"the checkpoint of step {before.step} is whole" if before else "there is no checkpoint before it"
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+        try:
+            before = latest(run_folder)
+            stands = f"the checkpoint of step {before.step} is whole" if before else "there is no checkpoint before it"
+        except UserError as damaged:
+            stands = str(damaged)
+        what = "the disk is full" if error.errno in FULL else str(error)
         raise UserError(
             f"the checkpoint of step {step} cannot be written to {run_folder / FOLDER}: {what}; {stands}: make room, "
             "and go on with --resume"
@@ -193,10 +206,13 @@ def resume(
     id_columns: how many ids a pair has, for the queue of `momentum`.
     Returns the number of steps done, and a note where the data that follow are not those that would have followed.
     """
+    state: RunState
     with same_error():
-        state = latest(run_folder)
-        if state is None:
+        found = latest(run_folder) if rank() == 0 else None
+        if rank() == 0 and found is None:
             raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
+    state = broadcast_object(found)  # nodes may not see the same file at once
+    with same_error():
         if state.vocabulary != identity.vocabulary:
             raise UserError(
                 f"--resume: the tokenizer in {run_folder} is not the one that its checkpoint was trained with; "

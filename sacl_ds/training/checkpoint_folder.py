@@ -6,10 +6,13 @@ folder of that name is complete; `latest` names the one that --resume takes.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +28,7 @@ from sacl_ds.training.tensor_files import Fragments, Written, checksum
 FOLDER, LATEST, STATE, MANIFEST = "checkpoints", "latest", "state.json", "manifest.json"
 FROZEN, MOMENTUM = "frozen.safetensors", "momentum.safetensors"
 FORMAT = 2  # 1 was DeepSpeed's own
-_TAG = re.compile(r"step_(\d{8,})")
+_TAG = re.compile(r"step_([0-9]{8,})")
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,14 @@ class RunState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: of the checkpoint, but this one. shapes: of the trained parameters."""
+    """files: of the checkpoint, but this one, which has its own checksum in it. shapes: of the trained parameters."""
 
     files: dict[str, Written]
     shapes: dict[str, tuple[int, ...]]
 
     def save(self, folder: Path) -> None:
-        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1))
+        values = asdict(self)
+        write_text(folder / MANIFEST, json.dumps({"sha256": _digest(values), **values}, indent=1))
 
 
 def tag_of(step: int) -> str:
@@ -68,16 +72,22 @@ def read_state(folder: Path) -> RunState:
         values = json.loads((folder / STATE).read_text())
         if values.get("format", 1) != FORMAT:
             raise UserError(
-                f"the checkpoint {folder} is of another version of this program (format {values.get('format', 1)}, not "
-                f"{FORMAT}); use that version, or start anew in another output_dir"
+                f"the checkpoint {folder} is of another version of this program (format {values.get('format', 1)!r}, "
+                f"not {FORMAT}); use that version, or start anew in another output_dir"
             )
         state = RunState(**values)
-        kinds = {int: ("step", "world", "zero_stage", "optimizer_step", "seed"), str: ("vocabulary", "data", "commit")}
-        kinds |= {dict: ("loss_scale", "schedules", "figures", "versions")}
+        kinds = {
+            int: ("step", "world", "zero_stage", "optimizer_step", "seed", "format"),
+            str: ("vocabulary", "data", "commit"),
+            dict: ("loss_scale", "schedules", "figures", "versions"),
+        }
         for kind, names in kinds.items():
             for name in names:
                 if type(getattr(state, name)) is not kind:
                     raise TypeError(f"{name} is {getattr(state, name)!r}")
+        for name in ("loss_scale", "schedules", "figures"):
+            if any(type(value) not in (int, float) for value in getattr(state, name).values()):
+                raise TypeError(f"{name} is {getattr(state, name)!r}")
         if state.step < 0 or tag_of(state.step) != folder.name:
             raise ValueError(f"it is of step {state.step}")
     except (FileNotFoundError, NotADirectoryError):
@@ -94,18 +104,32 @@ def read_state(folder: Path) -> RunState:
 def read_manifest(folder: Path) -> Manifest:
     """Raises UserError."""
     try:
-        values = json.loads((folder / MANIFEST).read_text())
-        files = {name: Written(int(w["size"]), str(w["sha256"])) for name, w in values["files"].items()}
-        shapes = {name: tuple(int(n) for n in shape) for name, shape in values["shapes"].items()}
-        for name in files:
-            path = Path(name)
-            if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{name!r} is not a file of it")
+        said = json.loads((folder / MANIFEST).read_text())
+        values = {name: said[name] for name in ("files", "shapes")}
+        if said["sha256"] != _digest(values):
+            raise ValueError("it is not as it was written")
+        files = {_file_name(name): Written(**written) for name, written in values["files"].items()}
+        shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
+        for name, shape in shapes.items():
+            if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) > sys.maxsize:
+                raise ValueError(f"{name!r} cannot be of shape {shape}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{folder / MANIFEST} cannot be read: {_line(error)}; take another checkpoint of this run"
         ) from None
     return Manifest(files, shapes)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _file_name(name: str) -> str:
+    """Raises ValueError where it may lie outside the checkpoint."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError(f"{name!r} is not a file of it")
+    return name
 
 
 def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
@@ -145,7 +169,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def complete(checkpoints: Path) -> list[Path]:
     """Checkpoints, the oldest first."""
     found = [(int(m[1]), path) for path in checkpoints.glob("step_*") if (m := _TAG.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / MANIFEST).exists()]
+    named = [path for step, path in sorted(found) if path.name == tag_of(step)]
+    return [path for path in named if (path / MANIFEST).exists() and (path / STATE).exists()]
 
 
 def latest(run_folder: Path) -> RunState | None:
@@ -169,7 +194,7 @@ def remove(checkpoint: Path) -> None:
     """Out of sight first: a folder that bears its name is always complete."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removing")
     checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # what is left of it the next `sweep` removes
 
 
 def sweep(checkpoints: Path) -> None:

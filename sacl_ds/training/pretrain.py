@@ -122,13 +122,13 @@ def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, g
     teacher_folder = run.teacher.checkpoint
     if _trains_teacher(run):
         inner = folder / TEACHER
-        if not (inner / WEIGHTS).exists():
-            going_on = job.resume and latest(inner) is not None
+        if not broadcast_object((inner / WEIGHTS).exists()):  # nodes may not see the same files at once
+            going_on = broadcast_object(job.resume and latest(inner) is not None)
             first = teacher_phase(run)
             own = _index(first) if run.teacher.shards else index
             _phase(Phase(first, inner, "teacher", own, resume=going_on), job, evaluators, guard)
         teacher_folder = str(inner)
-    resume = job.resume and latest(folder) is not None
+    resume = broadcast_object(job.resume and latest(folder) is not None)
     phase = Phase(run, folder, "training", index, teacher_folder if run.uses_teacher else None, resume)
     result, progress = _phase(phase, job, evaluators, guard)
     if rank() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,7 +42,7 @@ class Retention:
         if self.every:
             stay |= {step for step in steps if step % self.every == 0}
         if self.best:
-            judged = [each for each in saved if self.best in each.figures]
+            judged = [each for each in saved if not math.isnan(each.figures.get(self.best, math.nan))]
             best = max(judged, key=lambda each: (each.figures[self.best], -each.step), default=None)  # type: ignore[index]
             stay |= {best.step} if best else set()
         return set(steps) - stay

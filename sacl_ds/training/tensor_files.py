@@ -131,7 +131,7 @@ class Fragments:
                 reached = stop
         if reached < end:
             raise UserError(f"the checkpoint lacks {kind} {reached} to {end} of {name}; take another one of this run")
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return torch.cat(parts) if parts else torch.empty(0)
 
     def whole(self, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """All of those parameters."""

@@ -1,0 +1,315 @@
+"""The pulse between ranks over real sockets: who is said to be lost, by whom, and that strangers change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from sacl_ds.faults.judging import Beat, Limits
+from sacl_ds.faults.pulse import Address, Court, Witness
+
+LIMITS = Limits(peer=3, step=600)
+SOON = 2.5  # seconds in which what the system tells is passed on; a beat comes every second
+
+WITNESS = """
+import os, sys, threading, time
+from sacl_ds.faults.judging import Beat, Limits
+from sacl_ds.faults.pulse import Address, Witness
+host, port, token, rank, doing = sys.argv[1:]
+now = lambda: Beat(int(rank), "there", os.getpid(), 7, doing, 0.0)
+act = lambda said, speaks, mistake: print("verdict", said, flush=True)
+witness = Witness(Address(host, int(port), token), now, Limits(3, 600), act, True)
+print("ready", flush=True)
+for line in sys.stdin:
+    witness.say(line.strip())
+    print("said", flush=True)
+"""
+
+
+@dataclass
+class Place:
+    """A rank of this process: what it does, and what its pulse made it do."""
+
+    rank: int
+    doing: str = "step"
+    acted: list[tuple[str, bool]] = field(default_factory=list)
+    mistake: bool | None = None
+    when: threading.Event = field(default_factory=threading.Event)
+
+    def now(self) -> Beat:
+        return Beat(self.rank, f"node{self.rank}", 4000 + self.rank, 7, self.doing, 0.0)
+
+    def act(self, said: str, speaks: bool, mistake: bool) -> None:
+        self.mistake = mistake
+        self.acted.append((said, speaks))
+        self.when.set()
+
+    def told(self, seconds: float) -> tuple[str, bool]:
+        """What it was made to do, once it was."""
+        assert self.when.wait(seconds), f"rank {self.rank} was told nothing in {seconds} s"
+        (acted,) = self.acted
+        return acted
+
+
+@dataclass
+class Job:
+    """A court and witnesses, in this process."""
+
+    first: Place
+    court: Court
+    others: list[Place]
+    witnesses: list[Witness]
+
+    @property
+    def address(self) -> Address:
+        return self.court.address
+
+    def quiet(self, seconds: float) -> None:
+        time.sleep(seconds)
+        assert [place.acted for place in (self.first, *self.others)] == [[]] * (1 + len(self.others))
+
+
+@pytest.fixture
+def job() -> Iterator[Callable[..., Job]]:
+    made: list[Job] = []
+
+    def make(count: int, world: int | None = None, limits: Limits = LIMITS) -> Job:
+        first = Place(0)
+        court = Court("127.0.0.1", first.now, limits, first.act, world or count + 1)
+        others = [Place(number) for number in range(1, count + 1)]
+        witnesses = [Witness(court.address, p.now, limits, p.act, speaks=p.rank == 1) for p in others]
+        made.append(Job(first, court, others, witnesses))
+        return made[-1]
+
+    yield make
+    for each in made:
+        for witness in each.witnesses:
+            witness.close()
+        each.court.close()
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A witness in a process of its own, which does as it is told over its stdin."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(address: Address, rank: int, doing: str = "step") -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", WITNESS, address.host, str(address.port), address.token, str(rank), doing]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        child = subprocess.Popen(line, **pipes)
+        started.append(child)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def beaten(court: Court, rank: int) -> None:
+    """Wait until the court has heard that rank."""
+    until = time.monotonic() + 10
+    while rank not in court._heard:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_all_is_well(job: Callable[..., Job]) -> None:
+    job(3).quiet(LIMITS.peer + 2)
+
+
+def test_a_process_that_is_killed(job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
+    """The court says it, and once; the others are told the same and are silent."""
+    made = job(2, world=4)
+    child = process(made.address, 3)
+    beaten(made.court, 3)
+    child.kill()
+    said, speaks = made.first.told(SOON)
+    assert speaks
+    assert said.startswith(f"rank 3 on there (process {child.pid}) ended without a word, computing, step 8: ")
+    for place in made.others:
+        assert place.told(1) == (said, False)
+
+
+def test_last_words(job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
+    made = job(1, world=3)
+    child = process(made.address, 2)
+    child.communicate("the disk is full\n")
+    said, speaks = made.first.told(SOON)
+    assert (said, speaks) == (f"rank 2 on there (process {child.pid}) failed: the disk is full", True)
+    assert made.others[0].told(1) == (said, False)
+    assert made.first.mistake is False
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_mistake_of_one_is_a_mistake_of_all(number: int, job: Callable[..., Job]) -> None:
+    """No rank is started anew for what no restart mends, whichever met it."""
+    made = job(3)
+    for rank in (1, 2, 3):
+        beaten(made.court, rank)
+    (made.court, *made.witnesses)[number].say("no such file", True)
+    for place in [made.first, *made.others]:
+        if place.rank != number:
+            assert place.told(SOON)[0].endswith("failed: no such file")
+            assert place.mistake is True
+
+
+def test_a_process_that_stands_still(job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
+    """And the others are told though it fetches no verdict."""
+    made = job(1, world=3)
+    child = process(made.address, 2, "data")
+    beaten(made.court, 2)
+    os.kill(child.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    said, _ = made.first.told(LIMITS.peer + 5)
+    assert time.monotonic() - begun > LIMITS.peer - 1
+    assert said.startswith(f"rank 2 on there (process {child.pid}) has not been heard of for ")
+    assert "last waiting for data, step 8" in said
+    assert made.others[0].told(1) == (said, False)
+
+
+def test_a_rank_that_never_comes(job: Callable[..., Job]) -> None:
+    made = job(1, world=4)
+    said, speaks = made.first.told(LIMITS.peer + 2)
+    assert speaks
+    assert said.startswith("rank 2 and 1 more have not come in ")
+    assert made.others[0].told(2) == (said, False)
+
+
+def test_the_first_rank_fails_by_itself(job: Callable[..., Job]) -> None:
+    """It says so itself, so its pulse does nothing; nobody else says it."""
+    made = job(3)
+    made.court.say("rank 0 cannot write")
+    for place in made.others:
+        assert place.told(1) == ("rank 0 on node0 (process 4000) failed: rank 0 cannot write", False)
+    assert made.first.acted == []
+
+
+@pytest.mark.parametrize("order", ["first ahead", "first last"])
+def test_all_fail_alike(order: str, job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
+    """For a reason that each knows: no rank takes another's end for a loss, whichever comes to its own end first."""
+    made = job(2, world=4)
+    child = process(made.address, 3)
+    beaten(made.court, 3)
+    ends: list[Callable[[], None]] = [made.court.silence, *(w.silence for w in made.witnesses)]
+    for end in ends if order == "first ahead" else reversed(ends):
+        end()
+    if order == "first ahead":  # the one that is slow to end was told that the first one's end means nothing
+        out, _ = child.communicate("\n", timeout=10)
+        assert out == "said\n"
+    made.quiet(LIMITS.peer + 1)
+
+
+def test_the_end_of_a_run_takes_its_time(job: Callable[..., Job]) -> None:
+    """Witnesses have said that they end, and the first one is slow: nobody is missed, and the end is silent."""
+    made = job(3)
+    for witness in made.witnesses:
+        witness.close()
+    made.quiet(LIMITS.peer + 2)
+    made.court.close()
+    made.quiet(1.5)
+
+
+COURT = """
+import os, sys, time
+from sacl_ds.faults.judging import Beat, Limits
+from sacl_ds.faults.pulse import Court
+court = Court("127.0.0.1", lambda: Beat(0, "here", os.getpid(), 7, "step", 0.0), Limits(3, 600), print, 3)
+print(court.address.port, court.address.token, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_first_rank_is_lost(number: signal.Signals) -> None:
+    """All others end by themselves, and those say it that were asked to."""
+    child = subprocess.Popen([sys.executable, "-c", COURT], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        port, token = child.stdout.readline().split()
+        places = [Place(1), Place(2)]
+        for place in places:
+            address = Address("127.0.0.1", int(port), token)
+            Witness(address, place.now, LIMITS, place.act, speaks=place.rank == 1)
+        time.sleep(1.5)
+        child.send_signal(number)
+        for place in places:
+            said, speaks = place.told(SOON if number == signal.SIGKILL else LIMITS.peer + 3)
+            assert speaks == (place.rank == 1)
+            assert said.startswith("rank 0 on ")
+            assert ("ended without a word" if number == signal.SIGKILL else "has not been heard of for") in said
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_a_first_rank_that_is_not_there() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        place = Place(1)
+        address = Address("127.0.0.1", closed.getsockname()[1], "x")
+        with pytest.raises(OSError, match="refused"):
+            Witness(address, place.now, LIMITS, place.act, speaks=True)
+
+
+def line_of(token: object, beat: object, words: object) -> bytes:
+    return json.dumps({"token": token, "beat": beat, "words": words}).encode() + b"\n"
+
+
+BEAT = {"rank": 1, "host": "stranger", "process": 1, "step": 0, "doing": "step", "seconds": 1e9}
+STRANGE = {
+    "nothing": b"",
+    "an end of line": b"\n" * 1000,
+    "a browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "no text": bytes(range(256)) * 300,
+    "megabytes without an end of line": b"x" * (4 << 20),
+    "deep": b"[" * 60000 + b"\n",
+    "no object": b"[1]\n",
+    "a great number": b'{"token": ' + b"9" * 60000 + b"}\n",
+    "another token": line_of("guessed", BEAT, "I have failed"),
+    "no token": line_of(None, BEAT, "I have failed"),
+}
+
+
+@pytest.mark.parametrize("sent", STRANGE.values(), ids=STRANGE.keys())
+def test_strangers_change_nothing(sent: bytes, job: Callable[..., Job]) -> None:
+    made = job(1)
+    beaten(made.court, 1)
+    for leave in (True, False):
+        with socket.create_connection((made.address.host, made.address.port), timeout=5) as stranger:
+            try:
+                stranger.sendall(sent)
+                if leave:
+                    continue
+                stranger.shutdown(socket.SHUT_WR)
+                assert stranger.recv(100) == b""
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # the court has hung up
+    made.quiet(1.5)
+    assert set(made.court._heard) == {1}
+    made.witnesses[0].say("heard all the same")
+    assert made.first.told(SOON)[0].endswith("failed: heard all the same")
+
+
+def test_a_crowd_of_strangers(job: Callable[..., Job]) -> None:
+    """Hundreds that connect and say nothing do not keep ranks from being heard."""
+    made = job(2)
+    crowd = [socket.create_connection((made.address.host, made.address.port), timeout=5) for _ in range(300)]
+    try:
+        made.quiet(LIMITS.peer + 1)
+    finally:
+        for each in crowd:
+            each.close()
+    made.quiet(1)
