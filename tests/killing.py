@@ -96,13 +96,17 @@ class Seen:
         checkpoints = run_folder / FOLDER
         touched = [name for name in _listed(checkpoints) if _changed(checkpoints / name) >= since]
         writing = next((n for n in touched if n.startswith(".step_") and n.endswith(".writing")), None)
+        inside = [_changed(checkpoints / writing / name) for name in _listed(checkpoints / writing)] if writing else []
+        files = [changed for changed in inside if changed]  # without one that is gone by now
+        if not files or min(files) < since:  # just made, or an old one that is swept away
+            writing, files = None, []
         try:
             latest = (checkpoints / LATEST).read_text()
         except FileNotFoundError:
             latest = None
         return cls(
             writing,
-            len(_listed(checkpoints / writing)) if writing else 0,
+            len(files),
             any(n.endswith(".removing") for n in touched),
             frozenset(n for n in touched if n.startswith("step_")),
             latest,
@@ -118,7 +122,7 @@ class Seen:
 
 
 def _changed(path: Path) -> float:
-    """When it was made or got its name, or something in it was made or removed."""
+    """When it was made or got its name, or something in it was made or removed; 0 where it is gone."""
     try:
         return path.stat().st_ctime
     except FileNotFoundError:
