@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,19 +61,19 @@ class Going:
 
 
 @contextmanager
-def going(folder: Path, *arguments: str, ranks: int = 2, stage: int = 2, mounts: int | None = None) -> Iterator[Going]:
-    """launch/pretrain.py, a small run without a teacher, on so many ranks; at the end none of them is left.
+def going(
+    folder: Path,
+    *arguments: str,
+    ranks: int = 2,
+    stage: int = 2,
+    settings: Sequence[str] = (*SMALL, "teacher.steps=0"),
+    mounts: int | None = None,
+) -> Iterator[Going]:
+    """launch/pretrain.py, by default a small run without a teacher, on so many ranks; at the end none of them is left.
 
     mounts: a process whose file systems they see.
     """
-    line = [
-        "--ds_config",
-        f"ds_configs/zero{stage}.json",
-        f"output_dir={folder}",
-        *SMALL,
-        "teacher.steps=0",
-        *arguments,
-    ]
+    line = ["--ds_config", f"ds_configs/zero{stage}.json", f"output_dir={folder}", *settings, *arguments]
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory() as said:
         out, err = Path(said, "out"), Path(said, "err")

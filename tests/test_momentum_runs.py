@@ -61,9 +61,10 @@ def test_resume_goes_on_to_the_bit(whole: Path, tmp_path: Path) -> None:
         assert all(value.equal(theirs[name]) for name, value in ours.items()), file
 
 
-def test_resume_with_more_ranks(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resume_with_more_ranks(stage: int, whole: Path, tmp_path: Path) -> None:
     folder = stopped(whole, tmp_path / "run")
-    start(folder, "--resume", *MOMENTUM, *STEPS, ranks=2)
+    start(folder, "--resume", *MOMENTUM, *STEPS, ranks=2, stage=stage)
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
     ours, theirs = (load_file(run / SAVED.format(8)) for run in (folder, whole))
     assert ours["queue.ids"].equal(theirs["queue.ids"])

@@ -7,6 +7,7 @@ which samples a global batch holds depends on `GlobalOrder` alone, with any numb
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -23,6 +24,9 @@ from sacl_ds.errors import UserError
 
 _GRACE = 25.0  # seconds that a loader works on when asked to end
 _PREFETCHED = 4  # pieces a worker makes ahead
+# A loader ends when its parent does, and that must be the rank: a server that forks for it (the default of Python 3.14)
+# outlives a rank that was killed, and the loader with it.
+_START = "fork" if sys.platform.startswith("linux") else None
 
 Made = TypeVar("Made", bound="Loadable")
 
@@ -82,6 +86,7 @@ class BatchLoader(Generic[Made]):
             num_workers=self.pieces if workers else 0,
             prefetch_factor=_PREFETCHED if workers else None,
             persistent_workers=bool(workers),
+            multiprocessing_context=_START if workers else None,
         )
 
     def __iter__(self) -> Iterator[Made]:

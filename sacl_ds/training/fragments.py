@@ -89,10 +89,11 @@ def fill(engine: DeepSpeedEngine, saved: Fragments, step: int) -> None:
     if stage in (1, 2):
         zero.update_lp_params()
     elif stage == 3:
-        zero.checkpoint_event_prologue()  # parameters that are kept whole go, and come again from what was put
+        # parameters that are kept whole go, and come again, from what was put, at their first use. Not before:
+        # DeepSpeed (0.19.8) learns which modules read parameters of others by these not being there in the first forward pass
+        zero.checkpoint_event_prologue()
         for number in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(number)
-        zero.checkpoint_event_epilogue()
 
 
 def _inner(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
