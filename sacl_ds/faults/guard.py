@@ -15,7 +15,7 @@ from typing import Any, Literal
 import psutil
 
 from sacl_ds.errors import Fault, Stopped
-from sacl_ds.faults.ending import Exit, Status
+from sacl_ds.faults.ending import Exit, Status, read_status
 from sacl_ds.faults.judging import Beat, Limits
 from sacl_ds.faults.pulse import Address, Court, Witness
 from sacl_ds.faults.restarts import attempt
@@ -71,6 +71,11 @@ class Guard:
         """step: how many are done."""
         self._place = step, doing, time.monotonic()
 
+    def begin(self, checkpoint: int | None) -> None:
+        """A phase of the run, at that checkpoint of it; None: at its start."""
+        self._checkpoint = checkpoint
+        self.at(checkpoint or 0, "starting")
+
     def saved(self, step: int) -> None:
         """A checkpoint of that step is on the disk."""
         self._checkpoint = step
@@ -122,6 +127,9 @@ class Guard:
     ) -> None:
         if self._ranks.rank and not by_any:
             return
+        there = read_status(self._folder)
+        if there is not None and there.restarts > attempt():
+            return  # of a rank that stood still while the others were started anew
         status = Status(state, self._place[0], self._checkpoint, message, attempt())
         try:
             status.write(self._folder)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sacl_ds.distributed import gather_objects, max_over_ranks, rank, same_error
 from sacl_ds.ds_config import zero_stage
-from sacl_ds.errors import UserError
+from sacl_ds.errors import FULL, UserError
 
 FILE = "bad_steps.jsonl"
 _WINDOW = 1000  # steps
@@ -84,8 +84,14 @@ class BadSteps:
         return f"step {done} is left out, its loss or gradient is not finite; {said}; all are in {FILE}"
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            reason = "the disk is full" if error.errno in FULL else error.strerror
+            raise UserError(
+                f"{self._file} cannot be written: {reason}; put that right, and go on with --resume"
+            ) from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -222,7 +222,9 @@ def resume(
         manifest = read_manifest(folder)
         verify(folder, sorted(manifest.files)[rank() :: world_size()], manifest)
         _require_same(manifest.shapes, fragments.shapes(engine), run_folder)
-        _resume_momentum(folder / MOMENTUM, run_folder, momentum, id_columns)
+        _require_momentum(MOMENTUM in manifest.files, momentum is not None, run_folder)
+        if momentum is not None:
+            momentum.restore(read_tensors(folder / MOMENTUM), str(run_folder), id_columns)
         saved = Fragments(rank_files(folder, manifest))
     fragments.fill(engine, saved, state.optimizer_step)
     _fill_untrained(engine, frozen_tensors(folder, manifest))
@@ -254,16 +256,13 @@ def _fill_untrained(engine: DeepSpeedEngine, saved: dict[str, Tensor]) -> None:
     fill_parameters(engine, {name: value for name, value in saved.items() if name not in buffers})
 
 
-def _resume_momentum(file: Path, run_folder: Path, momentum: Momentum | None, id_columns: int) -> None:
-    """Into `momentum`. Raises UserError where the run had one and now has none, or the other way round."""
-    if file.exists() != (momentum is not None):
-        had = file.exists()
+def _require_momentum(had: bool, has: bool, run_folder: Path) -> None:
+    """Raises UserError where the run had a momentum model and now has none, or the other way round."""
+    if had != has:
         raise UserError(
             f"--resume: {run_folder} was trained {'with' if had else 'without'} a momentum model; resume with "
             f"momentum.enabled={str(had).lower()}, or start anew in another output_dir"
         )
-    if momentum is not None:
-        momentum.restore(read_tensors(file), str(run_folder), id_columns)
 
 
 def _loss_scale(engine: DeepSpeedEngine) -> dict[str, float]:

@@ -90,7 +90,7 @@ def fill(engine: DeepSpeedEngine, saved: Fragments, step: int) -> None:
         zero.update_lp_params()
     elif stage == 3:
         # parameters that are kept whole go, and come again, from what was put, at their first use. Not before:
-        # DeepSpeed (0.19.8) learns which modules read parameters of others by these not being there in the first forward pass
+        # DeepSpeed (0.19.8) learns which modules read parameters of others by these not being there in the first pass
         zero.checkpoint_event_prologue()
         for number in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(number)

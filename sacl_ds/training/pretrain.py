@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from rich.text import Text
+from safetensors import SafetensorError
 
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import TrainingView, View
@@ -25,6 +26,7 @@ from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard, guarding
 from sacl_ds.model.momentum import Momentum, saved_bytes
 from sacl_ds.model.sacl import SaclModel
@@ -159,7 +161,6 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tupl
     """Build everything of one phase, train, and leave the finished run in its directory."""
     run, folder, resume = phase.run, phase.folder, phase.resume
     first, world = rank() == 0, world_size()
-    guard.at(0, "starting")
     progress = RunProgress(phase.title, run.train.steps, 0, enabled=first)
     with same_error():
         engine_config = job.engine_config(run, folder)
@@ -197,6 +198,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tupl
         beside = momentum, collator.id_columns
         start, note = checkpoint.resume(engine, folder, identity, *beside) if resume else (0, None)
         records = WeightRecords(folder, start if resume else None) if first else None
+    guard.begin(start if resume else None)
     if note:
         progress.print(f"warning: --resume: {note}")
     loader = BatchLoader(
@@ -239,8 +241,15 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tupl
 def _leave(engine: DeepSpeedEngine, model: SaclModel, folder: Path, steps: int) -> None:
     """The finished weights in the run's directory, and no engine."""
     weights = whole_state(engine, model)
-    if rank() == 0:
-        save_weights(weights, folder, steps)
+    with same_error():
+        if rank() == 0:
+            try:
+                save_weights(weights, folder, steps)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{folder / WEIGHTS} cannot be written: {error}; the checkpoint of step {steps} is whole: make "
+                    "room, and --resume writes it"
+                ) from None
     engine.destroy()
     barrier()
 
