@@ -180,8 +180,8 @@ def page_of(told: list[Told], difference: Difference, seed: int) -> str:
             f"{len(told)} kills (seed {seed}), {saving} of them while a checkpoint was saved; {half} left a checkpoint "
             f"half written or half removed. {versions}; {platform.machine()}, {os.cpu_count()} cores.",
             "",
-            f"* every resume went on from the checkpoint that `latest` named, behind {len(told)} kills out of "
-            f"{len(told)}; lost were 0 to {max(lost)} steps, {sum(lost)} in all, and made again",
+            "* every start behind a kill went on from the checkpoint that `latest` named, or from the beginning where "
+            f"there was none yet; lost were 0 to {max(lost)} steps, {sum(lost)} in all, and made again",
             f"* the batches of all {difference.steps} steps, in their order, are those of the run that was left alone, "
             "also where a step was made twice",
             f"* its losses differ by {difference.loss:.1e} at most (relative), its last weights by "
