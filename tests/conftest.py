@@ -3,7 +3,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# the same examples in every run; how long one takes is the machine's, and nothing that fails
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not Path("/dev/nvidiactl").exists():

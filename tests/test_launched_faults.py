@@ -194,7 +194,7 @@ def test_a_lost_node(how: str, nodes: Cluster, tmp_path: Path) -> None:
     again = nodes.deepspeed(
         *line(folder, "--resume", f"train.steps={checkpoint_of(folder) + 2}"), hostfile=nodes.hosts("node1")
     )
-    assert again.wait(120) == 0, again.text()[-3000:]
+    assert again.wait(300) == 0, again.text()[-3000:]
 
 
 def test_sigterm_to_the_launcher_of_several_nodes(nodes: Cluster, tmp_path: Path) -> None:
