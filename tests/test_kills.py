@@ -203,17 +203,17 @@ def whole_run(folder: Path, settings: list[str]) -> Path:
 
 
 def test_three_kills(tmp_path: Path) -> None:
-    settings = [*SMALL, *TRAINED, "teacher.steps=0", "train.steps=24"]
+    settings = [*SMALL, *TRAINED, "teacher.steps=0", "train.steps=12"]
     chain = [
-        Plan(2, 2, "a loader", "step", workers=1, ahead=3),
-        Plan(2, 3, "another rank", "writing", workers=1, ahead=1),  # whose loader must notice
+        Plan(2, 2, "a loader", "step", workers=1, every=1, ahead=1),
+        Plan(2, 3, "another rank", "writing", workers=1),  # whose loader must notice
         Plan(1, 1, "all", "naming", keep=2),
     ]
     told, digests = killed_run(tmp_path / "killed", chain, settings)
     difference = compared(tmp_path / "killed", whole_run(tmp_path / "whole", settings), digests)
     assert all(each.death.guarded for each in told)
-    assert [each.after for each in told] == sorted(each.after or 0 for each in told)
-    assert difference.steps == 24
+    assert all(each.after for each in told)
+    assert difference.steps == 12
     assert difference.loss < 1e-4
 
 
