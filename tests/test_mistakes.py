@@ -135,7 +135,7 @@ def test_an_output_directory_in_use(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room() -> None:
-    with pytest.raises(UserError, match=r"GB free, and one checkpoint with the weights takes 20000000000\.0"):
+    with pytest.raises(UserError, match=r"GB free, and one checkpoint with the weights takes 16000000000\.0"):
         check_space(ROOT, 10**18, 1)
     free = shutil.disk_usage(ROOT).free
     assert "5000000000 checkpoints take" in str(check_space(ROOT, free // 40, 5_000_000_000))

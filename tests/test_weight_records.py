@@ -110,4 +110,4 @@ def test_a_full_disk(tmp_path: Path) -> None:
         [*unshare, f"{mount} && exec {sys.executable} -c {code!r}"], env=env, capture_output=True, text=True
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert "parquet cannot be written: No space left on device; put that right, or train with records.every=0" in last
+    assert "parquet cannot be written: the disk is full; put that right, or train with records.every=0" in last
