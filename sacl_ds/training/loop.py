@@ -165,6 +165,9 @@ class Loop:
             return next(batches)
         except torch.OutOfMemoryError as error:  # of the batch after it, which is copied ahead
             raise self._out_of_memory(number, error) from None
+        except (ConnectionError, EOFError) as error:  # of a loader that is gone while its tensors are fetched
+            lost = f"the connection to a loader broke ({type(error).__name__})"
+            raise Fault(f"{lost}; a loader process of rank {rank()} was killed, or ran out of memory") from None
 
     def _out_of_memory(self, number: int, error: BaseException) -> UserError:
         rows = self.run.micro_batches(world_size())[0]
