@@ -94,7 +94,7 @@ def test_a_killed_loader(tmp_path: Path) -> None:
         codes = run.ended()
         said = run.said
     assert codes == [Exit.FAULT, Exit.FAULT]
-    assert str(loader.pid) in said
+    assert str(loader.pid) in said or "the connection to a loader broke" in said
     assert "a loader process of rank 1 was killed" in said
     assert "Traceback" not in said
     status = read_status(tmp_path / "run")
