@@ -24,6 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture
+def proof(tmp_path: Path) -> Path:
+    """What an attack would make, and must not come to be."""
+    return tmp_path / "proof"
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

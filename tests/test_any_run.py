@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as arrow
 import pytest
 import torch
+from attacks import records_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import save_file
 from saved import saved_run
-from test_loading_is_safe import records_of
 
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report.building import write_report

@@ -85,9 +85,9 @@ def assert_line(error: UserError) -> None:
     assert 0 < len(str(error)) < 2000
 
 
-def alone(path: Path) -> None:
-    """It and nothing else is in its folder."""
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+def alone(path: Path) -> bool:
+    """Whether it and nothing else is in its folder."""
+    return [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 def whole_tar() -> bytes:
@@ -126,7 +126,7 @@ def check_mutated(folder: Path, changes: list, headers: list, end: int) -> None:
     path = folder / "shard.tar"
     path.write_bytes(mutated(changes, headers, end))
     read_all(path, 4)
-    alone(path)
+    assert alone(path)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_any_bytes(folder: Path, data: bytes) -> None:
     (folder / "shard.tar").write_bytes(data)
     read_all(folder / "shard.tar", 2)
-    alone(folder / "shard.tar")
+    assert alone(folder / "shard.tar")
 
 
 arguments = given(mutations, st.lists(in_headers, max_size=3), st.integers(0, len(WHOLE)) | st.just(len(WHOLE)))
@@ -173,7 +173,7 @@ def test_any_members(folder: Path, inside: list[tuple[str, bytes, bytes]], form:
                 tar.addfile(info, io.BytesIO(data))
     (folder / "shard.tar").write_bytes(buffer.getvalue())
     read_all(folder / "shard.tar", 3)
-    alone(folder / "shard.tar")
+    assert alone(folder / "shard.tar")
 
 
 json_values = st.recursive(

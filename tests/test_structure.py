@@ -40,7 +40,7 @@ ALLOWED = {
         "training",
     },
     "doctor": {"command_line", "data", "doctor", "errors", "machine"},
-    "exporting": {"config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry"},
+    "exporting": {"atomic", "config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry"},
     "inference": {"data", "errors", "model"},
     "study": {
         "analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training", "yaml_files",

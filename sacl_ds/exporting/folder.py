@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sacl_ds.atomic import flush
 from sacl_ds.errors import UserError
 
 
@@ -31,7 +32,7 @@ def new_folder(out: Path, setting: str) -> Iterator[Path]:
         _release(temporary)
         require_free(out, setting)
         temporary.rename(target)
-        _sync(target.parent)
+        flush(target.parent)
     except OSError as error:
         raise UserError(f"{label} cannot be written: {error.strerror or error}; make room, or choose another") from None
     finally:
@@ -52,15 +53,7 @@ def _release(folder: Path) -> None:
     mask = _umask()
     for path in (*folder.rglob("*"), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
 
 
 def _umask() -> int:

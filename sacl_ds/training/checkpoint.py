@@ -7,7 +7,6 @@ ranks, and leave out what is not trained (0.19.8).
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds import provenance
-from sacl_ds.atomic import write_text
+from sacl_ds.atomic import flush, write_text
 from sacl_ds.distributed import barrier, broadcast_object, gather_objects, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import FULL, UserError
@@ -35,7 +34,6 @@ from sacl_ds.training.checkpoint_folder import (
     Manifest,
     RunState,
     complete,
-    flush_folder,
     frozen_tensors,
     latest,
     rank_files,
@@ -112,7 +110,7 @@ def save(
         with same_error(), _room(run_folder, step):
             if rank() == 0:
                 Manifest(files, fragments.shapes(engine)).save(writing)
-                flush_folder(writing)
+                flush(writing)
                 _name(writing, folder, keep)
     except UserError:
         if rank() == 0:
@@ -150,9 +148,8 @@ def _beside(writing: Path, run_folder: Path, state: RunState, frozen: dict[str, 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-    flush_folder(target.parent)
+    flush(target)
+    flush(target.parent)
 
 
 def _name(writing: Path, folder: Path, keep: Retention) -> None:
@@ -161,9 +158,9 @@ def _name(writing: Path, folder: Path, keep: Retention) -> None:
     if folder.exists():  # written before a kill that came ahead of `latest`, or of a run that was set back
         remove(folder)
     writing.rename(folder)
-    flush_folder(checkpoints)
+    flush(checkpoints)
     write_text(checkpoints / LATEST, folder.name)
-    flush_folder(checkpoints)
+    flush(checkpoints)
     for step in keep.superseded([*_readable(checkpoints)]):
         if tag_of(step) != folder.name:
             remove(checkpoints / tag_of(step))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -201,15 +200,6 @@ def sweep(checkpoints: Path) -> None:
     """Remove what a process that was killed while saving or removing left behind."""
     for left in [*checkpoints.glob(".*.writing"), *checkpoints.glob(".*.removing")]:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """That names in it last a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def figures_of(named: Mapping[str, tuple[float, float]]) -> dict[str, float]:
