@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from contract import LOSSES, PAIRS, assert_contract, targets, whole_batch_gradient
 from ranks import on_ranks
-from test_gradient_contract import LOSSES, PAIRS, assert_contract, targets, whole_batch_gradient
 from vqa_questions import PLACEMENTS, batch_of, pretrained
 
 from sacl_ds.config import RunConfig
