@@ -257,7 +257,7 @@ class Blocks:
 
     @classmethod
     def of(cls, kernel: Any, dtype: torch.dtype) -> Blocks:
-        """The largest that leave sm_80 and sm_90 without spilled registers (tests/test_kernel_builds.py); not timed."""
+        """The largest that leave sm_80 and sm_90 without spilled registers (test_kernel_builds.py); not timed."""
         if dtype == torch.float32:
             return cls(64, 64, 32, 4, 2) if kernel is sums_kernel else cls(128, 64, 32, 8, 2)
         return cls(128, 64, 64, 8, 3)
