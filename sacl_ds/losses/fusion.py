@@ -15,8 +15,8 @@ from sacl_ds.losses.regulated import Regulation
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """A text for each image and an image for each text: (b,) int64 indices in the batch, and (b,) bool whether there was
-    one to draw; the index means nothing otherwise."""
+    """A text for each image and an image for each text: (b,) int64 indices in the batch, and (b,) bool whether there
+    was one to draw; the index means nothing otherwise."""
 
     text: Tensor
     image: Tensor

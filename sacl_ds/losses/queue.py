@@ -180,7 +180,7 @@ def keys_loss(
     soft_weight: float,
     job: Job,
 ) -> ContrastiveOutput:
-    """The differentiable loss; features: (image, text), as in `similarity_regulated_loss`. job: with the queue's ids."""
+    """The differentiable loss. features: (image, text) as in `similarity_regulated_loss`; job: with the queue's ids."""
 
     def losses(anchor: Modality, key: Modality) -> tuple[Tensor, Tensor | None]:
         direction = _direction(anchor, key, job)

@@ -75,7 +75,7 @@ def _similarity(
     r = tl.zeros_like(cosine)
     if KIND == STUDENT:
         r = -sharpness * cosine
-    if KIND == TEACHER or KIND == MIXED:
+    elif KIND != EVEN:
         of_teacher = teacher_sharpness * _product(
             teacher_v, teacher_t, row, column, n_rows, n_columns, teacher_width,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,

@@ -159,7 +159,7 @@ class PretrainObjective(nn.Module):
     def contrastive(
         self, image: Tensor, text: Tensor, logit_scale: Tensor, pair_ids: Tensor, targets: Targets
     ) -> tuple[Out, LeastKept]:
-        """`itc` of (b, d) features with (b, k) ids, and figures where targets.statistics; and the bounds of drop_below."""
+        """`itc` of (b, d) features with (b, k) ids, and figures if targets.statistics; and drop_below's bounds."""
         regulation, teacher = step_regulation(self.settings, targets)
         teacher_image, teacher_text = teacher or (None, None)
         momentum = targets.momentum

@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sacl_ds.losses import triton as kernels
 
-architecture, name, kernel, kind = int(sys.argv[1]), sys.argv[2], getattr(kernels, sys.argv[3]), getattr(kernels, sys.argv[4]).value
+architecture, name = int(sys.argv[1]), sys.argv[2]
+kernel, kind = getattr(kernels, sys.argv[3]), getattr(kernels, sys.argv[4]).value
 dtype = getattr(torch, name)
 blocks = kernels.Blocks.of(kernel, dtype)
 constants = dict(
