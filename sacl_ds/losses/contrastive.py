@@ -25,9 +25,9 @@ from sacl_ds.distributed import Group, rank, world_size
 from sacl_ds.losses.keys import Keys, keys_loss
 from sacl_ds.losses.reference import dense_keys_loss, dense_loss
 from sacl_ds.losses.regulation import Regulation
-from sacl_ds.losses.statistics import contrastive_statistics
 from sacl_ds.losses.streaming import Tiles, joint_loss
 from sacl_ds.losses.tiles import TorchTiles
+from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
 
 BACKENDS = ("auto", "reference", "streaming", "triton")
 
@@ -39,7 +39,7 @@ class ContrastiveOutput:
     loss: 0-dim, (world / global pairs) * sum over this rank's anchors of the mean of both directions, so that the
         mean over ranks of its gradients is the gradient of one process that holds the whole batch.
     image_to_text, text_to_image: (b,) per-anchor losses, detached.
-    statistics: None unless asked for; see `sacl_ds.losses.statistics.contrastive_statistics`.
+    statistics: None unless asked for; see `sacl_ds.losses.weights.mutual_information`.
     """
 
     loss: Tensor
@@ -102,28 +102,27 @@ def similarity_regulated_loss(
         raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
     known = _counted(counts, image, group)
     make_tiles = _tiles(backend, image)
+    def figures(contrast: Contrast | None = None) -> dict[str, Tensor] | None:
+        if not statistics:
+            return None
+        contrast = contrast or Contrast.of_batch(image, text, teacher, pair_ids, group)
+        return mutual_information(WeightTiles(contrast, regulation), float(logit_scale.detach()))
+
     with torch.autocast(image.device.type, enabled=False):
         arguments = (image, text, logit_scale, teacher, pair_ids, regulation)
         if keys is not None:
-            figures = None
-            if statistics:
-                tiles = (make_tiles or TorchTiles)(regulation)
-                figures = contrastive_statistics(joint_loss(*arguments, tiles, group, known)[1])
             common = (*arguments[:-1], keys, regulation)
             if make_tiles is None:
-                return ContrastiveOutput(*dense_keys_loss(*common, group, soft_weight), figures)
-            return ContrastiveOutput(*keys_loss(*common, make_tiles, group, soft_weight, known), figures)
+                return ContrastiveOutput(*dense_keys_loss(*common, group, soft_weight), figures())
+            return ContrastiveOutput(*keys_loss(*common, make_tiles, group, soft_weight, known), figures())
         if make_tiles is None:
-            figures = None
-            if statistics:
-                figures = contrastive_statistics(joint_loss(*arguments, TorchTiles(regulation), group, known)[1])
-            return ContrastiveOutput(*dense_loss(*arguments, group), figures)
+            return ContrastiveOutput(*dense_loss(*arguments, group), figures())
         loss, joint = joint_loss(*arguments, make_tiles(regulation), group, known)
         return ContrastiveOutput(
             loss,
             joint.image_anchors.loss.to(loss.dtype),
             joint.text_anchors.loss.to(loss.dtype),
-            contrastive_statistics(joint) if statistics else None,
+            figures(Contrast(joint.images, joint.texts, group)),
         )
 
 
