@@ -18,8 +18,7 @@ if _worker and hasattr(os, "sched_setaffinity"):
     # for each other, actively
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, _cores[int(_worker.removeprefix("gw")) :: _workers] or _cores)
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 ROOT = Path(__file__).parent.parent
 

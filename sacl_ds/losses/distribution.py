@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sacl_ds.distributed import Group, gather_rows, row_counts, sum_over_ranks
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses.regulated import Regulation
 from sacl_ds.losses.weights import AnchorSums, Contrast, Tile, WeightTiles, anchor_sums
 
 if TYPE_CHECKING:

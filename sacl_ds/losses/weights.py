@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from sacl_ds.distributed import Group, gather_rows, rank, row_counts, sum_over_ranks
-from sacl_ds.losses.reference import _regulated
-from sacl_ds.losses.regulation import Regulation
-from sacl_ds.losses.streaming import row_products, shared_ids, sums_over_ranks
+from sacl_ds.losses.regulated import Regulation, log_weights_of
+from sacl_ds.losses.streaming import normalised, row_products, shared_ids, sums_over_ranks
 from sacl_ds.losses.tiles import Excluded, Side, Sums, wide
 
 # |log s| up to which e^r of all pairs, and sums of it, stay within the range of the type
@@ -45,7 +44,7 @@ def log_weights(
     cosine, teacher_cosine: (n, m) float, of whose dtype the result is; negatives: (n, m) bool.
     """
     log_similarity = regulation.log_similarity(cosine, teacher_cosine)
-    return _regulated(log_similarity, negatives, regulation) + math.log(regulation.negative_mass)
+    return log_weights_of(log_similarity, negatives, regulation)[0] + math.log(regulation.negative_mass)
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class WeightTiles:
                 total.add(more, part.start)
         sums[1] = sums_over_ranks(sums[1], torch.float64, contrast.group)
         self.negatives = sums[0].count, sums[1].count
-        self._log_means = [_log_mean_inverse(each, regulation).to(self._dtype) for each in sums]
+        self._log_means = [-normalised(0.0, each, regulation).to(self._dtype) for each in sums]
 
     def __iter__(self) -> Iterator[Tile]:
         return map(self.tile, self.places)
@@ -209,10 +208,6 @@ class WeightTiles:
             for side, log in enumerate(logs)
         )
         return of_rows, of_columns
-
-
-def _log_mean_inverse(sums: Sums, regulation: Regulation) -> Tensor:
-    return torch.zeros_like(sums.count) if regulation.even else sums.normaliser - sums.count.log()
 
 
 class AnchorSums(NamedTuple):
@@ -285,7 +280,9 @@ def anchor_sums(
             log_weight = tile.log_weight(direction)
             also(direction, tile, log_weight)
             negatives = z.shape[1 - direction] - left_out[direction].double()
-            for total, more in zip(sums[direction], AnchorSums.of(z, plain, log_weight, negatives, direction), strict=True):
+            for total, more in zip(
+                sums[direction], AnchorSums.of(z, plain, log_weight, negatives, direction), strict=True
+            ):
                 total[part] += more
     return AnchorSums(*sums[0]), AnchorSums(*sum_over_ranks(sums[1], contrast.group))
 

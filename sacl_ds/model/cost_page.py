@@ -25,10 +25,10 @@ _PAGE = """# What the presets cost
 Made by `python -m sacl_ds.model.cost_page docs/presets.md` (in `make docs`) from the configuration alone; do not edit.
 
 Counted are matrix products, convolution and attention, 2 FLOPs a multiply-add, just as torch's FlopCounterMode counts
-them (`sacl_ds/model/cost.py`, `tests/test_cost.py`). Captions are `model.max_tokens` long; MLM predicts {predicted} %
-of them. Forward and backward are three times the forward FLOPs. *Kept* is what forward holds for backward, for a pair,
-in float32 without dropout and without checkpointing, within 2 % of what autograd is seen to hold; weights, gradients
-and the optimizer's state come on top.
+them (`sacl_ds/model/cost.py`, `tests/model/test_cost.py`). Captions are `model.max_tokens` long; MLM predicts
+{predicted} % of them. Forward and backward are three times the forward FLOPs. *Kept* is what forward holds for
+backward, for a pair, in float32 without dropout and without checkpointing, within 2 % of what autograd is seen to hold;
+weights, gradients and the optimizer's state come on top.
 
 * **pre-training**: a pair's share of a step: ITC, ITM with three pairings, MLM
 * **one pairing**: one text that chooses from one image, as in VQA: inference is this, fine-tuning three times this

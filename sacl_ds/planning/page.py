@@ -99,7 +99,7 @@ Greatest deviation: memory {worst_memory}, traffic {worst_wire}. Corrected after
 trace of the step: buckets are made as backward begins, and at ZeRO 1 stay through all micro-batches; two kinds of them
 under bf16; copies of a rank's share of gradients; bfloat16 copies that linear layers keep; P''. ITC alone, and bf16 in
 micro-batches, were measured when the formulas were done, and nothing had to be corrected. In the formulas, but not
-measured: a momentum model's memory (its loss's traffic is, in `tests/test_planning.py`), dropout, fp16,
+measured: a momentum model's memory (its loss's traffic is, in `tests/planning/test_planning.py`), dropout, fp16,
 `stage3_max_live_parameters` below the model's size, checkpointing at ZeRO 3, NVMe, GPUs.
 
 ```

@@ -4,71 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
+from stages import IDENTITY, STEPS, Stage, engine_of, steps, weights_of
 
-from sacl_ds.machine import this_machine
 from sacl_ds.training import checkpoint
 from sacl_ds.training.checkpoint_folder import rank_files, read_manifest
-from sacl_ds.training.objectives import Targets
 from sacl_ds.training.saved_checkpoint import read_checkpoint
 from sacl_ds.training.tensor_files import Fragments
 
-PAIRS, STEPS, MORE = 12, 3, 4
-IDENTITY = checkpoint.Identity("words", "data")
-Stage = int | str  # of ZeRO, or which file of ds_configs
+MORE = 4  # steps
 # by number of ranks
 SAVED: dict[int, list[Stage]] = {1: [0], 2: [1, 3], 3: [2]}
 RESUMED: dict[int, list[Stage]] = {1: [1, 3], 2: [0, 2, 3], 3: [1, 3]}
 OFFLOADED: dict[int, list[Stage]] = {1: ["3_offload"], 2: ["2_offload"]}
-
-
-def engine_of(stage: Stage, world: int, seed: int) -> Any:
-    from sacl_ds.ds_config import read_ds_config, resolve
-    from sacl_ds.training.engine import build_engine, start_process
-
-    start_process()
-    torch.set_num_threads(1)
-    run = tiny.config(contrastive="infonce", mlm_weight=0.0)
-    optim = {"weight_decay": 0.5, "lr_image": 0.02, "lr_text": 0.01, "clip_norm": 0.5}
-    run = run.model_copy(
-        update={
-            "train": run.train.model_copy(update={"global_batch_size": PAIRS}),
-            "optim": run.optim.model_copy(update=optim),
-            "loss": run.loss.model_copy(update={"matching_weight": 0.0}),
-        }
-    )
-    plain = {"zero_optimization": {"stage": stage}}
-    ds = plain if stage in (0, 1, 2, 3) else read_ds_config(f"ds_configs/zero{stage}.json")
-    objective = tiny.objective(run, seed)
-    return build_engine(objective, resolve(ds, run, world, this_machine("cpu")), run.optim)
-
-
-def steps(engine: Any, rank: int, world: int, numbers: range) -> list[float]:
-    """Losses of the whole batch, the same on all ranks."""
-    found = []
-    for step in numbers:
-        share = PAIRS // world
-        whole, teacher = tiny.batch(PAIRS, seed=step)
-        mine, _ = tiny.rows(whole, teacher, rank * share, (rank + 1) * share)
-        loss = engine(mine, Targets(None, 0.0, None))["loss"]
-        engine.backward(loss)
-        engine.step()
-        mean = loss.detach().clone()
-        torch.distributed.all_reduce(mean)
-        found.append(mean.item() / world)
-    return found
-
-
-def weights_of(engine: Any) -> dict[str, torch.Tensor]:
-    from sacl_ds.training.engine import whole_state
-
-    return whole_state(engine, engine.module.model)
 
 
 def saving(rank: int, world: int, stages: list[Stage], base: Path) -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_ahead import failing
 
 from sacl_ds.data.ahead import ahead
 
@@ -31,7 +30,7 @@ def test_copied_while_the_gpu_works() -> None:
 
 def test_a_failure_waits_for_the_batches_before_it() -> None:
     taken: list[int] = []
-    batches = ahead(failing(taken, 3), torch.device("cuda"))
+    batches = ahead(tiny.failing(taken, 3), torch.device("cuda"))
     for number in range(3):
         assert torch.equal(next(batches).images.cpu(), tiny.batch(2, seed=number)[0].images)
         assert taken == list(range(min(number + 2, 3)))

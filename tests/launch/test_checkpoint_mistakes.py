@@ -1,0 +1,79 @@
+"""Checkpoints that cannot be used, and settings of checkpoints and restarts: lines of `docs/mistakes.md`."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from documented import assert_documented, said
+from starting import losses, start
+
+SHORT = ["teacher.steps=0", "train.steps=4", "train.save_every=2", "train.eval_every=2"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    start(folder / "run", *SHORT)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
+
+
+def damage(folder: Path) -> None:
+    file = folder / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def lose(folder: Path) -> None:
+    (folder / "rank_00000.safetensors").unlink()
+
+
+def age(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    del state["format"]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("spoil", [damage, lose, age])
+def test_a_checkpoint_that_cannot_be_used(spoil: Callable[[Path], None], copy: Path) -> None:
+    """Where its folder is removed, as the line says, the one before it goes on."""
+    spoil(copy / "run/checkpoints/step_00000004")
+    done = start(copy / "run", "--resume", *SHORT, "train.steps=5", check=False)
+    assert_documented(said(done, copy))
+    if spoil is not age:
+        shutil.rmtree(copy / "run/checkpoints/step_00000004")
+        start(copy / "run", "--resume", *SHORT, "train.steps=5")
+        assert len(losses(copy / "run")) == 5
+
+
+def test_other_losses(copy: Path) -> None:
+    done = start(copy / "run", "--resume", *SHORT, "train.steps=5", "loss.matching_weight=0", check=False)
+    assert_documented(said(done, copy))
+
+
+def test_settings(tmp_path: Path) -> None:
+    named = start(tmp_path / "run", *SHORT, "train.keep_best=text_to_image_R1", "train.keep_checkpoints=1", check=False)
+    assert_documented(said(named, tmp_path))
+    unnamed = start(tmp_path / "run", *SHORT, "train.max_restarts=1", "output_dir=null", check=False)
+    assert_documented(said(unnamed, tmp_path))
+
+
+def test_the_best_stays(tmp_path: Path) -> None:
+    """With the newest and those of every fourth step."""
+    best = "text_to_image_any_R@1"
+    keep = ["train.keep_checkpoints=1", f"train.keep_best={best}", "train.keep_every=4"]
+    start(tmp_path / "run", *SHORT, "train.steps=10", *keep)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    figures = {line["step"]: line["evaluation"][best] for line in lines if "evaluation" in line}
+    assert sorted(figures) == [2, 4, 6, 8, 10]
+    expected = {4, 8, 10, next(step for step in sorted(figures) if figures[step] == max(figures.values()))}
+    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "run/checkpoints").glob("step_*")}
+    assert kept == expected
