@@ -1,20 +1,22 @@
 """The weights of a global batch against a dense computation in numpy, in one process and on two ranks."""
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dense_weights import dense
-from hypothesis import given, settings
+from dense_weights import dense, information, matrices
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from ranks import on_ranks
 
-from sacl_ds.losses import Regulation
+from sacl_ds.losses import Regulation, similarity_regulated_loss
 from sacl_ds.losses.distribution import EDGES, Weighed, quantiles, weigh
-from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
+from sacl_ds.losses.weights import Contrast, WeightTiles, log_weights, mutual_information
 
 PAIRS, LOWEST, SCALE = 23, 9, 14.0
 REGULATIONS = {
@@ -152,16 +154,154 @@ def test_half_precision_features_and_a_learned_scale() -> None:
             assert getattr(one, name) == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.parametrize("name", ["no teacher", "teacher and student", "less mass"])
-def test_mass_and_log_weights_are_the_losses_own_figures(name: str) -> None:
-    data, regulation = features(), REGULATIONS[name]
-    teacher = (data["teacher_image"], data["teacher_text"]) if regulation.teacher else None
-    contrast = Contrast.of_batch(data["image"], data["text"], teacher, data["ids"])
-    figures = mutual_information(WeightTiles(contrast, regulation), SCALE)
-    images, texts = weighed(data, regulation)
-    assert float(figures["negative_mass_log"]) == pytest.approx((images.mass + texts.mass) / 2, abs=1e-9)
+def logged(data: dict[str, torch.Tensor], regulation: Regulation, part: slice, backend: str) -> dict[str, float]:
+    """The figures that a loss over this part of the pairs, as one rank's, gives to the log."""
+    teacher = [data["teacher_image"][part], data["teacher_text"][part]] if regulation.alpha else [None, None]
+    out = similarity_regulated_loss(
+        data["image"][part], data["text"][part], torch.tensor(SCALE, dtype=torch.float64), *teacher,
+        alpha=regulation.alpha, sharpness=regulation.sharpness, teacher_sharpness=regulation.teacher_sharpness,
+        pair_ids=data["ids"][part], negative_mass=regulation.negative_mass, drop_below=regulation.drop_below,
+        backend=backend, statistics=True,
+    )  # fmt: skip
+    assert out.statistics is not None
+    return {name: float(value) for name, value in out.statistics.items()}
+
+
+def assert_log_is_record(
+    log: dict[str, float], record: tuple[Weighed, Weighed], data: dict[str, torch.Tensor], regulation: Regulation
+) -> None:
+    images, texts = record
+    assert log["negative_mass_log"] == pytest.approx((images.mass + texts.mass) / 2, rel=1e-14, abs=1e-15)
     mean = (images.mean_log_weight + texts.mean_log_weight) / 2
-    assert float(figures["pmi_negative_target"]) == pytest.approx(-mean, abs=1e-9)
+    if regulation.drop_below is None:  # else both directions keep different numbers of pairs
+        assert log["pmi_negative_target"] == pytest.approx(-mean, rel=1e-13, abs=1e-15)
+    assert log["negatives"] * images.anchors == pytest.approx(images.pairs, rel=1e-14)
+    assert log == pytest.approx(information(data, regulation, SCALE), rel=1e-11, abs=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["reference", "streaming"])
+@pytest.mark.parametrize("name", REGULATIONS)
+def test_the_log_says_what_the_record_says(name: str, backend: str) -> None:
+    data, regulation = features(), REGULATIONS[name]
+    log = logged(data, regulation, slice(None), backend)
+    assert_log_is_record(log, weighed(data, regulation), data, regulation)
+
+
+def test_removing_negatives_leaves_what_infonce_is_told_by() -> None:
+    """InfoNCE's bound does not know of weights; the mass of what is left does."""
+    data = features()
+    plain = logged(data, REGULATIONS["infonce"], slice(None), "streaming")
+    dropped = logged(data, REGULATIONS["light ones removed"], slice(None), "streaming")
+    assert dropped["infonce_bound"] == pytest.approx(plain["infonce_bound"], rel=1e-13)
+    assert dropped["negatives"] == plain["negatives"]
+    assert plain["negative_mass_log"] == 0
+    assert dropped["negative_mass_log"] < -0.1
+
+
+def log_and_record(rank: int, folder: Path) -> None:
+    data = features()
+    part = slice(0, 8) if rank == 0 else slice(8, None)
+    found = {n: (logged(data, r, part, "streaming"), weighed(data, r, part)) for n, r in REGULATIONS.items()}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_the_log_says_what_the_record_says_on_two_ranks(tmp_path: Path) -> None:
+    on_ranks(2, log_and_record, tmp_path)
+    for rank in range(2):
+        for name, (log, record) in torch.load(tmp_path / f"{rank}.pt", weights_only=False).items():
+            assert_log_is_record(log, record, features(), REGULATIONS[name])
+
+
+SHARPNESS = st.floats(0, 40) | st.sampled_from([0.0, 1.0, 100.0])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], Regulation, int]:
+    """A batch of 1 to 10 pairs, of which many share ids, settings, and the size of a tile."""
+    n, seed = draw(st.integers(1, 10)), draw(st.integers(0, 2**20))
+    g = torch.Generator().manual_seed(seed)
+    made = [torch.randn(n, width, generator=g, dtype=torch.float64) for width in (5, 5, 4, 4)]
+    made = [torch.nn.functional.normalize(x, dim=1) for x in made]
+    ids = torch.randint(0, draw(st.integers(1, 40)), (n, draw(st.integers(1, 3))), generator=g)
+    alpha = draw(st.sampled_from([0.0, 1.0, 1e-12]) | st.floats(0, 1))
+    drop = draw(st.none() | st.floats(0.01, 3))
+    regulation = Regulation(alpha, draw(SHARPNESS), draw(SHARPNESS), draw(st.floats(0.01, 5)), drop)
+    names = ("image", "text", "teacher_image", "teacher_text")
+    return dict(zip(names, made, strict=True)) | {"ids": ids}, regulation, draw(st.sampled_from([2, 5, 16]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.booleans())
+def test_every_tile_has_the_weights_of_the_dense_matrix(
+    case: tuple[dict[str, torch.Tensor], Regulation, int], fast: bool
+) -> None:
+    data, regulation, size = case
+    teacher = data["teacher_image"], data["teacher_text"]
+    tiles = WeightTiles(
+        Contrast.of_batch(data["image"], data["text"], teacher, data["ids"]), regulation, size, fast=fast
+    )
+    n = len(data["image"])
+    seen = torch.zeros(n, n, dtype=torch.int64)
+    found = torch.full((2, n, n), torch.nan, dtype=torch.float64)
+    for tile in tiles:
+        assert tile.cosine.shape[0] <= size
+        assert tile.cosine.shape[1] <= size
+        seen[tile.rows, tile.columns] += 1
+        for direction in range(2):
+            found[direction, tile.rows, tile.columns] = tile.log_weight(direction).double()
+    assert (seen == 1).all()
+    tolerance = 1e-4 if fast else 1e-10
+    for direction, (w, negative, c, t) in enumerate(matrices(data, regulation)):
+        got = (found[direction].T if direction else found[direction]).exp().numpy()
+        whole = log_weights(
+            *(torch.from_numpy(x.copy()) for x in (c, negative)), regulation, torch.from_numpy(t.copy())
+        )
+        assert (got[~negative] == 0).all()
+        np.testing.assert_array_equal(tiles.negatives[direction].numpy(), negative.sum(1))
+        near = np.zeros_like(negative)
+        if regulation.drop_below is not None:  # a weight just at the bound may fall on either side of it
+            undropped = list(matrices(data, replace(regulation, drop_below=None, negative_mass=1.0)))[direction][0]
+            near = np.isclose(undropped, regulation.drop_below, rtol=1e-4)
+        np.testing.assert_allclose(np.where(near, 0, got), np.where(near, 0, w), rtol=tolerance, atol=1e-30)
+        np.testing.assert_allclose(np.where(near, 0, whole.exp().numpy()), np.where(near, 0, w), rtol=1e-10, atol=1e-30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_reductions_equal_the_dense_matrix(case: tuple[dict[str, torch.Tensor], Regulation, int]) -> None:
+    data, regulation, size = case
+    assume(regulation.drop_below is None or not near_the_bound(data, regulation))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # means of nothing
+        expected, wanted = dense(data, regulation, SCALE, LOWEST), information(data, regulation, SCALE)
+    record = weighed(data, regulation, tile=size)
+    for got, known in zip(record, expected, strict=True):
+        assert (got.anchors, got.pairs) == (known["anchors"], known["pairs"])
+        for name in ("effective", "effective_share", "mass", "shape", "mean_log_weight"):
+            assert getattr(got, name) == pytest.approx(known[name], rel=1e-8, abs=1e-8, nan_ok=True), name
+        assert got.lowest is not None
+        if not regulation.even:
+            weight = [row[0] for row in known["lowest"]]
+            np.testing.assert_allclose(got.lowest.weight, weight, rtol=1e-10, atol=1e-300)
+    teacher = data["teacher_image"], data["teacher_text"]
+    contrast = Contrast.of_batch(data["image"], data["text"], teacher, data["ids"])
+    figures = mutual_information(WeightTiles(contrast, regulation, size), SCALE)
+    assert {name: float(value) for name, value in figures.items()} == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+def near_the_bound(data: dict[str, torch.Tensor], regulation: Regulation) -> bool:
+    """Whether rounding may decide that a negative is removed."""
+    whole = [w[negative] for w, negative, *_ in matrices(data, replace(regulation, drop_below=None, negative_mass=1.0))]
+    return bool(np.isclose(np.concatenate(whole), regulation.drop_below, rtol=1e-9).any())
+
+
+def test_fast_tiles_have_their_range() -> None:
+    data = features()
+    contrast = Contrast.of_batch(data["image"], data["text"])
+    assert next(iter(WeightTiles(contrast, Regulation(0.0, 80.0), fast=True))).log_weight(0).dtype == torch.float32
+    assert next(iter(WeightTiles(contrast, Regulation(0.0, 81.0), fast=True))).log_weight(0).dtype == torch.float64
+    with pytest.raises(ValueError, match="a sharpness of 601 leaves the range of numbers"):
+        WeightTiles(contrast, Regulation(0.0, 601.0), fast=True)
 
 
 weights = arrays.arrays(
