@@ -16,7 +16,7 @@ from sacl_ds.analysis.scan import mini_batches, scan
 from sacl_ds.analysis.terminal import per_cent, progress, say
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import THRESHOLDS
+from sacl_ds.losses.distribution import THRESHOLDS
 from sacl_ds.training.false_share import FALLING_SHARPNESS, falling_weights
 
 _NEAR = 0.5  # of the logit scale: from here on a warning

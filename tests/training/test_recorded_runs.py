@@ -18,7 +18,7 @@ from sacl_ds.data.sources import global_order, training_source
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.losses import Regulation, similarity_regulated_loss
-from sacl_ds.losses.weighing import EDGES
+from sacl_ds.losses.distribution import EDGES
 from sacl_ds.model.saved import load_model
 from sacl_ds.model.teacher import load_teacher, teacher_features
 from sacl_ds.telemetry.metrics import read

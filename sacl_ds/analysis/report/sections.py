@@ -11,7 +11,7 @@ import numpy as np
 from sacl_ds.analysis.report import plots
 from sacl_ds.analysis.report.page import Plot, Section, Table, percent, shown
 from sacl_ds.config import RunConfig
-from sacl_ds.losses.weighing import EDGES, THRESHOLDS
+from sacl_ds.losses.distribution import EDGES, THRESHOLDS
 from sacl_ds.telemetry.weight_records import QUANTILES
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -83,7 +83,7 @@ def distribution(figures: Sequence[Record], folder: Path) -> Section:
         ),
         ("weights_cumulative", "Share under a weight", "Share of the negatives under each weight", plots.cumulative),
     ):
-        draw(folder / f"{name}.png", EDGES, counts)
+        draw(folder / f"{name}.png", np.array(EDGES), counts)
         section.plots.append(Plot(folder / f"{name}.png", title, f"{alt}, at step {step}."))
     header = ["", *(f"< {threshold:.1f}" for threshold in THRESHOLDS)]
     rows = [(ARROWS[d], *(percent(share) for share in record["under"])) for d, record in last.items()]
