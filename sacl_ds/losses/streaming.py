@@ -70,7 +70,7 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What every pass over the tiles needs. counts: pairs per rank; ids, shared: of the pairs of all ranks and then of
+    """Settings, ids and place in the group that every pass over the tiles shares. counts: pairs per rank; ids, shared: of the pairs of all ranks and then of
     a queue, from `shared_ids`."""
 
     counts: list[int]
@@ -124,20 +124,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Joint:
-    """What the forward pass of the joint form knows.
+    """Results of the forward pass of the joint form that its backward pass needs.
 
-    images: this rank's pairs; texts: those of all ranks, in rank order. own: (b,) float64 z of this rank's pairs.
-    of_images, of_texts: sums of this rank's images and texts over their negatives (those kept, with drop_below).
-    kept: which those are. image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
+    images: this rank's pairs; texts: those of all ranks, in rank order. kept: the bounds of drop_below, for both.
+    image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
     """
 
     job: Job
     images: Side
     texts: Side
     logit_scale: Tensor
-    own: Tensor
-    of_images: Sums
-    of_texts: Sums
     kept: Kept | None
     image_anchors: Anchors
     text_anchors: Anchors
@@ -147,7 +143,7 @@ class Joint:
 def joint_loss(
     features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
 ) -> tuple[ContrastiveOutput, Joint]:
-    """The differentiable loss, and what led to it; features: (image, text), as in `similarity_regulated_loss`.
+    """The differentiable loss, and the forward pass that led to it; features: (image, text), as in `similarity_regulated_loss`.
 
     The gradient that comes into the loss must be the same on all ranks.
     """
@@ -245,9 +241,7 @@ def _measure(
     of_texts = of_texts.part(job.start, len(text))
     image_anchors, text_anchors = (Anchors.of(sums, own, job.regulation) for sums in (of_images, of_texts))
     text_shift = gather_rows(text_anchors.shift.to(wide(image)), job.counts, job.group)
-    return Joint(
-        job, images, texts(), logit_scale, own, of_images, of_texts, kept, image_anchors, text_anchors, text_shift
-    )
+    return Joint(job, images, texts(), logit_scale, kept, image_anchors, text_anchors, text_shift)
 
 
 def without_autocast(
