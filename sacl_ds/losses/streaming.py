@@ -70,8 +70,10 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Settings, ids and place in the group that every pass over the tiles shares. counts: pairs per rank; ids, shared: of the pairs of all ranks and then of
-    a queue, from `shared_ids`."""
+    """Settings and ids that every pass over the tiles shares.
+
+    counts: pairs per rank; ids, shared: of the pairs of all ranks and then of a queue, from `shared_ids`.
+    """
 
     counts: list[int]
     regulation: Regulation
@@ -143,7 +145,7 @@ class Joint:
 def joint_loss(
     features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
 ) -> tuple[ContrastiveOutput, Joint]:
-    """The differentiable loss, and the forward pass that led to it; features: (image, text), as in `similarity_regulated_loss`.
+    """The differentiable loss, and its forward pass; features: (image, text) as in `similarity_regulated_loss`.
 
     The gradient that comes into the loss must be the same on all ranks.
     """
@@ -247,7 +249,7 @@ def _measure(
 def without_autocast(
     backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
 ) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
-    """Of an autograd.Function: its products keep their type also where a user runs backward under autocast."""
+    """Keep the types of an autograd.Function's products where a user runs backward under autocast."""
 
     @wraps(backward)
     def exact(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -301,7 +303,7 @@ def _own_first(own: Side, everyone: Callable[[], Side], total: int) -> Iterator[
 def _all_sums(
     images: Side, pieces: Iterator[Side], logit_scale: Tensor, job: Job, kept: Kept | None
 ) -> tuple[Sums, Sums]:
-    """Of this rank's images, and of the texts of all ranks."""
+    """Sums of this rank's images, and of the texts of all ranks."""
     of_images = Sums.empty(len(images), images.features.device)
     of_texts = Sums.empty(sum(job.counts), images.features.device)
     for columns in pieces:
