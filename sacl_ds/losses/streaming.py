@@ -69,7 +69,7 @@ class Tiles(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class TileJob:
     """Settings and ids that every pass over the tiles shares.
 
     counts: pairs per rank; ids, shared: of the pairs of all ranks and then of a queue, from `shared_ids`.
@@ -92,7 +92,7 @@ class Job:
         group: Group,
         counts: list[int] | None = None,
         queue_ids: Tensor | None = None,
-    ) -> Job:
+    ) -> TileJob:
         """Gather the ids of all ranks, and the counts where they are not known."""
         counts = row_counts(image, group) if counts is None else counts
         if pair_ids is None:
@@ -132,7 +132,7 @@ class Joint:
     image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
     """
 
-    job: Job
+    job: TileJob
     images: Side
     texts: Side
     logit_scale: Tensor
@@ -143,7 +143,7 @@ class Joint:
 
 
 def joint_loss(
-    features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
+    features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: TileJob
 ) -> tuple[ContrastiveOutput, Joint]:
     """The differentiable loss, and its forward pass; features: (image, text) as in `similarity_regulated_loss`.
 
@@ -218,7 +218,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _measure(
-    image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
+    image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: TileJob
 ) -> Joint:
     """The forward pass: gather, sums over tiles, anchors."""
     teacher_image, teacher_text = teacher or (None, None)
@@ -301,7 +301,7 @@ def _own_first(own: Side, everyone: Callable[[], Side], total: int) -> Iterator[
 
 
 def _all_sums(
-    images: Side, pieces: Iterator[Side], logit_scale: Tensor, job: Job, kept: Kept | None
+    images: Side, pieces: Iterator[Side], logit_scale: Tensor, job: TileJob, kept: Kept | None
 ) -> tuple[Sums, Sums]:
     """Sums of this rank's images, and of the texts of all ranks."""
     of_images = Sums.empty(len(images), images.features.device)
@@ -328,7 +328,11 @@ def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:
 
 
 def _sum_to_owners(
-    gradients: Callable[[int, int, Tensor], None], job: Job, zeros: Callable[..., Tensor], own: Tensor, factor: Tensor
+    gradients: Callable[[int, int, Tensor], None],
+    job: TileJob,
+    zeros: Callable[..., Tensor],
+    own: Tensor,
+    factor: Tensor,
 ) -> Tensor:
     """factor * the gradient of this rank's texts `own`, (b, d) like them.
 

@@ -82,7 +82,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bounds of drop_below: the least r_ij of a negative that stays, per row and per column. Those that stay weigh 1."""
+    """Bounds of drop_below: the least r_ij of a negative that stays, per row and column. Those that stay weigh 1."""
 
     rows: Tensor
     columns: Tensor
