@@ -12,9 +12,8 @@ from sacl_ds.analysis.report import plots
 from sacl_ds.analysis.report.page import Plot, Section, Table, percent, shown
 from sacl_ds.config import RunConfig
 from sacl_ds.losses.distribution import EDGES, THRESHOLDS
-from sacl_ds.telemetry.weight_records import QUANTILES
+from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 
-DIRECTIONS = ("image_to_text", "text_to_image")
 ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _INFORMATION = (
     ("pmi_positive", "PMI, positives", "#2468b4", "-"),
