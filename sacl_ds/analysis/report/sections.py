@@ -166,8 +166,8 @@ def information(figures: Sequence[Record], metrics: Sequence[Record], folder: Pa
     )
     plot = Plot(folder / "mutual_information.png", "Pointwise mutual information", alt)
     text = (
-        "The critic's estimate log (w e^z / mean w e^z), averaged over positives and over negatives that weigh; the mean "
-        "inside is over the positive and all negatives, those that were removed with w = 0. The paper's "
+        "The critic's estimate log (w e^z / mean w e^z), averaged over positives and over negatives that weigh; the "
+        "mean inside is over the positive and all negatives, those that were removed with w = 0. The paper's "
         "heuristic says that regulation leaves the negatives' near E log 1/w where InfoNCE drives it down; over truly "
         "independent pairs that mean is a negative KL divergence and cannot reach it. InfoNCE's bound is "
         "log(1 + negatives) - InfoNCE loss, over all negatives without weights."
