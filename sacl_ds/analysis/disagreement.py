@@ -26,8 +26,8 @@ from sacl_ds.config import RunConfig
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
 from sacl_ds.losses.distribution import EDGES
+from sacl_ds.telemetry.weight_records import DIRECTIONS
 
-DIRECTIONS = ("image_to_text", "text_to_image")
 TEACHER = "teacher"  # in the place of the second run
 LIGHTEST = 1e-4
 """Weights under this count as this, so that the ratio to a removed negative is finite."""

@@ -22,9 +22,8 @@ from sacl_ds.analysis.threads import in_order
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
 from sacl_ds.losses.distribution import EDGES, THRESHOLDS, Weighed, quantiles, weigh
+from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 
-DIRECTIONS = ("image_to_text", "text_to_image")
-QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 _MEANS = ("effective", "effective_share", "mass", "shape")
 
 

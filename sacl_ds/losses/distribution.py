@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sacl_ds.distributed import Group, gather_rows, row_counts, sum_over_ranks
 from sacl_ds.losses.regulated import Regulation
-from sacl_ds.losses.weights import AnchorSums, Contrast, Tile, WeightTiles, anchor_sums
+from sacl_ds.losses.weights import AnchorSums, Contrast, WeightTile, WeightTiles, anchor_sums
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,7 @@ def weigh(
     tiles = WeightTiles(Contrast.of_batch(image, text, teacher, pair_ids, group), regulation, tile)
     directions = _Direction(tiles, 0, lowest), _Direction(tiles, 1, lowest)
 
-    def add(direction: int, part: Tile, log_weight: Tensor) -> None:
+    def add(direction: int, part: WeightTile, log_weight: Tensor) -> None:
         directions[direction].add(part, log_weight)
 
     images, texts = anchor_sums(tiles, float(logit_scale), add)
@@ -134,7 +134,7 @@ def quantiles(histogram: np.ndarray, qs: Sequence[float]) -> np.ndarray:
 
 
 class _Direction:
-    """Counts of weights, and the pairs of least weight, of one direction; see `Tile.log_weight`."""
+    """Counts of weights, and the pairs of least weight, of one direction; see `WeightTile.log_weight`."""
 
     def __init__(self, tiles: WeightTiles, direction: int, lowest: int) -> None:
         self.contrast, self.direction, self.wanted = tiles.contrast, direction, lowest
@@ -144,14 +144,14 @@ class _Direction:
         self.parts = torch.zeros(len(_BREAKS) + 1, dtype=torch.int64, device=features.device)
         self.found = features.new_empty(0, 3, dtype=torch.float64)  # weight, anchor, negative
 
-    def add(self, tile: Tile, log_weight: Tensor) -> None:
+    def add(self, tile: WeightTile, log_weight: Tensor) -> None:
         weight, negatives = log_weight.exp(), tile.negatives
         bins = torch.bucketize(weight[negatives], self.breaks, right=True)
         self.parts += torch.bincount(bins, minlength=len(self.parts))
         if self.wanted and not self.even:
             self._look_for_lowest(weight.masked_fill_(~negatives, torch.inf), tile)
 
-    def _look_for_lowest(self, weight: Tensor, tile: Tile) -> None:
+    def _look_for_lowest(self, weight: Tensor, tile: WeightTile) -> None:
         bound = weight.flatten().topk(min(self.wanted, weight.numel()), largest=False).values[-1]
         if len(self.found) == self.wanted:
             bound = torch.minimum(bound, self.found[-1, 0])

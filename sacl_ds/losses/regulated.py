@@ -94,10 +94,9 @@ class Regulation:
             return self.sharpness * cosine
         if self.alpha == 1.0:
             return self.teacher_sharpness * teacher_cosine
-        return torch.logaddexp(
-            math.log(self.alpha) + self.teacher_sharpness * teacher_cosine,
-            math.log1p(-self.alpha) + self.sharpness * cosine,
-        )
+        by_teacher = (self.teacher_sharpness * teacher_cosine).add_(math.log(self.alpha))
+        by_student = (self.sharpness * cosine).add_(math.log1p(-self.alpha))
+        return torch.logaddexp(by_teacher, by_student, out=by_teacher)
 
 
 def regulation_weights(similarity: Tensor, negatives: Tensor) -> Tensor:

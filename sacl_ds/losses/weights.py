@@ -25,12 +25,12 @@ from sacl_ds.losses.tiles import Excluded, Side, Sums, wide
 # |log s| up to which e^r of all pairs, and sums of it, stay within the range of the type
 _STEEPEST = {torch.float32: 80.0, torch.float64: 600.0}
 
-Place = tuple[slice, slice]  # images, texts
+Region = tuple[slice, slice]  # images, texts
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class Run(Protocol):
+class OrderedMap(Protocol):
     """How the tiles are gone through, in their order: the built-in `map`, or a like of it with threads."""
 
     def __call__(self, work: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iterator[_Result]: ...
@@ -90,7 +90,7 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Tile:
+class WeightTile:
     """Some images against some texts, all (r, c); rows, columns: which, among this rank's images and among all texts.
 
     inverse: log(1 / s). log_means: (r,) and (c,), log of the mean of 1 / s over all negatives of each image, and of
@@ -129,7 +129,7 @@ class WeightTiles:
 
     Every rank of the contrast's group makes it. negatives: (b,) float64, how many each image of this rank has, and
     (N,) each text of all. teacher: compute the teacher's cosines also where the weights do not need them. fast: float32
-    where the sharpness allows it, with one exponential for both directions. run: see `Run`.
+    where the sharpness allows it, with one exponential for both directions. run: see `OrderedMap`.
 
     Raises ValueError for a teacher's share without a teacher, or if `fast` for a sharpness over 600.
     """
@@ -142,7 +142,7 @@ class WeightTiles:
         *,
         teacher: bool = False,
         fast: bool = False,
-        run: Run = map,
+        run: OrderedMap = map,
     ) -> None:
         images, texts = contrast.images, contrast.texts
         if regulation.alpha > 0 and (images.teacher is None or texts.teacher is None):
@@ -154,30 +154,30 @@ class WeightTiles:
         self._teacher, self._fast = teacher or regulation.teacher, fast
         self._dtype = torch.float32 if fast and steep <= _STEEPEST[torch.float32] else torch.float64
         parts = [[slice(i, min(len(side), i + size)) for i in range(0, len(side), size)] for side in (images, texts)]
-        self.places: list[Place] = [(rows, columns) for columns in parts[1] for rows in parts[0]]
-        self._only = self._compared(self.places[0]) if len(self.places) == 1 else None
+        self.regions: list[Region] = [(rows, columns) for columns in parts[1] for rows in parts[0]]
+        self._only = self._compared(self.regions[0]) if len(self.regions) == 1 else None
         sums = [Sums.empty(len(side), side.features.device) for side in (images, texts)]
-        for place, both in zip(self.places, run(self._sums, self.places), strict=True):
-            for total, part, more in zip(sums, place, both, strict=True):
+        for region, both in zip(self.regions, run(self._sums, self.regions), strict=True):
+            for total, part, more in zip(sums, region, both, strict=True):
                 total.add(more, part.start)
         sums[1] = sums_over_ranks(sums[1], torch.float64, contrast.group)
         self.negatives = sums[0].count, sums[1].count
         self._log_means = [-normalised(0.0, each, regulation).to(self._dtype) for each in sums]
 
-    def __iter__(self) -> Iterator[Tile]:
-        return map(self.tile, self.places)
+    def __iter__(self) -> Iterator[WeightTile]:
+        return map(self.tile, self.regions)
 
-    def tile(self, place: Place) -> Tile:
-        """One of those at `places`; may be called from several threads."""
-        rows, columns = place
+    def tile(self, region: Region) -> WeightTile:
+        """One of those at `regions`; may be called from several threads."""
+        rows, columns = region
         means = self._log_means[0][rows], self._log_means[1][columns]
-        return Tile(rows, columns, *(self._only or self._compared(place)), self.regulation, means)
+        return WeightTile(rows, columns, *(self._only or self._compared(region)), self.regulation, means)
 
     @torch.no_grad()
-    def _compared(self, place: Place) -> tuple[Tensor, Tensor | None, Tensor, Excluded]:
+    def _compared(self, region: Region) -> tuple[Tensor, Tensor | None, Tensor, Excluded]:
         row, column = (
             side.part(part.start, part.stop)
-            for side, part in zip((self.contrast.images, self.contrast.texts), place, strict=True)
+            for side, part in zip((self.contrast.images, self.contrast.texts), region, strict=True)
         )
         features = row.features, column.features
         with torch.autocast(features[0].device.type, enabled=False):
@@ -193,15 +193,17 @@ class WeightTiles:
         dtype = wide(a)
         return (a.to(dtype) @ b.to(dtype).T).to(self._dtype)
 
-    def _sums(self, place: Place) -> tuple[Sums, Sums]:
+    def _sums(self, region: Region) -> tuple[Sums, Sums]:
         """The tile's share in the sums of its images and of its texts."""
-        _, _, inverse, excluded = self._only or self._compared(place)
+        _, _, inverse, excluded = self._only or self._compared(region)
         left_out = excluded.counts()
+        if self._only:
+            inverse = inverse.clone()  # the second pass takes it up again
         if self._fast:
-            exponential = excluded.fill(inverse.exp(), 0.0)
+            exponential = excluded.fill(inverse.exp_(), 0.0)
             logs = [exponential.sum(dim).double().log() for dim in (1, 0)]
         else:
-            inverse = excluded.fill(inverse.clone(), -torch.inf)
+            excluded.fill(inverse, -torch.inf)
             logs = [inverse.logsumexp(dim) for dim in (1, 0)]
         of_rows, of_columns = (
             Sums(torch.full_like(log, -torch.inf), log, inverse.shape[1 - side] - left_out[side].double())
@@ -229,22 +231,37 @@ class AnchorSums(NamedTuple):
     negatives: Tensor
 
     @classmethod
-    def of(cls, z: Tensor, plain: Tensor, log_weight: Tensor, negatives: Tensor, direction: int = 0) -> AnchorSums:
-        """Sums over (r, c) float64: z and e^z, both 0 for what is no negative; log w, -inf where none, overwritten.
+    def of(cls, z: Tensor, log_weight: Tensor, negatives: Tensor) -> AnchorSums:
+        """Sums of the anchors in rows: (n, m) z, log w (-inf where none) and bool mask of the negatives."""
+        z = z.double().masked_fill(~negatives, 0.0)
+        plain = z.exp().masked_fill_(~negatives, 0.0)
+        return cls._of_tile(z, plain, log_weight.double().clone(), negatives.sum(1).double(), 0, True)
 
-        negatives: how many each anchor has here. direction: 0 for the rows as anchors, 1 for the columns.
-        """
+    @classmethod
+    def _of_tile(
+        cls, z: Tensor, plain: Tensor, log_weight: Tensor, negatives: Tensor, direction: int, removes: bool
+    ) -> AnchorSums:
+        """z and e^z: 0 for what is no negative. log_weight is overwritten. negatives: how many each anchor has here.
+        removes: whether some of them may have no weight."""
         dim = 1 - direction
+        logit, kept = z, negatives
+        if removes:
+            weighs = log_weight > -torch.inf
+            logit, kept = z * weighs, weighs.sum(dim).double()
         weight = log_weight.exp()
-        removed = log_weight == -torch.inf
+        log_weight.nan_to_num_(neginf=0.0)
         regulated = weight * plain
-        sums = {"plain": plain.sum(dim), "regulated": regulated.sum(dim), "weight": weight.sum(dim)}
-        sums["square"] = weight.square_().sum(dim)
-        sums["log_weight"] = log_weight.nan_to_num_(neginf=0.0).sum(dim)
-        sums["tilted"] = regulated.mul_(log_weight).sum(dim)
-        kept = plain.shape[dim] - removed.sum(dim).double()
-        sums["logit"] = z.sum(dim) if torch.equal(kept, negatives) else torch.mul(z, ~removed, out=weight).sum(dim)
-        return cls(**sums, kept=kept, negatives=negatives)
+        return cls(
+            plain=plain.sum(dim),
+            regulated=regulated.sum(dim),
+            tilted=regulated.mul_(log_weight).sum(dim),
+            weight=weight.sum(dim),
+            square=weight.square_().sum(dim),
+            log_weight=log_weight.sum(dim),
+            logit=logit.sum(dim),
+            kept=kept,
+            negatives=negatives,
+        )
 
     @property
     def mass(self) -> Tensor:
@@ -263,7 +280,7 @@ class AnchorSums(NamedTuple):
 
 
 def anchor_sums(
-    tiles: WeightTiles, logit_scale: float, also: Callable[[int, Tile, Tensor], None] = lambda *_: None
+    tiles: WeightTiles, logit_scale: float, also: Callable[[int, WeightTile, Tensor], None] = lambda *_: None
 ) -> tuple[AnchorSums, AnchorSums]:
     """Sums of this rank's images (b,) and of all ranks' texts (N,) as anchors, complete.
 
@@ -271,6 +288,7 @@ def anchor_sums(
     """
     contrast = tiles.contrast
     sums = [side.features.new_zeros(9, len(side), dtype=torch.float64) for side in (contrast.images, contrast.texts)]
+    removes = tiles.regulation.drop_below is not None
     for tile in tiles:
         z = logit_scale * tile.cosine
         plain = tile.excluded.fill(z.exp(), 0.0)
@@ -280,10 +298,8 @@ def anchor_sums(
             log_weight = tile.log_weight(direction)
             also(direction, tile, log_weight)
             negatives = z.shape[1 - direction] - left_out[direction].double()
-            for total, more in zip(
-                sums[direction], AnchorSums.of(z, plain, log_weight, negatives, direction), strict=True
-            ):
-                total[part] += more
+            more = AnchorSums._of_tile(z, plain, log_weight, negatives, direction, removes)
+            sums[direction][:, part] += torch.stack(more)
     return AnchorSums(*sums[0]), AnchorSums(*sum_over_ranks(sums[1], contrast.group))
 
 

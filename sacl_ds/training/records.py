@@ -12,7 +12,7 @@ from sacl_ds.config import RecordsConfig
 from sacl_ds.data.batch import Batch, duplicates
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.distribution import Weighed, quantiles, weigh
+from sacl_ds.losses.distribution import Lowest, Weighed, quantiles, weigh
 from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ def step_record(
     of_directions = list(zip(DIRECTIONS, both, strict=True))
     return (
         [{**figures, **_figures(direction, one)} for direction, one in of_directions],
-        [row for direction, one in of_directions for row in _lowest(direction, one, named)],
+        [row for direction, one in of_directions for row in lowest_rows(direction, one.lowest, named)],
     )
 
 
@@ -71,8 +71,8 @@ def _figures(direction: str, one: Weighed) -> Row:
     }
 
 
-def _lowest(direction: str, one: Weighed, named: dict[int, tuple[str, str, str]]) -> list[Row]:
-    low = one.lowest
+def lowest_rows(direction: str, low: Lowest | None, named: Mapping[int, tuple[str, str, str]]) -> list[Row]:
+    """Rows of the pairs of least weight. named: key, shard and caption by position in the batch."""
     rows: list[Row] = []
     if low is None:
         return rows
