@@ -1,7 +1,7 @@
 """With drop_below and matching_regulated, ITM never draws a negative that ITC has removed: the objective as it is
 trained, on one rank and on two, in one pass and in micro-batches, beside a momentum model with a queue or without."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from sacl_ds.ds_config import resolve
 from sacl_ds.losses import HardNegatives, Regulation
 from sacl_ds.machine import this_machine
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.training import objectives
-from sacl_ds.training.accumulation import Beside, contrastive_step
-from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
-from sacl_ds.training.objectives import Targets
-from sacl_ds.training.step import Step
+from sacl_ds.training import objective
+from sacl_ds.training.step import FrozenModels, Step, contrastive_step
 
 PAIRS, DRAWS = 16, 6
 REGULATION = Regulation(alpha=0.6, sharpness=6.0, teacher_sharpness=9.0, drop_below=0.75)
@@ -47,28 +44,15 @@ def run_of(queue: int | None, rows: int) -> RunConfig:
     return run.model_copy(update={"train": train, "momentum": momentum})
 
 
-@dataclass
-class Aims:
-    """The teacher's features by key, and a momentum model's that has moved away from the one that is trained."""
+@dataclass(frozen=True)
+class Known(FrozenModels):
+    """A teacher whose (image, text) features are known by key, beside a momentum model."""
 
-    run: RunConfig
-    teacher: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    momentum: Momentum | None
-    generator: torch.Generator
+    features: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
-        if not features:
-            return Beside()
-        image, text = (torch.stack(side).float() for side in zip(*map(self.teacher.get, batch.keys), strict=True))
-        if self.momentum is None:
-            return Beside((image, text))
-        return Beside((image, text), momentum_outputs(self.momentum, batch, self.run, tokens=False)[0])
-
-    def targets(self, beside: Beside) -> Targets:
-        believed = None
-        if self.momentum:
-            believed = momentum_targets(self.momentum, self.run, beside.momentum, 0.3, None)
-        return Targets(beside.teacher, REGULATION.alpha, self.generator, momentum=believed)
+    def teacher_features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        image, text = zip(*(self.features[key] for key in batch.keys), strict=True)
+        return torch.stack(image).float(), torch.stack(text).float()
 
 
 def drawing(rank: int, world: int, folder: Path) -> None:
@@ -76,7 +60,7 @@ def drawing(rank: int, world: int, folder: Path) -> None:
 
     start_process()
     torch.set_num_threads(1)
-    draw = objectives.hard_negatives
+    draw = objective.hard_negatives
     whole, teacher = tiny.batch(PAIRS)
     mine, _ = tiny.rows(whole, teacher, rank * PAIRS // world, (rank + 1) * PAIRS // world)
     by_key = dict(zip(whole.keys, zip(*teacher, strict=True), strict=True))
@@ -88,7 +72,7 @@ def drawing(rank: int, world: int, folder: Path) -> None:
             momentum = Momentum(tiny.varied(tiny.objective(run).model), run.momentum, teacher="some")
             if queue:
                 earlier, old_teacher = tiny.batch(queue, seed=7)
-                features = momentum_outputs(momentum, earlier, run, tokens=False)[0]
+                features = FrozenModels(momentum=momentum).momentum_outputs(earlier, tokens=False)[0]
                 momentum.push(*features, 100 + earlier.pair_ids, tuple(side.float() for side in old_teacher))
         settings = resolve({"zero_optimization": {"stage": 1}}, run, world, this_machine("cpu"))
         engine = build_engine(tiny.objective(run), settings, run.optim)
@@ -99,16 +83,14 @@ def drawing(rank: int, world: int, folder: Path) -> None:
             drawn.append({"features": (image.detach(), text.detach()), **vars(negatives)})
             return negatives
 
-        objectives.hard_negatives = recorded
-        aims = Aims(run, by_key, momentum, torch.Generator().manual_seed(rank))
+        objective.hard_negatives = recorded
+        frozen, generator = Known(momentum=momentum, features=by_key), torch.Generator().manual_seed(rank)
         keys = old = None
         for number in range(DRAWS):
-            met = contrastive_step(engine, mine, Step(number, 17, None, torch.device("cpu"), rows, False), aims)
+            step = Step(number, 17, generator, torch.device("cpu"), rows, alpha=REGULATION.alpha, soft_weight=0.3)
+            *_, targets = contrastive_step(engine, mine, step, frozen)
         if momentum:
-            keys, old = (
-                (met.targets.momentum.keys.image, met.targets.momentum.keys.text),
-                {name: momentum.queue[name] for name in NAMES},
-            )
+            keys, old = (targets.keys.image, targets.keys.text), {name: momentum.queue[name] for name in NAMES}
         torch.save({"drawn": drawn, "keys": keys, "queue": old}, folder / f"{case} {rank}.pt")
         engine.destroy()
 
