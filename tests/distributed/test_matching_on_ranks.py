@@ -87,7 +87,8 @@ def drawing(rank: int, world: int, folder: Path) -> None:
         frozen, generator = Known(momentum=momentum, features=by_key), torch.Generator().manual_seed(rank)
         keys = old = None
         for number in range(DRAWS):
-            step = Step(number, 17, generator, torch.device("cpu"), rows, alpha=REGULATION.alpha, soft_weight=0.3)
+            shares = {"alpha": REGULATION.alpha, "soft_weight": 0.3 if momentum else 0.0}
+            step = Step(number, 17, generator, torch.device("cpu"), rows, **shares)
             *_, targets = contrastive_step(engine, mine, step, frozen)
         if momentum:
             keys, old = (targets.keys.image, targets.keys.text), {name: momentum.queue[name] for name in NAMES}
