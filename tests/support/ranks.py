@@ -25,7 +25,7 @@ def free_port() -> int:
 def prepared() -> multiprocessing.context.ForkServerContext:
     """Where processes come from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sacl_ds.training.pretrain", "sacl_ds.evaluation.held_out", "deepspeed", "tiny"])
+    context.set_forkserver_preload(["preloaded"])
     return context
 
 
