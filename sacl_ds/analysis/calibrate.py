@@ -15,8 +15,9 @@ from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.scan import mini_batches, scan
 from sacl_ds.analysis.terminal import per_cent, progress, say
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import FALLING_SHARPNESS, Regulation, falling_weights
+from sacl_ds.losses import Regulation
 from sacl_ds.losses.weighing import THRESHOLDS
+from sacl_ds.training.false_share import FALLING_SHARPNESS, falling_weights
 
 _NEAR = 0.5  # of the logit scale: from here on a warning
 

@@ -22,7 +22,7 @@ from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.sources import HELD_OUT, scene_size
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.losses.weighing import THRESHOLDS
 
 

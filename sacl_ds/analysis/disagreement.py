@@ -24,7 +24,7 @@ from sacl_ds.analysis.subject import data_source, load_subject, read_pairs, regu
 from sacl_ds.analysis.terminal import labels, progress, say, table
 from sacl_ds.config import RunConfig
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.losses.weighing import EDGES
 
 DIRECTIONS = ("image_to_text", "text_to_image")

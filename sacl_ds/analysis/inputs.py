@@ -21,7 +21,7 @@ from sacl_ds.analysis.terminal import progress, say
 from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.model.saved import CONFIG
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.threads import in_order
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 
 TILE = 2048
 _STEEP, _STEEPEST = 80.0, 600.0  # e^this times the number of pairs stays within float32, and within float64

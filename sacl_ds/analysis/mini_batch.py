@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from sacl_ds.analysis.pairs import Pairs
-from sacl_ds.losses.reference import regulation_weights
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation, regulation_weights
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.terminal import labels, per_cent, progress, say, table
 from sacl_ds.analysis.threads import in_order
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.losses.weighing import EDGES, THRESHOLDS, Weighed, quantiles, weigh
 
 DIRECTIONS = ("image_to_text", "text_to_image")

@@ -33,7 +33,7 @@ from sacl_ds.data.sources import held_out_scenes
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, load_model
 from sacl_ds.model.teacher import Teacher, load_teacher, teacher_features

@@ -14,7 +14,7 @@ from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.data.scene_language import Caption, Scene, relevance
 from sacl_ds.data.scenes import Scenes, place_of
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 
 COCO = "coco:test"  # the shard of pairs from `sacl_ds.analysis.coco`
 _ROWS = 256  # anchors at a time

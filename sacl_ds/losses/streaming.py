@@ -33,7 +33,7 @@ from sacl_ds.distributed import (
     sum_over_ranks,
     world_size,
 )
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses.regulated import ContrastiveOutput, Regulation
 from sacl_ds.losses.tiles import Kept, Side, Sums, wide
 
 _GRADIENT_PARTS = 4  # in which the texts' gradient is sent: one travels while the next is computed
@@ -41,12 +41,18 @@ _ROWS_AT_ONCE = 4096
 
 
 class Tiles(Protocol):
-    """The arithmetic of tiles; `sacl_ds.losses.tiles.TorchTiles` says what each function does."""
+    """The arithmetic of tiles: the modules `tiles` (any device; it says what each function does) and `triton`."""
 
-    def dtype(self, features: Tensor) -> torch.dtype: ...
+    def feature_dtype(self, features: Tensor) -> torch.dtype: ...
 
     def sums(
-        self, rows: Side, columns: Side, logit_scale: Tensor, both: bool = True, kept: Kept | None = None
+        self,
+        rows: Side,
+        columns: Side,
+        logit_scale: Tensor,
+        regulation: Regulation,
+        both: bool = True,
+        kept: Kept | None = None,
     ) -> tuple[Sums, Sums]: ...
 
     def gradients(
@@ -54,18 +60,18 @@ class Tiles(Protocol):
         rows: Side,
         columns: Side,
         logit_scale: Tensor,
-        row_shift: Tensor,
-        column_shift: Tensor | None,
+        regulation: Regulation,
+        shifts: tuple[Tensor, Tensor | None],
         own: Tensor,
-        into_rows: Tensor,
-        into_columns: Tensor | None,
+        into: tuple[Tensor, Tensor | None],
         kept: Kept | None = None,
     ) -> None: ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every pass over the tiles needs. counts: pairs per rank; ids, shared: of all ranks, from `shared_ids`."""
+    """What every pass over the tiles needs. counts: pairs per rank; ids, shared: of the pairs of all ranks and then of
+    a queue, from `shared_ids`."""
 
     counts: list[int]
     regulation: Regulation
@@ -74,22 +80,46 @@ class Job:
     ids: Tensor | None = None
     shared: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        image: Tensor,
+        pair_ids: Tensor | None,
+        regulation: Regulation,
+        tiles: Tiles,
+        group: Group,
+        counts: list[int] | None = None,
+        queue_ids: Tensor | None = None,
+    ) -> Job:
+        """Gather the ids of all ranks, and the counts where they are not known."""
+        counts = row_counts(image, group) if counts is None else counts
+        if pair_ids is None:
+            return cls(counts, regulation, tiles, group)
+        ids = gather_rows(pair_ids.view(len(image), -1), counts, group)
+        if queue_ids is not None:
+            ids = torch.cat([ids, queue_ids.view(-1, ids.shape[1])])
+        return cls(counts, regulation, tiles, group, *shared_ids(ids))
+
     @property
     def start(self) -> int:
-        """Of this rank's pairs in the global batch."""
+        """Position of this rank's first pair in the global batch."""
         return sum(self.counts[: rank(self.group)])
 
     @property
     def share(self) -> float:
-        """What each of a pair's two losses counts: half, of world / global batch, since engines average over ranks."""
+        """Loss scale 0.5 * world / global batch; data-parallel averaging then gives the mean over the global batch."""
         return 0.5 * world_size(self.group) / sum(self.counts)
+
+    def ids_of(self, start: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+        """Ids and shared of `length` pairs from `start` on."""
+        part = slice(start, start + length)
+        return (None, None) if self.ids is None or self.shared is None else (self.ids[part], self.shared[part])
 
     def side(self, features: Tensor, teacher: Tensor | None, start: int) -> Side:
         """Pairs from `start` of the global batch on, in the dtype of the tiles."""
-        dtype = self.tiles.dtype(features)
-        part = slice(start, start + len(features))
-        ids, shared = (None if value is None else value[part] for value in (self.ids, self.shared))
-        return Side(features.to(dtype), None if teacher is None else teacher.to(dtype), ids, shared, start)
+        dtype = self.tiles.feature_dtype(features)
+        teacher = None if teacher is None else teacher.to(dtype)
+        return Side(features.to(dtype), teacher, *self.ids_of(start, len(features)), start)
 
 
 @dataclass(frozen=True)
@@ -115,28 +145,21 @@ class Joint:
 
 
 def joint_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    teacher: tuple[Tensor, Tensor] | None,
-    pair_ids: Tensor | None,
-    regulation: Regulation,
-    tiles: Tiles,
-    group: Group,
-    counts: list[int] | None = None,
-) -> tuple[Tensor, Joint]:
-    """The differentiable loss (0-dim), and what led to it; arguments as in `similarity_regulated_loss`.
+    features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
+) -> tuple[ContrastiveOutput, Joint]:
+    """The differentiable loss, and what led to it; features: (image, text), as in `similarity_regulated_loss`.
 
     The gradient that comes into the loss must be the same on all ranks.
     """
-    counts = row_counts(image, group) if counts is None else counts
-    ids = shared = None
-    if pair_ids is not None:
-        ids, shared = shared_ids(gather_rows(pair_ids.view(len(image), -1), counts, group))
-    job = Job(counts, regulation, tiles, group, ids, shared)
+    image, text = features
     with torch.no_grad():
         joint = _measure(image.detach(), text.detach(), logit_scale.detach(), teacher, job)
-    return _JointLoss.apply(image, text, logit_scale, joint), joint
+    loss = _JointLoss.apply(image, text, logit_scale, joint)
+    of_images, of_texts = (anchors.loss.to(loss.dtype) for anchors in (joint.image_anchors, joint.text_anchors))
+    least = None
+    if joint.kept is not None:
+        least = joint.kept.rows, joint.kept.columns[job.start : job.start + len(text)]
+    return ContrastiveOutput(loss, of_images, of_texts, least), joint
 
 
 def shared_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,19 +189,27 @@ class Anchors:
     def of(cls, sums: Sums, own: Tensor, regulation: Regulation) -> Anchors:
         """own: (n,) float64, z of each anchor and its positive. An anchor without negatives has loss and pull 0."""
         alone = sums.count == 0
-        normalised = math.log(regulation.negative_mass) + sums.weighted
-        if regulation.drop_below is None and not regulation.even:
-            normalised = normalised + sums.count.log() - sums.normaliser
-        margin = (normalised - own).masked_fill(alone, -torch.inf)
+        regulated = math.log(regulation.negative_mass) + sums.weighted
+        if regulation.drop_below is None:
+            regulated = normalised(regulated, sums, regulation)
+        margin = (regulated - own).masked_fill(alone, -torch.inf)
         shift = (logsigmoid(margin) - sums.weighted).masked_fill(alone, -torch.inf)
         return cls(margin, softplus(margin, threshold=80.0), margin.sigmoid(), shift)
+
+
+def normalised(logs: Tensor | float, sums: Sums, regulation: Regulation) -> Tensor:
+    """Divide by the mean of 1 / s_ij over each anchor's negatives: (n,) float64 log w_ij where `logs` is r_ij.
+
+    logs: (n,) float64, or one number for all; 0 gives minus the log of that mean. sums: over all negatives, none
+    dropped. Without meaning for an anchor that has none.
+    """
+    return logs + torch.zeros_like(sums.count) if regulation.even else logs + sums.count.log() - sums.normaliser
 
 
 def least_kept(sums: Sums, regulation: Regulation) -> Tensor:
     """(n,) float64: the least r of a negative whose mean-1 weight reaches drop_below."""
     assert regulation.drop_below is not None
-    normaliser = torch.zeros_like(sums.count) if regulation.even else sums.normaliser - sums.count.log()
-    return math.log(regulation.drop_below) + normaliser
+    return math.log(regulation.drop_below) - normalised(0.0, sums, regulation)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
@@ -252,9 +283,9 @@ class _JointLoss(torch.autograd.Function):
         def gradients(start: int, stop: int, into_texts: Tensor) -> None:
             kept = None if joint.kept is None else joint.kept.part(slice(None), slice(start, stop))
             shifts = joint.image_anchors.shift, joint.text_shift[start:stop]
-            columns = joint.texts.part(start, stop)
+            columns, into = joint.texts.part(start, stop), (into_images, into_texts)
             joint.job.tiles.gradients(
-                joint.images, columns, joint.logit_scale, *shifts, own, into_images, into_texts, kept
+                joint.images, columns, joint.logit_scale, joint.job.regulation, shifts, own, into, kept
             )
 
         share = upstream * joint.job.share
@@ -282,7 +313,7 @@ def _all_sums(
     for columns in pieces:
         assert columns.first is not None
         some = None if kept is None else kept.part(slice(None), slice(columns.first, columns.first + len(columns)))
-        row_sums, column_sums = job.tiles.sums(images, columns, logit_scale, True, some)
+        row_sums, column_sums = job.tiles.sums(images, columns, logit_scale, job.regulation, True, some)
         of_images.add(row_sums)
         of_texts.add(column_sums, columns.first)
     return of_images, sums_over_ranks(of_texts, wide(images.features), job.group)

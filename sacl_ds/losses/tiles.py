@@ -17,8 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses.regulated import Regulation
 
+TILE = (1024, 1024)  # rows and columns of the largest tile
 HALF_SPAN = 50.0
 STEEPEST = 25.0  # of HALF_SPAN, what may go to r
 
@@ -90,97 +91,97 @@ class Kept:
         return Kept(self.rows[rows], self.columns[columns])
 
 
-class TorchTiles:
-    """The arithmetic of tiles of at most `rows` x `columns`, on any device."""
+def feature_dtype(features: Tensor) -> torch.dtype:
+    """The dtype that features are brought to before they come here."""
+    return wide(features)
 
-    def __init__(self, regulation: Regulation, rows: int = 1024, columns: int = 1024) -> None:
-        self.regulation = regulation
-        self.shape = rows, columns
 
-    @staticmethod
-    def dtype(features: Tensor) -> torch.dtype:
-        """The dtype that features are brought to before they come here."""
-        return wide(features)
+def sums(
+    rows: Side,
+    columns: Side,
+    logit_scale: Tensor,
+    regulation: Regulation,
+    both: bool = True,
+    kept: Kept | None = None,
+) -> tuple[Sums, Sums]:
+    """Sums of the rows over these columns, and of the columns over these rows (left empty unless `both`).
 
-    def sums(
-        self, rows: Side, columns: Side, logit_scale: Tensor, both: bool = True, kept: Kept | None = None
-    ) -> tuple[Sums, Sums]:
-        """Of the rows over these columns, and of the columns over these rows (left empty unless `both`).
+    With `kept`, `weighted` is the log-sum of z over the negatives that stay, and `count` their number.
+    """
+    similarities = Similarities(regulation, TILE, rows, columns, float(logit_scale))
+    of_rows, of_columns = (Sums.empty(len(side), side.features.device) for side in (rows, columns))
+    for i, j, row, column in tiles_of(rows, columns):
+        excluded = Excluded(row, column)
+        if kept is not None:
+            some = kept.part(slice(i, i + len(row)), slice(j, j + len(column)))
+            row_sums, column_sums = _sums_of_kept(*similarities.logarithms(row, column), excluded, some)
+        elif (fast := similarities.exponentials(row, column)) is not None:
+            row_sums, column_sums = _sums_of_exponentials(*fast, excluded)
+        else:
+            row_sums, column_sums = _sums_of_logarithms(*similarities.logarithms(row, column), excluded)
+        of_rows.add(row_sums(), i)
+        if both:
+            of_columns.add(column_sums(), j)
+    return of_rows, of_columns
 
-        With `kept`, `weighted` is the log-sum of z over the negatives that stay, and `count` their number.
-        """
-        similarities = Similarities(self.regulation, self.shape, rows, columns, float(logit_scale))
-        of_rows, of_columns = (Sums.empty(len(side), side.features.device) for side in (rows, columns))
-        for i, j, row, column in tiles_of(rows, columns, self.shape):
-            excluded = Excluded(row, column)
-            if kept is not None:
-                some = kept.part(slice(i, i + len(row)), slice(j, j + len(column)))
-                row_sums, column_sums = _sums_of_kept(*similarities.logarithms(row, column), excluded, some)
-            elif (fast := similarities.exponentials(row, column)) is not None:
-                row_sums, column_sums = _sums_of_exponentials(*fast, excluded)
-            else:
-                row_sums, column_sums = _sums_of_logarithms(*similarities.logarithms(row, column), excluded)
-            of_rows.add(row_sums(), i)
-            if both:
-                of_columns.add(column_sums(), j)
-        return of_rows, of_columns
 
-    def gradients(
-        self,
-        rows: Side,
-        columns: Side,
-        logit_scale: Tensor,
-        row_shift: Tensor,
-        column_shift: Tensor | None,
-        own: Tensor,
-        into_rows: Tensor,
-        into_columns: Tensor | None,
-        kept: Kept | None = None,
-    ) -> None:
-        """Add G columns.features to into_rows (n, d) and G^T rows.features to into_columns (m, d).
+def gradients(
+    rows: Side,
+    columns: Side,
+    logit_scale: Tensor,
+    regulation: Regulation,
+    shifts: tuple[Tensor, Tensor | None],
+    own: Tensor,
+    into: tuple[Tensor, Tensor | None],
+    kept: Kept | None = None,
+) -> None:
+    """Add G columns.features to into[0] (n, d), and G^T rows.features to into[1] (m, d) if there is one.
 
-        row_shift: a (n,); column_shift: b (m,) or None, where only the rows are anchors. own: (n,) value of G between a
-        row and its own column. With `kept`, G_ij is over those that stay, with z in place of x.
-        """
-        similarities = Similarities(self.regulation, self.shape, rows, columns, float(logit_scale))
-        dtype = rows.features.dtype
-        for i, j, row, column in tiles_of(rows, columns, self.shape):
-            a = row_shift[i : i + len(row)]
-            b = None if column_shift is None else column_shift[j : j + len(column)]
-            if kept is None and (fast := similarities.exponentials(row, column, normaliser=False)) is not None:
-                weights, shift, _ = fast
-                factor = (a + shift).exp().to(dtype)[:, None]
-                if b is not None:
-                    factor = torch.add(
-                        factor, (b + shift).exp().to(dtype)[None], out=similarities.buffer(1, *weights.shape)
-                    )
-                weights.mul_(factor)
-            else:
-                z, r = similarities.logarithms(row, column)
-                x = z if kept is not None else z + r
-                weights = (x + a.to(dtype)[:, None]).exp()
-                some = None if kept is None else kept.part(slice(i, i + len(row)), slice(j, j + len(column)))
+    shifts: a (n,), and b (m,) or None, where only the rows are anchors. own: (n,) value of G between a row and its own
+    column. With `kept`, G_ij is over those that stay, with z in place of x.
+    """
+    similarities = Similarities(regulation, TILE, rows, columns, float(logit_scale))
+    dtype = rows.features.dtype
+    row_shift, column_shift = shifts
+    into_rows, into_columns = into
+    for i, j, row, column in tiles_of(rows, columns):
+        a = row_shift[i : i + len(row)]
+        b = None if column_shift is None else column_shift[j : j + len(column)]
+        if kept is None and (fast := similarities.exponentials(row, column, normaliser=False)) is not None:
+            weights, shift, _ = fast
+            factor = (a + shift).exp().to(dtype)[:, None]
+            if b is not None:
+                factor = torch.add(
+                    factor, (b + shift).exp().to(dtype)[None], out=similarities.buffer(1, *weights.shape)
+                )
+            weights.mul_(factor)
+        else:
+            z, r = similarities.logarithms(row, column)
+            x = z if kept is not None else z + r
+            weights = (x + a.to(dtype)[:, None]).exp()
+            some = None if kept is None else kept.part(slice(i, i + len(row)), slice(j, j + len(column)))
+            if some is not None:
+                weights.masked_fill_(r < some.rows.to(dtype)[:, None], 0.0)
+            if b is not None:
+                of_columns = (x + b.to(dtype)).exp()
                 if some is not None:
-                    weights.masked_fill_(r < some.rows.to(dtype)[:, None], 0.0)
-                if b is not None:
-                    of_columns = (x + b.to(dtype)).exp()
-                    if some is not None:
-                        of_columns.masked_fill_(r < some.columns.to(dtype), 0.0)
-                    weights += of_columns
-            excluded = Excluded(row, column)
-            excluded.fill(weights, 0.0)
-            excluded.fill_own(weights, own[i : i + len(row)].to(dtype))
-            into_rows[i : i + len(row)].addmm_(weights, column.features)
-            if into_columns is not None:
-                into_columns[j : j + len(column)].addmm_(weights.T, row.features)
+                    of_columns.masked_fill_(r < some.columns.to(dtype), 0.0)
+                weights += of_columns
+        excluded = Excluded(row, column)
+        excluded.fill(weights, 0.0)
+        excluded.fill_own(weights, own[i : i + len(row)].to(dtype))
+        into_rows[i : i + len(row)].addmm_(weights, column.features)
+        if into_columns is not None:
+            into_columns[j : j + len(column)].addmm_(weights.T, row.features)
 
 
-def tiles_of(rows: Side, columns: Side, shape: tuple[int, int]) -> Iterator[tuple[int, int, Side, Side]]:
-    """First row, first column, rows and columns of each tile of at most `shape`."""
-    for j in range(0, len(columns), shape[1]):
-        column = columns.part(j, j + shape[1])
-        for i in range(0, len(rows), shape[0]):
-            yield i, j, rows.part(i, i + shape[0]), column
+def tiles_of(rows: Side, columns: Side, shape: tuple[int, int] | None = None) -> Iterator[tuple[int, int, Side, Side]]:
+    """First row, first column, rows and columns of each tile of at most `shape` (None: TILE)."""
+    height, width = TILE if shape is None else shape
+    for j in range(0, len(columns), width):
+        column = columns.part(j, j + width)
+        for i in range(0, len(rows), height):
+            yield i, j, rows.part(i, i + height), column
 
 
 class Similarities:

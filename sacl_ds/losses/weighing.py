@@ -1,6 +1,6 @@
 """What the negatives of a global batch weigh, for records and analysis: counts and means, without the matrix.
 
-The weights are those of the loss (`sacl_ds.losses.contrastive`): w_ij with mean `negative_mass` over the negatives of
+The weights are those of the loss (`sacl_ds.losses.regulated`): w_ij with mean `negative_mass` over the negatives of
 anchor i, 0 where `drop_below` removes a pair. Tiles of images x texts are gone through twice: for the normaliser of
 every anchor, then for the weights themselves. Products are in float32 (float64 for float64 features), all else in
 float64, whose range holds e^z without a shift: |z| is at most the logit scale.
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from sacl_ds.distributed import Group, gather_rows, row_counts, sum_over_ranks
-from sacl_ds.losses.regulation import Regulation
-from sacl_ds.losses.streaming import Job, shared_ids, sums_over_ranks
-from sacl_ds.losses.tiles import Excluded, Side, Sums, TorchTiles, tiles_of
+from sacl_ds.losses import tiles as torch_tiles
+from sacl_ds.losses.regulated import Regulation
+from sacl_ds.losses.streaming import Job, sums_over_ranks
+from sacl_ds.losses.tiles import Excluded, Side, Sums, tiles_of
 
 EDGES = np.concatenate([[0.0], 10.0 ** (np.arange(-80, 41) / 20), [np.inf]])
 """Edges of the bins of weights, float64: 0, then 1e-4 to 1e2 with 20 bins a decade, then inf. A bin holds its lower."""
@@ -100,11 +101,8 @@ def weigh(
     if regulation.alpha > 0 and teacher is None:
         raise ValueError(f"alpha={regulation.alpha} needs the teacher's features")
     with torch.autocast(image.device.type, enabled=False):
-        counts = row_counts(image, group)
-        ids = shared = None
-        if pair_ids is not None:
-            ids, shared = shared_ids(gather_rows(pair_ids.view(len(image), -1), counts, group))
-        job = Job(counts, regulation, TorchTiles(regulation), group, ids, shared)
+        job = Job.of(image, pair_ids, regulation, torch_tiles, group)
+        counts = job.counts
         of_teacher = (None, None) if teacher is None else (teacher[0].detach(), gather_rows(teacher[1], counts, group))
         images = job.side(image.detach(), of_teacher[0], job.start)
         texts = job.side(gather_rows(text, counts, group), of_teacher[1], 0)

@@ -19,12 +19,12 @@ from sacl_ds.config import OptimConfig
 from sacl_ds.data.scene_language import PLACE, UNSAID, Caption, relevance
 from sacl_ds.evaluation.metrics import mean_average_precision, ndcg, recall_at_k
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.regulation import falling_weights
 from sacl_ds.study.dual_encoder import DualEncoder
 from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
 from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
 from sacl_ds.study.recognition import trained_stem
 from sacl_ds.study.weights import Seen, contrastive, log_weights
+from sacl_ds.training.false_share import falling_weights
 from sacl_ds.training.schedules import learning_rate_factor
 
 _HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds

@@ -13,6 +13,7 @@ ITM's negatives come from the micro-batch, as they come from the rank's batch wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -162,16 +163,23 @@ def _meet(
     """The contrastive loss of all features, detached; and what each micro-batch takes from it into the second pass."""
     settings, sizes = objective.settings, looked.sizes
     image, text, scale = (x.detach().requires_grad_() for x in (looked.image, looked.text, looked.logit_scale))
-    losses = objective.contrastive(image, text, scale, looked.pair_ids, targets)
+    losses, least_kept = objective.contrastive(image, text, scale, looked.pair_ids, targets)
     loss = settings.contrastive_weight * losses["itc"]
     into_image, into_text, into_scale = torch.autograd.grad(loss, [image, text, scale])
     negatives: list[HardNegatives | None] = [None] * len(parts)
     if settings.matching_weight:
-        sides = [value.split(sizes) for value in (looked.image, looked.text, looked.pair_ids)]
-        teachers = _split(targets.teacher, sizes)
+        weighting = objective.weighting(targets, least_kept)
+        ends = list(itertools.accumulate(sizes))
         negatives = [
-            objective.hard_negatives(of_image, of_text, looked.logit_scale, ids, replace(targets, teacher=teacher))
-            for of_image, of_text, ids, teacher in zip(*sides, teachers, strict=True)
+            objective.hard_negatives(
+                looked.image[rows],
+                looked.text[rows],
+                looked.logit_scale,
+                looked.pair_ids[rows],
+                None if weighting is None else weighting.part(rows),
+                targets.generator,
+            )
+            for rows in map(slice, [0, *ends], ends)
         ]
     words = sum(int((part.mlm_labels != IGNORED).sum()) for part in parts if part.mlm_labels is not None)
     mine = [torch.tensor(words, device=into_scale.device, dtype=torch.float64)]
@@ -188,12 +196,6 @@ def _meet(
             for of_image, of_text, drawn in gradients
         ],
     )
-
-
-def _split(features: Features | None, sizes: list[int]) -> Sequence[Features | None]:
-    if features is None:
-        return [None] * len(sizes)
-    return list(zip(features[0].split(sizes), features[1].split(sizes), strict=True))
 
 
 def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,10 +13,27 @@ from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.distributed import gather_rows, row_counts
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import FALLING_SHARPNESS, falling_weights
 from sacl_ds.model.teacher import Teacher, teacher_features
 
 _PAIRS = 1024  # looked at; of a larger batch as many
+
+FALLING_SHARPNESS = 30.0
+"""kappa_t of falling weights where none is chosen: 95 % of the weight is gone 0.1 above the bend."""
+
+
+def falling_weights(cosines: np.ndarray, share: float, teacher_sharpness: float) -> tuple[float, float]:
+    """(c0, alpha) of weights that are flat below a teacher's cosine c0 and fall above it.
+
+    With the model's sharpness at 0 the similarity is s = alpha e^(kappa_t c) + (1 - alpha). c0 is the cosine that
+    `share` of the cosines exceeds, and alpha the constant share of the teacher with alpha e^(kappa_t c0) = 1 - alpha:
+    there the weight is half of what it is far below. cosines: any shape. Raises ValueError for a share outside (0, 1)
+    or a sharpness that is not positive.
+    """
+    if not 0 < share < 1 or teacher_sharpness <= 0:
+        raise ValueError(f"share={share} must lie in (0, 1) and teacher_sharpness={teacher_sharpness} above 0")
+    c0 = float(np.quantile(np.asarray(cosines, np.float64), 1 - share))
+    x = teacher_sharpness * c0
+    return c0, math.exp(-x) / (1 + math.exp(-x)) if x >= 0 else 1 / (1 + math.exp(x))
 
 
 def with_falling_weights(

@@ -14,6 +14,7 @@ from sacl_ds.losses import (
     HardNegatives,
     Keys,
     Regulation,
+    Weighting,
     global_mean,
     hard_negatives,
     masked_language_loss,
@@ -78,6 +79,7 @@ class MicroTargets:
 
 Out = dict[str, Tensor]  # losses and figures, 0-dim
 Features = tuple[Tensor, Tensor]  # (b, d) of images and of texts
+LeastKept = tuple[Tensor, Tensor] | None  # `ContrastiveOutput.least_kept`
 
 
 def step_regulation(loss: LossConfig, targets: Targets) -> tuple[Regulation, tuple[Tensor, Tensor] | None]:
@@ -121,10 +123,11 @@ class PretrainObjective(nn.Module):
         text = model.text_projection(text_states[:b, 0])
         image_states, image = model.encode_image(batch.images, text_states[:b, 0] if model.captions_choose else None)
         logit_scale = model.logit_scale()
-        losses = self.contrastive(image, text, logit_scale, batch.pair_ids, targets)
+        losses, least_kept = self.contrastive(image, text, logit_scale, batch.pair_ids, targets)
         negatives = None
         if self.settings.matching_weight:
-            negatives = self.hard_negatives(image, text, logit_scale, batch.pair_ids, targets)
+            weighting = self.weighting(targets, least_kept)
+            negatives = self.hard_negatives(image, text, logit_scale, batch.pair_ids, weighting, targets.generator)
         losses |= self._fused(image_states, text_states, batch, negatives, targets.momentum)
         losses = {"loss": self.weighted(losses), **losses, "logit_scale": logit_scale.detach()}
         return (losses, (image.detach(), text.detach())) if targets.features else losses
@@ -153,8 +156,10 @@ class PretrainObjective(nn.Module):
         terms = [weight * losses[name] for name, weight in weights.items() if name in losses]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
-    def contrastive(self, image: Tensor, text: Tensor, logit_scale: Tensor, pair_ids: Tensor, targets: Targets) -> Out:
-        """`itc` of (b, d) features with (b, k) ids, and figures where targets.statistics."""
+    def contrastive(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor, pair_ids: Tensor, targets: Targets
+    ) -> tuple[Out, LeastKept]:
+        """`itc` of (b, d) features with (b, k) ids, and figures if targets.statistics; and drop_below's bounds."""
         regulation, teacher = step_regulation(self.settings, targets)
         teacher_image, teacher_text = teacher or (None, None)
         momentum = targets.momentum
@@ -176,17 +181,27 @@ class PretrainObjective(nn.Module):
             soft_weight=momentum.soft_weight if momentum else 0.0,
             counts=[len(image)] * world_size() if targets.even else None,
         )
-        return {"itc": out.loss, **(out.statistics or {})}
+        return {"itc": out.loss, **(out.statistics or {})}, out.least_kept
+
+    def weighting(self, targets: Targets, least_kept: LeastKept) -> Weighting | None:
+        """How ITC weighs this rank's negatives, if ITM's draw follows it."""
+        if not self.settings.matching_regulated:
+            return None
+        keys = (targets.momentum.keys.image, targets.momentum.keys.text) if targets.momentum else None
+        return Weighting(*step_regulation(self.settings, targets), least_kept, keys)
 
     def hard_negatives(
-        self, image: Tensor, text: Tensor, logit_scale: Tensor, pair_ids: Tensor, targets: Targets
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        pair_ids: Tensor,
+        weighting: Weighting | None,
+        generator: torch.Generator | None,
     ) -> HardNegatives:
         """ITM's, of pairs with these (b, d) features and (b, k) ids."""
-        regulation, teacher = (
-            step_regulation(self.settings, targets) if self.settings.matching_regulated else (None, None)
-        )
-        hardness, generator = self.settings.matching_hardness, targets.generator
-        return hard_negatives(image, text, logit_scale, pair_ids, hardness, regulation, teacher, generator)
+        hardness = self.settings.matching_hardness
+        return hard_negatives(image, text, logit_scale, pair_ids, hardness, weighting, generator)
 
     def _fused(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from sacl_ds.config import RecordsConfig
 from sacl_ds.data.batch import Batch, duplicates
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.losses.weighing import Weighed, quantiles, weigh
 from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 

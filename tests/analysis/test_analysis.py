@@ -29,8 +29,8 @@ from sacl_ds.data.pictures import Picture
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.regulation import falling_weights
 from sacl_ds.losses.weighing import EDGES
+from sacl_ds.training.false_share import falling_weights
 
 
 @pytest.fixture(scope="module")

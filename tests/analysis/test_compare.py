@@ -20,7 +20,7 @@ from sacl_ds.analysis.mini_batch import mini_batch
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.subject import data_source, load_subject, read_pairs
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.losses.weighing import EDGES
 
 DIRECTIONS = ("image_to_text", "text_to_image")

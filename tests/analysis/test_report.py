@@ -29,7 +29,7 @@ from sacl_ds.analysis.subject import data_source, load_subject, read_pairs
 from sacl_ds.config import RunConfig
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.errors import UserError
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.telemetry.weight_records import FIGURES, read_figures, read_lowest
 
 ITC = ["loss.matching_weight=0", "loss.mlm_weight=0"]

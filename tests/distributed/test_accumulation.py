@@ -123,7 +123,7 @@ def one_graph(objective: PretrainObjective, parts: list[Batch], step: Step, aims
     teacher = [aims.beside(part, features=True, tokens=False).teacher for part in parts]
     known = targets(tuple(torch.cat(side) for side in zip(*teacher, strict=True)), torch.float32)
     ids = torch.cat([part.pair_ids for part in parts])
-    itc = objective.contrastive(image, text, objective.model.logit_scale(), ids, known)["itc"]
+    itc = objective.contrastive(image, text, objective.model.logit_scale(), ids, known)[0]["itc"]
     (settings.contrastive_weight * itc).backward()
     other, both = torch.tensor([1, 0]), torch.tensor([True, True])  # the only negative of a pair among two
     words = torch.tensor(sum(int((part.mlm_labels != IGNORED).sum()) for part in parts))

@@ -10,8 +10,7 @@ from ranks import on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sacl_ds.losses import Keys, contrastive, distillation, similarity_regulated_loss
-from sacl_ds.losses.tiles import TorchTiles
+from sacl_ds.losses import Keys, similarity_regulated_loss, tiles
 
 COUNTS = {1: [11], 2: [7, 4], 3: [2, 8, 1], 4: [5, 1, 3, 2]}  # uneven, and a rank with a single pair
 N, D, QUEUE = 11, 6, 5
@@ -53,8 +52,7 @@ def gradients(backend: str, part: slice, dtype: torch.dtype, soft_weight: float 
 
 
 def on_each_rank(rank: int, world: int, folder: Path) -> None:
-    contrastive.TorchTiles = lambda regulation: TorchTiles(regulation, 2, 3)
-    distillation.TILE = (2, 3)
+    tiles.TILE = (2, 3)
     start = sum(COUNTS[world][:rank])
     part = slice(start, start + COUNTS[world][rank])
     found = {}

@@ -7,8 +7,7 @@ import pytest
 import torch
 from loss_cases import OPTIONS, assert_agree, features, ids_of, loss_and_gradients
 
-from sacl_ds.losses import Keys, contrastive, similarity_regulated_loss
-from sacl_ds.losses.tiles import TorchTiles
+from sacl_ds.losses import Keys, similarity_regulated_loss, tiles
 
 IDS = {"none": 0, "column": 1, "columns": 2}
 
@@ -16,7 +15,7 @@ IDS = {"none": 0, "column": 1, "columns": 2}
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few dozen pairs make several tiles, some of them cut off."""
-    monkeypatch.setattr(contrastive, "TorchTiles", lambda regulation: TorchTiles(regulation, 8, 16))
+    monkeypatch.setattr(tiles, "TILE", (8, 16))
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 37])

@@ -14,11 +14,12 @@ import json, subprocess, sys, tempfile
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sacl_ds.losses.kernels import tiles
+from sacl_ds.losses import triton as kernels
 
-architecture, name, kernel, kind = int(sys.argv[1]), sys.argv[2], getattr(tiles, sys.argv[3]), int(sys.argv[4])
+architecture, name = int(sys.argv[1]), sys.argv[2]
+kernel, kind = getattr(kernels, sys.argv[3]), getattr(kernels, sys.argv[4]).value
 dtype = getattr(torch, name)
-blocks = tiles.Blocks.of(kernel, dtype)
+blocks = kernels.Blocks.of(kernel, dtype)
 constants = dict(
     KIND=kind, SAME_BATCH=True, ID_COLUMNS=2, KEPT=False, BOTH=True, BLOCK_ROWS=blocks.rows,
     BLOCK_COLUMNS=blocks.columns, BLOCK_WIDTH=blocks.width, PRECISION="tf32" if name == "float32" else "ieee",
@@ -48,11 +49,11 @@ print(json.dumps({"usage": usage, "wgmma": "wgmma" in ptx, "mma": "mma.sync" in 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "kind"), [("_sums_kernel", "bfloat16", 3), ("_gradient_kernel", "bfloat16", 3)]
+    ("kernel", "dtype", "kind"), [("sums_kernel", "bfloat16", "MIXED"), ("gradient_kernel", "bfloat16", "MIXED")]
 )
-def test_builds_for_ampere_and_hopper(architecture: int, dtype: str, kind: int, kernel: str, tmp_path: Path) -> None:
+def test_builds_for_ampere_and_hopper(architecture: int, dtype: str, kind: str, kernel: str, tmp_path: Path) -> None:
     """With a teacher: on tensor cores, within an SM's shared memory, next to nothing spilled from registers."""
-    command = [sys.executable, "-W", "ignore", "-c", BUILD, str(architecture), dtype, kernel, str(kind)]
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, str(architecture), dtype, kernel, kind]
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,16 +4,14 @@ import pytest
 import torch
 from loss_cases import OPTIONS, assert_agree, features, ids_of, loss_and_gradients
 
-from sacl_ds.losses import Keys, contrastive, distillation, masked_language_loss, similarity_regulated_loss
-from sacl_ds.losses.tiles import TorchTiles
+from sacl_ds.losses import Keys, masked_language_loss, similarity_regulated_loss, tiles
 
 N, WIDTH = 21, 7
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive, "TorchTiles", lambda regulation: TorchTiles(regulation, 8, 16))
-    monkeypatch.setattr(distillation, "TILE", (8, 16))
+    monkeypatch.setattr(tiles, "TILE", (8, 16))
 
 
 def found(

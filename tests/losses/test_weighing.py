@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from ranks import on_ranks
 
-from sacl_ds.losses import Regulation
+from sacl_ds.losses import Regulation, tiles
 from sacl_ds.losses.statistics import contrastive_statistics
-from sacl_ds.losses.streaming import joint_loss
-from sacl_ds.losses.tiles import TorchTiles
+from sacl_ds.losses.streaming import Job, joint_loss
 from sacl_ds.losses.weighing import EDGES, Weighed, quantiles, weigh
 
 PAIRS, LOWEST, SCALE = 23, 9, 14.0
@@ -159,8 +158,8 @@ def test_mass_and_log_weights_are_the_losses_own_figures(name: str) -> None:
     data, regulation = features(), REGULATIONS[name]
     teacher = (data["teacher_image"], data["teacher_text"]) if regulation.teacher else None
     scale = torch.tensor(SCALE, dtype=torch.float64)
-    arguments = (data["image"], data["text"], scale, teacher, data["ids"], regulation)
-    figures = contrastive_statistics(joint_loss(*arguments, TorchTiles(regulation), None)[1])
+    job = Job.of(data["image"], data["ids"], regulation, tiles, None)
+    figures = contrastive_statistics(joint_loss((data["image"], data["text"]), scale, teacher, job)[1])
     images, texts = weighed(data, regulation)
     assert float(figures["negative_mass_log"]) == pytest.approx((images.mass + texts.mass) / 2, abs=1e-9)
     mean = (images.mean_log_weight + texts.mean_log_weight) / 2

@@ -132,7 +132,7 @@ def test_one_pass_is_the_sum_of_the_former_ones(selection: str, packed: bool) ->
     states, text = model.encode_text(batch.input_ids, batch.attention_mask)
     image_states, image = model.encode_image(batch.images, states[:, 0] if model.captions_choose else None)
     drawn = hard_negatives(
-        image, text, model.logit_scale(), batch.pair_ids, made.settings.matching_hardness, None, None,
+        image, text, model.logit_scale(), batch.pair_ids, made.settings.matching_hardness, None,
         torch.Generator().manual_seed(3),
     )  # fmt: skip
     assert not made.settings.matching_regulated

@@ -17,12 +17,12 @@ from sacl_ds.analysis.calibration import sharpness_for
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.metrics import ndcg
 from sacl_ds.losses import Regulation, similarity_regulated_loss
-from sacl_ds.losses.regulation import falling_weights
 from sacl_ds.study.plan import Arm, Plan, read_plan
 from sacl_ds.study.runner import finished, run_plan
 from sacl_ds.study.summary import Row, rows, verdict
 from sacl_ds.study.trial import Folder
 from sacl_ds.study.weights import Seen, contrastive, log_weights
+from sacl_ds.training.false_share import falling_weights
 
 N, SCALE = 13, 9.0
 TINY = {

@@ -13,7 +13,7 @@ from sacl_ds.analysis.mini_batch import MiniBatch, mini_batch
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report.page import Card, Cell, Matrix, Section, Strip, card, clean, percent, shown
 from sacl_ds.analysis.report.truth import SceneTruth, verdict
-from sacl_ds.losses.regulation import Regulation
+from sacl_ds.losses import Regulation
 from sacl_ds.telemetry.sheet import FIRST, MARKED, PLAIN, Tile, draw_matrix, draw_rows
 
 SHOWN = 8  # pairs of the matrix
