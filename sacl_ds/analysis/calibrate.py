@@ -11,23 +11,16 @@ import numpy as np
 
 from sacl_ds.analysis.calibration import LARGEST, Calibrated, calibrated
 from sacl_ds.analysis.inputs import Examined, examine
+from sacl_ds.analysis.mini_batch import negatives_of
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.scan import mini_batches, scan
 from sacl_ds.analysis.terminal import per_cent, progress, say
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import THRESHOLDS
+from sacl_ds.losses.distribution import THRESHOLDS
 from sacl_ds.training.false_share import FALLING_SHARPNESS, falling_weights
 
 _NEAR = 0.5  # of the logit scale: from here on a warning
-
-
-def negatives_of(pair_ids: np.ndarray) -> np.ndarray:
-    """(n, k) ids -> (n, n) bool: which pairs are negatives of each other."""
-    mask = ~np.eye(len(pair_ids), dtype=bool)
-    for column in pair_ids.T:
-        mask &= column[:, None] != column[None, :]
-    return mask
 
 
 def act(options: argparse.Namespace) -> None:

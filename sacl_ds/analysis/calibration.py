@@ -1,7 +1,4 @@
-"""The sharpness at which a chosen share of the negatives falls under a chosen weight.
-
-NumPy alone, on cosines of mini-batches.
-"""
+"""The sharpness at which a chosen share of the negatives falls under a chosen weight, on cosines of mini-batches."""
 
 from __future__ import annotations
 
@@ -10,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from sacl_ds.losses import Regulation
+from sacl_ds.losses.weights import log_weights
 
 LEAST, LARGEST = 0.05, 200.0  # sharpnesses that are tried
 _GRID = 64
@@ -35,17 +36,15 @@ def share_under(
     """Share of the negatives of all anchors in both directions whose weight is under `under`.
 
     cosines: for each mini-batch (n, m), image i with text j; negatives: (n, m) bool alike. The weights are those of the
-    loss with one similarity: |Neg| e^(-sharpness c) / sum e^(-sharpness c), mean 1.
+    loss with this one similarity.
     """
     count = total = 0
     for cosine, mask in zip(cosines, negatives, strict=True):
-        for c, stays in ((cosine, mask), (cosine.T, mask.T)):
-            lowest = np.where(stays, c, np.inf).min(1, keepdims=True)
-            lowest = np.where(np.isfinite(lowest), lowest, 0.0)  # an anchor without negatives
-            inverse = np.where(stays, np.exp(-sharpness * (c - lowest)), 0.0)
-            bound = under * inverse.sum(1, keepdims=True) / np.maximum(1, stays.sum(1, keepdims=True))
-            count += int(((inverse < bound) & stays).sum())
-            total += int(stays.sum())
+        c, stays = torch.from_numpy(np.asarray(cosine, np.float64)), torch.from_numpy(mask)
+        for side, is_negative in ((c, stays), (c.T, stays.T)):
+            low = log_weights(side, is_negative, Regulation(0.0, sharpness)) < math.log(under)
+            count += int((low & is_negative).sum())
+            total += int(is_negative.sum())
     if total == 0:
         raise ValueError("no pair is a negative of another")
     return count / total

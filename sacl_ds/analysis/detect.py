@@ -23,7 +23,7 @@ from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.sources import HELD_OUT, scene_size
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import THRESHOLDS
+from sacl_ds.losses.distribution import THRESHOLDS
 
 
 def detectors(regulation: Regulation, teacher: bool) -> dict[str, Regulation]:

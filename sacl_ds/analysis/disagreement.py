@@ -25,9 +25,9 @@ from sacl_ds.analysis.terminal import labels, progress, say, table
 from sacl_ds.config import RunConfig
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import EDGES
+from sacl_ds.losses.distribution import EDGES
+from sacl_ds.telemetry.weight_records import DIRECTIONS
 
-DIRECTIONS = ("image_to_text", "text_to_image")
 TEACHER = "teacher"  # in the place of the second run
 LIGHTEST = 1e-4
 """Weights under this count as this, so that the ratio to a removed negative is finite."""
@@ -183,7 +183,11 @@ def _write(
         (out / "disagreement.json").write_text(json.dumps(plain(numbers), ensure_ascii=False) + "\n", encoding="utf-8")
         parquet.write_table(arrow.Table.from_pylist(encodable, _schema()), out / "disagreement.parquet")
         plots.joint(
-            out / "weights.png", EDGES, found.histogram, names, "Weights of the same pairs of anchor and negative"
+            out / "weights.png",
+            np.array(EDGES),
+            found.histogram,
+            names,
+            "Weights of the same pairs of anchor and negative",
         )
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None

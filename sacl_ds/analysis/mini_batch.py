@@ -1,4 +1,4 @@
-"""The weights of one mini-batch, whole: what is looked at cell by cell, where `weigh` keeps sums alone."""
+"""The weights of one mini-batch as whole matrices, to be looked at cell by cell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from sacl_ds.analysis.pairs import Pairs
-from sacl_ds.losses import Regulation, regulation_weights
+from sacl_ds.losses import Regulation
+from sacl_ds.losses.weights import log_weights
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def mini_batch(pairs: Pairs, regulation: Regulation) -> MiniBatch:
     else:
         regulation = replace(regulation, alpha=0.0)
     student, negatives = _cosine(pairs.image, pairs.text), torch.from_numpy(negatives_of(pairs.pair_ids))
-    log_similarity = regulation.log_similarity(student, teacher)
-    of_images, of_texts = (_weights(part, negatives, regulation).numpy() for part in (log_similarity, log_similarity.T))
+    of_images = log_weights(student, negatives, regulation, teacher).exp().numpy()
+    of_texts = log_weights(student.T, negatives, regulation, None if teacher is None else teacher.T).exp().numpy()
     of_teacher = None if teacher is None else teacher.numpy()
     return MiniBatch(of_images, of_texts, negatives.numpy(), student.numpy(), of_teacher)
 
@@ -51,12 +52,3 @@ def mini_batch(pairs: Pairs, regulation: Regulation) -> MiniBatch:
 def _cosine(image: np.ndarray, text: np.ndarray) -> torch.Tensor:
     image, text = (np.ascontiguousarray(side, np.float64) for side in (image, text))
     return torch.from_numpy(image) @ torch.from_numpy(text).T
-
-
-def _weights(log_similarity: torch.Tensor, negatives: torch.Tensor, regulation: Regulation) -> torch.Tensor:
-    # a factor of a whole row changes no weight, and keeps exp in range
-    similarity = (log_similarity - log_similarity.amax(1, keepdim=True)).clamp(min=-600).exp()
-    weights = regulation_weights(similarity, negatives)
-    if regulation.drop_below is not None:
-        weights = ((weights >= regulation.drop_below) & negatives).to(weights.dtype)
-    return weights * regulation.negative_mass

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from sacl_ds.losses.weighing import EDGES
+from sacl_ds.losses.distribution import EDGES
 
 if TYPE_CHECKING:
     from sacl_ds.analysis.calibration import Calibrated
@@ -30,7 +30,7 @@ def weight_histograms(drawn: Sequence[tuple[str, Mapping[str, Distribution]]], p
     What lies under the first or above the last edge of EDGES is counted in the outermost bins.
     """
     figure, axes = plt.subplots(2, 2, figsize=(10.0, 6.6), layout="constrained", sharey="row", sharex=True)
-    inner = EDGES[1:-1]
+    inner = np.array(EDGES[1:-1])
     low, high, least = len(inner) - 2, 0, 100.0
     for column, (direction, title) in enumerate(_TITLES.items()):
         above, below = axes[0, column], axes[1, column]

@@ -21,16 +21,15 @@ from sacl_ds.analysis.terminal import labels, per_cent, progress, say, table
 from sacl_ds.analysis.threads import in_order
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import EDGES, THRESHOLDS, Weighed, quantiles, weigh
+from sacl_ds.losses.distribution import EDGES, THRESHOLDS, Weighed, quantiles, weigh
+from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 
-DIRECTIONS = ("image_to_text", "text_to_image")
-QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 _MEANS = ("effective", "effective_share", "mass", "shape")
 
 
 @dataclass
 class Distribution:
-    """Of the weights of one direction over mini-batches; the fields are those of `sacl_ds.losses.weighing.Weighed`."""
+    """The weights of one direction over mini-batches; fields as in `sacl_ds.losses.distribution.Weighed`."""
 
     anchors: int = 0
     pairs: int = 0
@@ -192,7 +191,7 @@ def _write(subjects: list[dict[str, Any]], out: Path) -> None:
     edges = [float(edge) if math.isfinite(edge) else None for edge in EDGES]  # JSON has no infinity
     whole = {
         "edges": edges,
-        "thresholds": THRESHOLDS.tolist(),
+        "thresholds": list(THRESHOLDS),
         "quantiles": list(QUANTILES),
         "subjects": _without_nan(subjects),
     }

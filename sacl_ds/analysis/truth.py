@@ -15,6 +15,7 @@ from sacl_ds.data.scene_language import Caption, Scene, relevance
 from sacl_ds.data.scenes import Scenes, place_of
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
+from sacl_ds.losses.weights import log_weights
 
 COCO = "coco:test"  # the shard of pairs from `sacl_ds.analysis.coco`
 _ROWS = 256  # anchors at a time
@@ -43,16 +44,19 @@ class Question:
         return isinstance(self.relevance, np.ndarray)
 
     def tiles(self, regulation: Regulation) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For some anchors at a time: (t, m) float64 log weights, mean weight 1; (t, m) bool, whether it is a negative;
-        and (t, m) float32 relevance."""
+        """For some anchors at a time: (t, m) float64 log weights; (t, m) bool, whether it is a negative; and (t, m)
+        float32 relevance."""
         for start in range(0, len(self.anchors), _ROWS):
             rows = slice(start, start + _ROWS)
             cosine = (self.anchors[rows] @ self.candidates.T).astype(np.float64)
-            theirs = None if self.teacher is None else (self.teacher[0][rows] @ self.teacher[1].T).astype(np.float64)
+            theirs = None
+            if self.teacher is not None and regulation.teacher:
+                theirs = torch.from_numpy((self.teacher[0][rows] @ self.teacher[1].T).astype(np.float64))
             negatives = np.ones(cosine.shape, bool)
             for mine, other in zip(self.anchor_ids[rows].T, self.candidate_ids.T, strict=True):
                 negatives &= mine[:, None] != other[None, :]
-            yield _log_weights(_log_similarity(regulation, cosine, theirs), negatives), negatives, self._relevance(rows)
+            weights = log_weights(torch.from_numpy(cosine), torch.from_numpy(negatives), regulation, theirs)
+            yield weights.numpy(), negatives, self._relevance(rows)
 
     def _relevance(self, rows: slice) -> np.ndarray:
         if isinstance(self.relevance, np.ndarray):
@@ -164,16 +168,3 @@ def _listed(
 
 def _both(a: np.ndarray | None, b: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
     return None if a is None or b is None else (a, b)
-
-
-def _log_similarity(regulation: Regulation, cosine: np.ndarray, theirs: np.ndarray | None) -> np.ndarray:
-    of_teacher = None if theirs is None else torch.from_numpy(theirs)
-    return regulation.log_similarity(torch.from_numpy(cosine), of_teacher).numpy()
-
-
-def _log_weights(log_similarity: np.ndarray, negatives: np.ndarray) -> np.ndarray:
-    inverse = np.where(negatives, -log_similarity, -np.inf)
-    top = inverse.max(1, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0.0)  # an anchor without negatives
-    mean = np.exp(inverse - top).sum(1, keepdims=True) / np.maximum(1, negatives.sum(1, keepdims=True))
-    return inverse - top - np.log(np.where(mean > 0, mean, 1.0))

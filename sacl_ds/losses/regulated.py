@@ -94,10 +94,9 @@ class Regulation:
             return self.sharpness * cosine
         if self.alpha == 1.0:
             return self.teacher_sharpness * teacher_cosine
-        return torch.logaddexp(
-            math.log(self.alpha) + self.teacher_sharpness * teacher_cosine,
-            math.log1p(-self.alpha) + self.sharpness * cosine,
-        )
+        by_teacher = (self.teacher_sharpness * teacher_cosine).add_(math.log(self.alpha))
+        by_student = (self.sharpness * cosine).add_(math.log1p(-self.alpha))
+        return torch.logaddexp(by_teacher, by_student, out=by_teacher)
 
 
 def regulation_weights(similarity: Tensor, negatives: Tensor) -> Tensor:
@@ -122,7 +121,7 @@ class ContrastiveOutput:
     image_to_text, text_to_image: (b,) per-anchor losses, detached.
     least_kept: with drop_below, for this rank's images and texts as anchors, (b,) float64, the least -log s_ij of a
         negative that is kept (without meaning for an anchor that has no negatives); else None.
-    statistics: None unless asked for; see `sacl_ds.losses.statistics.contrastive_statistics`.
+    statistics: None unless asked for; see `sacl_ds.losses.weights.mutual_information`.
     """
 
     loss: Tensor
@@ -254,7 +253,7 @@ def similarity_regulated_loss(
     group: process group; None is the default one where it is initialised, else one process.
     backend: "reference" holds the matrix; "streaming" works by tiles in O(N) memory on any device; "triton" likewise
         with fused kernels, on CUDA or under TRITON_INTERPRET=1; "auto" takes triton on CUDA, else streaming.
-    statistics: also return figures of the whole global batch; takes another pass. With keys: those of the loss without.
+    statistics: also return figures of the whole global batch (two more passes). With keys: those of the loss without.
     keys: compare with these instead of with the other modality's features: momentum encoders, a queue.
     soft_weight: a in (1 - a) * L_i + a * S_i, in [0, 1]; S_i, unregulated, has the momentum model's distribution over
         the same keys as its target (`sacl_ds.losses.queue`). Needs keys.
@@ -264,10 +263,9 @@ def similarity_regulated_loss(
     Differentiable once, in image, text and logit_scale; the gradient that comes into the loss must be the same on all
     ranks, as under every engine that averages gradients. Raises ValueError for shapes or settings that do not fit.
     """
-    from sacl_ds.losses import tiles as torch_tiles
     from sacl_ds.losses.queue import dense_keys_loss, keys_loss
-    from sacl_ds.losses.statistics import contrastive_statistics
     from sacl_ds.losses.streaming import Job, joint_loss
+    from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
 
     regulation = Regulation(
         alpha, sharpness, sharpness if teacher_sharpness is None else teacher_sharpness, negative_mass, drop_below
@@ -293,9 +291,11 @@ def similarity_regulated_loss(
             out, joint = joint_loss(features, logit_scale, teacher, job)
         if statistics:
             if joint is None:
-                job = Job.of(image, pair_ids, regulation, tiles or torch_tiles, group, known)
-                joint = joint_loss(features, logit_scale, teacher, job)[1]
-            out = replace(out, statistics=contrastive_statistics(joint))
+                contrast = Contrast.of_batch(image, text, teacher, pair_ids, group)
+            else:
+                contrast = Contrast(joint.images, joint.texts, group)
+            figures = mutual_information(WeightTiles(contrast, regulation), float(logit_scale.detach()))
+            out = replace(out, statistics=figures)
     return out
 
 

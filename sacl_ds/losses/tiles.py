@@ -280,11 +280,12 @@ class Excluded:
                 found = (row.ids[rows][:, None] == column.ids[columns]).any(-1).nonzero()
                 self.pairs = rows[found[:, 0]], columns[found[:, 1]]
 
-    def fill(self, tile: Tensor, value: float) -> None:
+    def fill(self, tile: Tensor, value: float) -> Tensor:
         if self.offset is not None:
             tile.diagonal(self.offset).fill_(value)
         if self.pairs is not None:
             tile[self.pairs] = value
+        return tile
 
     def fill_own(self, tile: Tensor, own: Tensor) -> None:
         """own: (rows,) what stands where a row meets its own column."""

@@ -19,6 +19,7 @@ from sacl_ds.config import OptimConfig
 from sacl_ds.data.scene_language import PLACE, UNSAID, Caption, relevance
 from sacl_ds.evaluation.metrics import mean_average_precision, ndcg, recall_at_k
 from sacl_ds.losses import Regulation
+from sacl_ds.losses.weights import AnchorSums
 from sacl_ds.study.dual_encoder import DualEncoder
 from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
 from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
@@ -201,20 +202,14 @@ def _relevance(arm: Arm, data: Pool, scenes: Tensor, captions: Tensor, device: t
 
 def _note(figures: dict[str, list[float]], weights: Tensor, z: Tensor, negatives: Tensor) -> None:
     """Share of the negatives under 0.7 and 0.2, effective share of them, push (mass) and shape (nats)."""
-    w = weights.exp()
-    count = negatives.sum(1)
-    even = torch.zeros_like(z).masked_fill(~negatives, -torch.inf)
-    mass = (z + weights).logsumexp(1) - (z + even).logsumexp(1)
-    drawn = (z + weights).softmax(1)
-    some = count > 0
-    shape = (drawn * weights.masked_fill(~(weights > -torch.inf), 0.0)).sum(1) - mass
-    effective = w.sum(1).square() / w.square().sum(1).clamp(min=1e-30) / count.clamp(min=1)
+    w, sums = weights[negatives].exp(), AnchorSums.of(z, weights, negatives)
+    some = sums.negatives > 0
     new = {
-        "under_0.7": (w[negatives] < 0.7).float().mean(),
-        "under_0.2": (w[negatives] < 0.2).float().mean(),
-        "effective_share": effective[some].mean(),
-        "mass": mass[some].mean(),
-        "shape": shape[some].mean(),
+        "under_0.7": (w < 0.7).float().mean(),
+        "under_0.2": (w < 0.2).float().mean(),
+        "effective_share": (sums.effective / sums.negatives)[some].mean(),
+        "mass": sums.mass[some].mean(),
+        "shape": sums.shape[some].mean(),
     }
     for key, value in new.items():
         figures.setdefault(key, []).append(float(value))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sacl_ds.losses import Regulation, regulation_weights
+from sacl_ds.losses import Regulation
+from sacl_ds.losses.weights import AnchorSums
+from sacl_ds.losses.weights import log_weights as regulated_weights
 from sacl_ds.study.plan import Arm
 
 
@@ -44,22 +46,21 @@ def log_weights(arm: Arm, regulation: Regulation, seen: Seen, scale: float, gene
         return even.masked_fill(seen.relevance >= 1, -torch.inf)
     if arm.weights in ("relevance", "relevance_shape"):
         full = (1 - seen.relevance).log().masked_fill(nothing, -torch.inf)
-        return full if arm.weights == "relevance" else full - _mass(full, even, scale * seen.cosine)
-    log_similarity = regulation.log_similarity(seen.cosine, seen.teacher)
-    # weights do not change with a factor of s: the shift keeps its exponential finite
-    log_similarity = log_similarity - log_similarity.amin(1, keepdim=True)
-    regulated = regulation_weights(log_similarity.double().exp(), seen.negatives).log().to(even.dtype)
+        return full if arm.weights == "relevance" else full - _mass(full, seen, scale)
+    mass = arm.mass if arm.weights == "sacl" else 1.0
+    drop_below = None if arm.weights == "removed_share" else arm.drop_below
+    regulation = replace(regulation, negative_mass=mass, drop_below=drop_below)
+    teacher = None if seen.teacher is None else seen.teacher.double()
+    regulated = regulated_weights(seen.cosine.double(), seen.negatives, regulation, teacher).to(even.dtype)
+    if arm.weights == "sacl" or drop_below is not None:
+        return regulated
     if arm.weights == "removed_share":
         kept = regulated.masked_fill(nothing, torch.nan).nanquantile(arm.share, 1, keepdim=True)
         return even.masked_fill(regulated < kept, -torch.inf)
-    if arm.drop_below is not None:
-        return even.masked_fill(regulated < math.log(arm.drop_below), -torch.inf)
-    if arm.weights == "sacl":
-        return regulated + math.log(arm.mass)
     if arm.weights == "shuffled":
         return _shuffled(regulated, seen.negatives, generator)
-    mass = _mass(regulated, even, scale * seen.cosine)
-    return even + mass if arm.weights == "mass_only" else regulated - mass
+    push = _mass(regulated, seen, scale)
+    return even + push if arm.weights == "mass_only" else regulated - push
 
 
 def contrastive(arm: Arm, cosine: Tensor, scale: Tensor, weights: Tensor, negatives: Tensor) -> Tensor:
@@ -91,9 +92,9 @@ def _hard(arm: Arm, z: Tensor, scale: Tensor, negatives: Tensor) -> Tensor:
     return torch.maximum(rest, floor).log() + shift + count.log()
 
 
-def _mass(weights: Tensor, even: Tensor, z: Tensor) -> Tensor:
+def _mass(weights: Tensor, seen: Seen, scale: float) -> Tensor:
     """(n, 1): what the weights add to the log-sum of the negatives."""
-    return (z + weights).logsumexp(1, keepdim=True) - (z + even).logsumexp(1, keepdim=True)
+    return AnchorSums.of(scale * seen.cosine, weights, seen.negatives).mass[:, None].to(weights.dtype)
 
 
 def _shuffled(weights: Tensor, negatives: Tensor, generator: torch.Generator) -> Tensor:

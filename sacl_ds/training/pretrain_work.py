@@ -21,7 +21,7 @@ from sacl_ds.training.cautions import Cautions
 from sacl_ds.training.engine import forget_order, whole_parameters
 from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
 from sacl_ds.training.objectives import Targets, step_regulation
-from sacl_ds.training.records import StepWeights, is_recorded
+from sacl_ds.training.records import is_recorded, step_record
 from sacl_ds.training.schedules import alpha, soft_weight
 from sacl_ds.training.step import Step
 
@@ -55,7 +55,12 @@ class PretrainWork:
         if met.features is None:
             return None
         regulation = step_regulation(self.run.loss, targets)[0]
-        return self._record(step.number + 1, StepWeights(met.features, targets.teacher, regulation, met.losses), batch)
+        lowest = self.run.records.lowest
+        rows = step_record(met.features, targets.teacher, regulation, met.losses, batch, lowest)
+        with same_error():
+            if self.records:
+                self.records.write(step.number + 1, *rows)
+        return self._cautions.of_weights(step.number + 1, regulation.alpha, rows[0])
 
     def suspects(self, engine: DeepSpeedEngine, batch: Batch, step: Step) -> Tensor:
         parts = ahead(batch.parts(step.rows), step.device) if len(batch) > step.rows else [batch]
@@ -81,13 +86,6 @@ class PretrainWork:
 
     def caution(self, done: int, figures: dict[str, Any]) -> str | None:
         return self._cautions.of_scale(done, figures.get("alpha", 0.0), figures["logit_scale"])
-
-    def _record(self, done: int, weights: StepWeights, batch: Batch) -> str | None:
-        figures, lowest = weights.record(batch, self.run.records.lowest)
-        with same_error():
-            if self.records:
-                self.records.write(done, figures, lowest)
-        return self._cautions.of_weights(done, weights.regulation.alpha, figures)
 
 
 @dataclass(frozen=True)

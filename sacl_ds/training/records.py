@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +12,10 @@ from sacl_ds.config import RecordsConfig
 from sacl_ds.data.batch import Batch, duplicates
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import Weighed, quantiles, weigh
+from sacl_ds.losses.distribution import Lowest, Weighed, quantiles, weigh
 from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 
+Row = dict[str, Any]
 _INFORMATION = ("pmi_positive", "pmi_negative", "pmi_negative_target", "infonce_bound")
 
 
@@ -23,48 +24,39 @@ def is_recorded(done: int, steps: int, records: RecordsConfig) -> bool:
     return bool(records.every) and (done in (1, steps) or done % (records.every or 1) == 0)
 
 
-@dataclass(frozen=True)
-class StepWeights:
-    """What a step's ITC compared: (b, d) unit features of this rank's images and texts, (b, d_t) of the teacher."""
+def step_record(
+    features: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor] | None,
+    regulation: Regulation,
+    losses: Mapping[str, Tensor],
+    batch: Batch,
+    lowest: int,
+) -> tuple[list[Row], list[Row]]:
+    """Rows of figures and of the `lowest` pairs of least weight, as `sacl_ds.telemetry.weight_records` has them.
 
-    features: tuple[Tensor, Tensor]
-    teacher: tuple[Tensor, Tensor] | None
-    regulation: Regulation
-    losses: dict[str, Tensor]
-
-    def record(self, batch: Batch, lowest: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Rows of figures and of lowest pairs, as `sacl_ds.telemetry.weight_records` has them; every rank calls it.
-
-        The figures are the same on all ranks.
-        """
-        both = weigh(
-            *self.features,
-            self.losses["logit_scale"],
-            teacher=self.teacher,
-            pair_ids=batch.pair_ids,
-            regulation=self.regulation,
-            lowest=lowest,
-        )
-        ids = gather_rows(batch.pair_ids, row_counts(batch.pair_ids))
-        figures = self._step_figures() | {"duplicates": duplicates(ids)}
-        named = _named(both, batch)
-        return (
-            [{**figures, **_figures(direction, one)} for direction, one in zip(DIRECTIONS, both, strict=True)],
-            [row for direction, one in zip(DIRECTIONS, both, strict=True) for row in _lowest(direction, one, named)],
-        )
-
-    def _step_figures(self) -> dict[str, float]:
-        regulation, losses = self.regulation, self.losses
-        return {
-            "alpha": regulation.alpha,
-            "sharpness": regulation.sharpness,
-            "teacher_sharpness": regulation.teacher_sharpness,
-            "logit_scale": float(losses["logit_scale"]),
-            **{name: float(losses[name]) if name in losses else math.nan for name in _INFORMATION},
-        }
+    features, teacher: what the step's ITC compared, (b, d) unit features of this rank's images and texts, (b, d_t) of
+    the teacher. losses: of the step, with `logit_scale` and the figures on mutual information. Every rank calls it; the
+    figures are the same on all.
+    """
+    scale = float(losses["logit_scale"])
+    both = weigh(*features, scale, teacher=teacher, pair_ids=batch.pair_ids, regulation=regulation, lowest=lowest)
+    figures: Row = {
+        "alpha": regulation.alpha,
+        "sharpness": regulation.sharpness,
+        "teacher_sharpness": regulation.teacher_sharpness,
+        "logit_scale": scale,
+        **{name: float(losses[name]) if name in losses else math.nan for name in _INFORMATION},
+        "duplicates": duplicates(gather_rows(batch.pair_ids, row_counts(batch.pair_ids))),
+    }
+    named = _named(both, batch)
+    of_directions = list(zip(DIRECTIONS, both, strict=True))
+    return (
+        [{**figures, **_figures(direction, one)} for direction, one in of_directions],
+        [row for direction, one in of_directions for row in lowest_rows(direction, one.lowest, named)],
+    )
 
 
-def _figures(direction: str, one: Weighed) -> dict[str, Any]:
+def _figures(direction: str, one: Weighed) -> Row:
     return {
         "direction": direction,
         "anchors": one.anchors,
@@ -79,13 +71,13 @@ def _figures(direction: str, one: Weighed) -> dict[str, Any]:
     }
 
 
-def _lowest(direction: str, one: Weighed, named: dict[int, tuple[str, str, str]]) -> list[dict[str, Any]]:
-    low = one.lowest
-    rows: list[dict[str, Any]] = []
+def lowest_rows(direction: str, low: Lowest | None, named: Mapping[int, tuple[str, str, str]]) -> list[Row]:
+    """Rows of the pairs of least weight. named: key, shard and caption by position in the batch."""
+    rows: list[Row] = []
     if low is None:
         return rows
     for place in range(len(low)):
-        row: dict[str, Any] = {"direction": direction, "place": place}
+        row: Row = {"direction": direction, "place": place}
         for role, position in (("anchor", low.anchor[place]), ("negative", low.negative[place])):
             values = named[int(position)]
             row |= {f"{role}_{what}": value for what, value in zip(("key", "shard", "caption"), values, strict=True)}

@@ -29,7 +29,7 @@ from sacl_ds.data.pictures import Picture
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import EDGES
+from sacl_ds.losses.distribution import EDGES
 from sacl_ds.training.false_share import falling_weights
 
 

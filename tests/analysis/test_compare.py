@@ -21,7 +21,7 @@ from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.subject import data_source, load_subject, read_pairs
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.losses.weighing import EDGES
+from sacl_ds.losses.distribution import EDGES
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 

@@ -91,30 +91,36 @@ def test_equals_independent_computation(name: str, with_ids: str, n: int) -> Non
     np.testing.assert_allclose(out.image_to_text.numpy(), image, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(out.text_to_image.numpy(), text, rtol=1e-12, atol=1e-13)
     assert out.loss.item() == pytest.approx((image.mean() + text.mean()) / 2, rel=1e-12)
-    check_statistics(out.statistics, v, t, 14.0, image_weights, text_weights)
+    check_statistics(out.statistics, v, t, 14.0, ids, image_weights, text_weights)
 
 
-def check_statistics(statistics, v, t, scale, image_weights, text_weights) -> None:
-    """Section 2.4 of the design, from its definitions."""
-    positive, negative, target, bound, mass = [], [], [], [], []
+def check_statistics(statistics, v, t, scale, ids, image_weights, text_weights) -> None:
+    """From their definitions, over all negatives: those that are removed have no weight here and count as 0."""
+    n = len(v)
+    ids = np.arange(n)[:, None] if ids is None else ids.reshape(n, -1)
+    positive, negative, target, bound, mass, count = [], [], [], [], [], []
     for a, b, weights_of in ((v, t, image_weights), (t, v, text_weights)):
         for i, weights in enumerate(weights_of):
-            z = {j: scale * float(a[i] @ b[j]) for j in [i, *weights]}
-            mean = (math.exp(z[i]) + sum(w * math.exp(z[j]) for j, w in weights.items())) / (1 + len(weights))
+            every = [j for j in range(n) if j != i and not (ids[i] == ids[j]).any()]
+            assert set(weights) <= set(every)
+            z = {j: scale * float(a[i] @ b[j]) for j in [i, *every]}
+            mean = (math.exp(z[i]) + sum(w * math.exp(z[j]) for j, w in weights.items())) / (1 + len(every))
             positive.append(z[i] - math.log(mean))
             negative += [z[j] + math.log(w) - math.log(mean) for j, w in weights.items()]
             target += [-math.log(w) for w in weights.values()]
             plain = math.log(sum(math.exp(x) for x in z.values())) - z[i]
-            bound.append(math.log(1 + len(weights)) - plain)
+            bound.append(math.log(1 + len(every)) - plain)
+            count.append(len(every))
             if weights:
                 regulated = sum(w * math.exp(z[j]) for j, w in weights.items())
-                mass.append(math.log(regulated / sum(math.exp(z[j]) for j in weights)))
+                mass.append(math.log(regulated / sum(math.exp(z[j]) for j in every)))
     expected = {
         "pmi_positive": np.mean(positive),
         "pmi_negative": np.mean(negative) if negative else 0.0,
         "pmi_negative_target": np.mean(target) if target else 0.0,
         "infonce_bound": np.mean(bound),
         "negative_mass_log": np.mean(mass) if mass else 0.0,
+        "negatives": np.mean(count),
     }
     for name, value in expected.items():
         assert statistics[name].item() == pytest.approx(value, rel=1e-9, abs=1e-9), name

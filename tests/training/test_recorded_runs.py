@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_weights import dense
+from dense_weights import dense, information
 from starting import losses, start
 
 from sacl_ds.config import RunConfig
@@ -18,7 +18,7 @@ from sacl_ds.data.sources import global_order, training_source
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.losses import Regulation, similarity_regulated_loss
-from sacl_ds.losses.weighing import EDGES
+from sacl_ds.losses.distribution import EDGES
 from sacl_ds.model.saved import load_model
 from sacl_ds.model.teacher import load_teacher, teacher_features
 from sacl_ds.telemetry.metrics import read
@@ -88,6 +88,24 @@ def test_records_are_what_numpy_makes_of_the_features(ranks: int, stage: int, tm
         logged = next(line for line in read(folder / "metrics.jsonl") if line["step"] == step and "loss" in line)
         for name in ("pmi_positive", "pmi_negative", "pmi_negative_target", "infonce_bound"):
             assert recorded[2 * number][name] == recorded[2 * number + 1][name] == pytest.approx(logged[name])
+
+
+def test_the_log_says_what_the_records_say_where_negatives_are_removed(tmp_path: Path) -> None:
+    """Over all negatives, by numpy from the features; log and records to all digits that are logged."""
+    folder = tmp_path / "run"
+    settings = ["loss.sharpness=9", "loss.teacher_sharpness=5", "loss.alpha_start=0.5", "loss.alpha_end=0.5"]
+    start(folder, *STILL, *settings, "loss.drop_below=0.8", "loss.negative_mass=0.5", "data.scenes.count=60", ranks=2)
+    regulation = Regulation(0.5, 9.0, 5.0, 0.5, 0.8)
+    recorded = read_figures(folder)
+    for number, step in enumerate((1, 2, 4, 5)):
+        rows = recorded[2 * number : 2 * number + 2]
+        log = next(line for line in read(folder / "metrics.jsonl") if line["step"] == step and "loss" in line)
+        assert log["negative_mass_log"] == pytest.approx((rows[0]["mass"] + rows[1]["mass"]) / 2, rel=1e-8)
+        assert log["negatives"] * 16 == pytest.approx(rows[0]["pairs"])
+        data, _ = features_of(folder, step - 1)
+        for name, value in information(data, regulation, 1 / 0.07).items():
+            assert log[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+        assert log["negative_mass_log"] < np.log(0.5) - 0.1  # the mass of those that stay, less of those that do not
 
 
 def test_infonce_weighs_everything_one(tmp_path: Path) -> None:

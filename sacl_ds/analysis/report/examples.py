@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from sacl_ds.analysis.mini_batch import MiniBatch, mini_batch
@@ -14,7 +16,10 @@ from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report.page import Card, Cell, Matrix, Section, Strip, card, clean, percent, shown
 from sacl_ds.analysis.report.truth import SceneTruth, verdict
 from sacl_ds.losses import Regulation
+from sacl_ds.losses.distribution import weigh
 from sacl_ds.telemetry.sheet import FIRST, MARKED, PLAIN, Tile, draw_matrix, draw_rows
+from sacl_ds.telemetry.weight_records import DIRECTIONS
+from sacl_ds.training.records import lowest_rows
 
 SHOWN = 8  # pairs of the matrix
 _ANCHORS, _NEGATIVES = 6, 5  # of a gallery, per direction
@@ -116,7 +121,7 @@ def gallery(
         return section
     groups = [
         (direction, group)
-        for direction in ("image_to_text", "text_to_image")
+        for direction in DIRECTIONS
         for group in _groups([entry for entry in lowest if entry["direction"] == direction])
     ]
     wanted = {
@@ -149,33 +154,24 @@ def gallery(
 
 
 def lowest_of(pairs: Pairs, regulation: Regulation, count: int) -> list[dict[str, Any]]:
-    """The lightest pairs of one mini-batch of these pairs, as the records of a run have them."""
-    batch = mini_batch(pairs, regulation)
-    if regulation.even:
-        return []
-    entries: list[dict[str, Any]] = []
-    rows, columns = np.nonzero(batch.negatives)
-    for direction in ("image_to_text", "text_to_image"):
-        weights = batch.weights(direction)[rows, columns]
-        for place, at in enumerate(np.argsort(weights, kind="stable")[:count]):
-            anchor, negative = int(rows[at]), int(columns[at])
-            image, text = (anchor, negative) if direction == "image_to_text" else (negative, anchor)
-            entries.append(
-                {
-                    "direction": direction,
-                    "place": place,
-                    "weight": float(weights[at]),
-                    "student_similarity": float(batch.student[image, text]),
-                    "teacher_similarity": float("nan") if batch.teacher is None else float(batch.teacher[image, text]),
-                }
-            )
-            for side, index in (("anchor", anchor), ("negative", negative)):
-                entries[-1] |= {
-                    f"{side}_key": pairs.keys[index],
-                    f"{side}_shard": pairs.shards[index],
-                    f"{side}_caption": pairs.captions[index],
-                }
-    return entries
+    """The lightest pairs of one mini-batch of these pairs, as the records of a run have them. Without teacher features
+    alpha counts as 0."""
+
+    def tensor(features: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(features.astype(np.float64))
+
+    teacher = None if pairs.teacher is None else (tensor(pairs.teacher[0]), tensor(pairs.teacher[1]))
+    both = weigh(
+        tensor(pairs.image),
+        tensor(pairs.text),
+        pairs.logit_scale,
+        teacher=teacher,
+        pair_ids=torch.from_numpy(pairs.pair_ids),
+        regulation=regulation if teacher else replace(regulation, alpha=0.0),
+        lowest=count,
+    )
+    named = dict(enumerate(zip(pairs.keys, pairs.shards, pairs.captions, strict=True)))
+    return [row for name, one in zip(DIRECTIONS, both, strict=True) for row in lowest_rows(name, one.lowest, named)]
 
 
 def _groups(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

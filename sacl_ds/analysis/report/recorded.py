@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sacl_ds.errors import UserError
-from sacl_ds.losses.weighing import EDGES, THRESHOLDS
+from sacl_ds.losses.distribution import EDGES, THRESHOLDS
 from sacl_ds.telemetry.metrics import read
 from sacl_ds.telemetry.weight_records import DIRECTIONS, FOLDER, QUANTILES, read_figures, read_lowest
 

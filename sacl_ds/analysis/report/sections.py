@@ -11,10 +11,9 @@ import numpy as np
 from sacl_ds.analysis.report import plots
 from sacl_ds.analysis.report.page import Plot, Section, Table, percent, shown
 from sacl_ds.config import RunConfig
-from sacl_ds.losses.weighing import EDGES, THRESHOLDS
-from sacl_ds.telemetry.weight_records import QUANTILES
+from sacl_ds.losses.distribution import EDGES, THRESHOLDS
+from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 
-DIRECTIONS = ("image_to_text", "text_to_image")
 ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _INFORMATION = (
     ("pmi_positive", "PMI, positives", "#2468b4", "-"),
@@ -83,7 +82,7 @@ def distribution(figures: Sequence[Record], folder: Path) -> Section:
         ),
         ("weights_cumulative", "Share under a weight", "Share of the negatives under each weight", plots.cumulative),
     ):
-        draw(folder / f"{name}.png", EDGES, counts)
+        draw(folder / f"{name}.png", np.array(EDGES), counts)
         section.plots.append(Plot(folder / f"{name}.png", title, f"{alt}, at step {step}."))
     header = ["", *(f"< {threshold:.1f}" for threshold in THRESHOLDS)]
     rows = [(ARROWS[d], *(percent(share) for share in record["under"])) for d, record in last.items()]
@@ -99,7 +98,7 @@ def training(figures: Sequence[Record], folder: Path) -> Section:
     """How the distribution moves: quantiles, effective number, alpha, kappa, mass and shape."""
     section = Section("training", "Over training")
     section.text = [
-        "Mass is what the weights add to the log-sum of the negatives: how much harder (above 0) or softer (below) "
+        "Mass is what the weights add to the log-sum of all negatives: how much harder (above 0) or softer (below) "
         "they are pushed away than by InfoNCE. Shape is how far the push is moved among them, as KL divergence. The "
         "effective number of negatives is (Σw)² / Σw²; where it falls to a small share, few negatives do all the work."
     ]
@@ -167,10 +166,11 @@ def information(figures: Sequence[Record], metrics: Sequence[Record], folder: Pa
     )
     plot = Plot(folder / "mutual_information.png", "Pointwise mutual information", alt)
     text = (
-        "The critic's estimate log (w e^z / mean w e^z), averaged over positives and over negatives. The paper's "
+        "The critic's estimate log (w e^z / mean w e^z), averaged over positives and over negatives that weigh; the "
+        "mean inside is over the positive and all negatives, those that were removed with w = 0. The paper's "
         "heuristic says that regulation leaves the negatives' near E log 1/w where InfoNCE drives it down; over truly "
         "independent pairs that mean is a negative KL divergence and cannot reach it. InfoNCE's bound is "
-        "log(1 + negatives) - InfoNCE loss."
+        "log(1 + negatives) - InfoNCE loss, over all negatives without weights."
     )
     last = [(label, shown(y[-1])) for label, (_, y, _, _) in curves.items()]
     table = Table(f"At step {lines[-1]['step']} (nats)", [], last)
