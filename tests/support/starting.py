@@ -133,6 +133,7 @@ def _run(
     mounts: int | None,
 ) -> None:
     """In a process of its own: `python LINE`."""
+    assert "preloaded" in sys.modules
     if mounts is not None:
         with open(f"/proc/{mounts}/ns/mnt") as namespace:
             assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
