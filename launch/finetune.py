@@ -20,7 +20,7 @@ def main() -> int | None:
     ds = read_ds_config(options.ds_config)
     from sacl_ds.tasks.finetune import finetune
     from sacl_ds.training.engine import start_process
-    from sacl_ds.training.job import Job
+    from sacl_ds.training.run import Job
 
     device, machine = start_process()
     finetune(run, Job(ds, options.ds_config, device, machine, goes_on(options, run)))

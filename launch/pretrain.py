@@ -27,8 +27,8 @@ def main() -> int | None:
     ds = read_ds_config(options.ds_config)
     from sacl_ds.evaluation.held_out import held_out_evaluator
     from sacl_ds.training.engine import start_process
-    from sacl_ds.training.job import Job
     from sacl_ds.training.pretrain import pretrain
+    from sacl_ds.training.run import Job
 
     device, machine = start_process()
     pretrain(run, Job(ds, options.ds_config, device, machine, goes_on(options, run)), held_out_evaluator)

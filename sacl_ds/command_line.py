@@ -16,7 +16,6 @@ import yaml
 
 from sacl_ds.config import RunConfig, TrainingConfig
 from sacl_ds.config_file import Config, load_config
-from sacl_ds.config_help import explain
 from sacl_ds.errors import FULL, Fault, SharedError, Stopped, UserError
 from sacl_ds.faults import restarts
 from sacl_ds.faults.ending import Exit
@@ -98,6 +97,8 @@ def read_options(
     options = parser.parse_intermixed_args()  # key=value may stand before and after options
     questions = [a.removesuffix("=?").removesuffix("?") for a in options.overrides if a == "?" or a.endswith("=?")]
     if questions:
+        from sacl_ds.config_help import explain
+
         _say(explain(questions, root))
         return options, None
     run = resolved(options)

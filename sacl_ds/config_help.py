@@ -12,7 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sacl_ds.config import PRESETS, FinetuneConfig, ModelConfig, RunConfig
+from sacl_ds.config import PRESETS, ModelConfig, RunConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.errors import UserError, nearest
 
 

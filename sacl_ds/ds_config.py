@@ -97,7 +97,7 @@ def _batch(out: dict[str, Any], run: TrainingConfig, world: int, name: str) -> N
     """The file may state what the run does; DeepSpeed itself is told of one whole batch a step.
 
     It would divide the loss by its accumulation steps, and end a step after so many calls, where this project's
-    `training.accumulation` has weighted its parts and says by flags which of them is the last.
+    `training.step` has weighted its parts and says by flags which of them is the last.
     """
     micro, passes = run.micro_batches(world)
     rows = f"train.global_batch_size / {world} ranks"

@@ -1,6 +1,7 @@
 """Imports point one way, and light things stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,13 @@ ALLOWED = {
         "provenance", "telemetry", "training", "yaml_files",
     },
 }  # fmt: skip
+# what pre-training loads later, where a run asks for it, or never
+NOT_OF_PRETRAINING = (
+    "sacl_ds.analysis", "sacl_ds.config.finetune", "sacl_ds.data.downstream", "sacl_ds.data.grouping",
+    "sacl_ds.data.shards", "sacl_ds.data.teacher_features", "sacl_ds.doctor", "sacl_ds.evaluation.retrieval.evaluate",
+    "sacl_ds.model.clip_teacher", "sacl_ds.model.momentum", "sacl_ds.model.nlvr2", "sacl_ds.model.starts",
+    "sacl_ds.model.vqa", "sacl_ds.tasks", "sacl_ds.telemetry.plots", "matplotlib",
+)  # fmt: skip
 HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")
 
 
@@ -84,6 +92,8 @@ def test_directions(root: Path) -> None:
         ("sacl_ds.faults.guard", HEAVY),
         ("sacl_ds.data.making.writer", HEAVY),
         ("sacl_ds.data.making.record_lists", (*HEAVY, "pyarrow")),
+        ("sacl_ds.training.pretrain", NOT_OF_PRETRAINING),
+        ("sacl_ds.evaluation.held_out", NOT_OF_PRETRAINING),
         ("sacl_ds.losses", ("deepspeed", "timm", "transformers", "webdataset", "pydantic", "yaml")),
     ],
 )
@@ -91,3 +101,32 @@ def test_light_imports(module: str, absent: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_architecture_names_what_is_there(root: Path) -> None:
+    """Files and functions of docs/architecture.md exist, and formulas stand at the lines that it gives."""
+    page = (root / "docs/architecture.md").read_text()
+    for path in re.findall(r"`((?:launch|tools|sacl_ds|tests|[a-z_]+)/[\w/]+\.py)", page):
+        file = root / path if path.startswith(("launch/", "tools/", "tests/")) else root / "sacl_ds" / path
+        assert file.is_file(), path
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", page)
+    formulas = re.findall(r"`([\w.]+)` \| `([\w/]+\.py):(\d+)`", page)
+    assert len(named) > 15
+    assert len(formulas) == 5
+    for path, name in named:
+        file = root / path if path.startswith(("launch/", "tools/")) else root / "sacl_ds" / path
+        assert line_of(file, name), f"{path} has no {name}"
+    for name, path, line in formulas:
+        assert line_of(root / "sacl_ds" / path, name) == int(line), f"{name} is not at {path}:{line}"
+
+
+def line_of(file: Path, name: str) -> int | None:
+    """The line at which a function, class or Class.method is defined."""
+    body: list[ast.stmt] = ast.parse(file.read_text()).body
+    found = None
+    for part in name.split("."):
+        found = next((x for x in body if isinstance(x, ast.FunctionDef | ast.ClassDef) and x.name == part), None)
+        if found is None:
+            return None
+        body = found.body
+    return found.lineno if found else None

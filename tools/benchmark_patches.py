@@ -33,7 +33,7 @@ from sacl_ds.data.text import IGNORED
 from sacl_ds.errors import UserError
 from sacl_ds.model.cost import ModelCost
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.training.objectives import PretrainObjective, Targets
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 USES = ("pretraining", "finetuning", "inference")
 PLACEMENTS: dict[str, dict[str, Any]] = {

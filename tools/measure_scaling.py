@@ -16,7 +16,6 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +35,11 @@ from sacl_ds.planning.checking import Compared, row_of
 from sacl_ds.planning.ranks import on_ranks
 from sacl_ds.planning.record import record_row
 from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
-from sacl_ds.training.accumulation import Beside, contrastive_step
-from sacl_ds.training.engine import build_engine, start_process
-from sacl_ds.training.objectives import PretrainObjective, Targets
-from sacl_ds.training.preparation import prepare_model
-from sacl_ds.training.step import Step
+from sacl_ds.training.engine import build_engine, prepare_model, start_process
+from sacl_ds.training.objective import PretrainObjective
+from sacl_ds.training.step import Step, contrastive_step
 
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Precomputed:
-    """Aims of a step whose teacher's features come with the batch."""
-
-    generator: torch.Generator
-
-    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
-        if not features or batch.teacher_features is None:
-            return Beside()
-        image, text = batch.teacher_features.float().unbind(1)
-        return Beside((image, text))
-
-    def targets(self, beside: Beside) -> Targets:
-        return Targets(beside.teacher, 0.5, self.generator, even=True)
 
 
 def batch(case: Case, rank: int) -> Batch:
@@ -91,7 +72,8 @@ def measured(case: Case, rank: int) -> dict[str, Any]:
     """Of this rank: bytes at rest, where backward begins (of the last micro-batch) and at the peak, by part where parts
     can be told apart, and the payload bytes of the collectives. The process must not have built an engine before."""
     data, generator = batch(case, rank), torch.Generator().manual_seed(rank)
-    step = Step(0, rank, generator, torch.device("cpu"), case.run.micro_batches(case.world)[0], case.coalesced)
+    rows = case.run.micro_batches(case.world)[0]
+    step = Step(0, rank, generator, torch.device("cpu"), rows, case.coalesced, alpha=0.5)
     engine: Any = None
 
     def one_step(mark: Callable[[str], None]) -> None:
@@ -102,7 +84,7 @@ def measured(case: Case, rank: int) -> dict[str, Any]:
             backward(loss)
 
         engine.backward = marked
-        contrastive_step(engine, data, step, Precomputed(generator))
+        contrastive_step(engine, data, step)
         engine.backward = backward
         engine.step()
         gc.collect()

@@ -90,7 +90,7 @@ def train(rank: int, arm: Arm) -> dict[str, Any]:
     """One rank: the curve of its resident memory above the libraries' (seconds, bytes), losses, and what failed."""
     from sacl_ds.model.sacl import SaclModel
     from sacl_ds.training.engine import build_engine, start_process
-    from sacl_ds.training.objectives import PretrainObjective, Targets
+    from sacl_ds.training.objective import PretrainObjective, Targets
 
     start_process()
     torch.set_num_threads(1)

@@ -17,13 +17,11 @@ from sacl_ds.ds_config import resolve
 from sacl_ds.losses import similarity_regulated_loss
 from sacl_ds.machine import Machine
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.teacher import teacher_features
 from sacl_ds.telemetry.throughput import RowFlops
-from sacl_ds.training.accumulation import Beside, Met, contrastive_step
-from sacl_ds.training.engine import build_engine, set_learning_rates
+from sacl_ds.training.engine import build_engine, prepare_model, set_learning_rates
 from sacl_ds.training.model_flops import pair_flops
-from sacl_ds.training.objectives import PretrainObjective, Targets, step_regulation
-from sacl_ds.training.preparation import prepare_model
+from sacl_ds.training.objective import Features, PretrainObjective, Targets, step_regulation
+from sacl_ds.training.step import FrozenModels, Losses, contrastive_step
 from sacl_ds.training.step import Step as TrainingStep
 
 Step = Callable[[], None]
@@ -83,7 +81,8 @@ class OurStep:
         prepare_model(model, self.run, config)
         self.engine = build_engine(PretrainObjective(model, self.run.loss), config, self.run.optim)
         self.engine.train()
-        self.teacher = FrozenTeacher(self.run, self.device) if case.teacher else None
+        teacher = FrozenTeacher(self.run, self.device) if case.teacher else None
+        self.frozen = FrozenModels(teacher, precision=self.run.train.precision)
         batch = batch if case.teacher == "stored" else replace(batch, teacher_features=None)
         self.rows, passes = self.run.micro_batches(world_size())
         self.batch = batch.to(self.device) if passes == 1 else batch
@@ -95,45 +94,24 @@ class OurStep:
 
     def __call__(self) -> None:
         set_learning_rates(self.engine, self.run.optim, SMALL_RATE)
-        self._step(features=False)
+        self._step()
         self.engine.step()
         self.taken += 1
 
-    def _step(self, features: bool) -> Met:
+    def _step(self) -> tuple[Losses, Features, Targets]:
         """Forward and backward."""
         seed = self.taken * world_size() + rank()
         generator = torch.Generator(self.device).manual_seed(seed)
-        step = TrainingStep(self.taken, seed, generator, self.device, self.rows)
-        return contrastive_step(
-            self.engine, self.batch, step, _Aims(self.teacher, self.run.train.precision, generator, features)
-        )
+        step = TrainingStep(self.taken, seed, generator, self.device, self.rows, alpha=_ALPHA)
+        return contrastive_step(self.engine, self.batch, step, self.frozen)
 
     def loss_alone(self) -> Step:
         """Forward and backward of the contrastive loss of this step's own features, over all ranks."""
-        met = self._step(features=True)
+        losses, features, targets = self._step()
         self.engine.step()
         self.taken += 1
-        assert met.features is not None
         ids = self.batch.pair_ids.to(self.device)
-        return _loss_step(self.run, met.targets, *met.features, met.losses["logit_scale"], ids)
-
-
-@dataclass(frozen=True)
-class _Aims:
-    teacher: FrozenTeacher | None
-    precision: str
-    generator: torch.Generator
-    features: bool
-
-    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
-        if self.teacher is None or not features:
-            return Beside()
-        return Beside(teacher_features(self.teacher, batch, self.precision))
-
-    def targets(self, beside: Beside) -> Targets:
-        return Targets(
-            beside.teacher, _ALPHA if beside.teacher else 0.0, self.generator, features=self.features, even=True
-        )
+        return _loss_step(self.run, targets, *features, losses["logit_scale"], ids)
 
 
 def _loss_step(run: RunConfig, targets: Targets, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Step:

@@ -1,7 +1,6 @@
-"""The configuration of runs: one strict model per room."""
+"""The configuration of runs: one strict model per section; fine-tuning's is in `sacl_ds.config.finetune`."""
 
 from sacl_ds.config.data import CaptionFilter, DataConfig, Detail, ScenesConfig
-from sacl_ds.config.finetune import TASKS, FinetuneConfig, TaskName, task_defaults
 from sacl_ds.config.loss import LossConfig, MomentumConfig, TeacherConfig
 from sacl_ds.config.model import PRESETS, ModelConfig, PatchSelectionConfig
 from sacl_ds.config.run import RecordsConfig, RunConfig
@@ -9,11 +8,9 @@ from sacl_ds.config.training import KernelsConfig, OptimConfig, TrainConfig, Tra
 
 __all__ = [
     "PRESETS",
-    "TASKS",
     "CaptionFilter",
     "DataConfig",
     "Detail",
-    "FinetuneConfig",
     "KernelsConfig",
     "LossConfig",
     "ModelConfig",
@@ -23,9 +20,7 @@ __all__ = [
     "RecordsConfig",
     "RunConfig",
     "ScenesConfig",
-    "TaskName",
     "TeacherConfig",
     "TrainConfig",
     "TrainingConfig",
-    "task_defaults",
 ]

@@ -168,6 +168,11 @@ class ModelConfig(Room):
         return self
 
     @property
+    def starts_from_weights(self) -> bool:
+        """Whether any part of the model starts from published weights or from a run."""
+        return bool(self.start or self.image_weights or self.text_encoder or self.timm_weights)
+
+    @property
     def timm_weights(self) -> bool:
         """Whether timm's published weights are loaded: where no setting names others."""
         return self.image_pretrained and not self.image_weights and not self.start

@@ -62,10 +62,6 @@ class RunConfig(TrainingConfig):
         return "itc", *(("itm",) if loss.matching_weight else ()), *(("mlm",) if loss.mlm_weight else ())
 
     @property
-    def alpha_end_step(self) -> int:
-        return self.train.steps // 2 if self.loss.alpha_end_step is None else self.loss.alpha_end_step
-
-    @property
     def uses_teacher(self) -> bool:
         """Whether the loss asks for a frozen teacher at any step."""
         available = self.teacher.checkpoint is not None or self.teacher.steps > 0

@@ -1,21 +1,48 @@
-"""A batch of image-text pairs as the model takes it."""
+"""A batch of image-text pairs as the model takes it, and how batches get onto the device, ahead of their use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import combinations
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from sacl_ds.data.faults import Fault
-from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import IGNORED, Tokenizer
 
 _PLACES = ("token_places", "mlm_places")
+
+
+Self = TypeVar("Self", bound="Movable")
+Moved = TypeVar("Moved", bound="Moves")
+
+
+class Movable:
+    """Base of a frozen dataclass, some of whose fields are tensors."""
+
+    def to(self: Self, device: torch.device) -> Self:
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self: Self) -> Self:
+        """In page-locked memory, from which copies to a GPU do not wait; what lies on a GPU stays there."""
+        return self._mapped(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of what lies on a GPU until all that `stream` was given so far is done."""
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(stream)
+
+    def _mapped(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -172,3 +199,75 @@ class TrainingView(View):
 
     def image_with(self, caption: str) -> ImageView:
         return self.for_text(caption) if self.for_text else self.image
+
+
+def part_of(batch: Any, rows: slice, texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Fields of a batch's rows: texts cut to the longest that is left, faults left with the whole.
+
+    texts: for each mask of tokens, (b, L), the fields that have its places.
+    """
+    values = {each.name: getattr(batch, each.name) for each in fields(batch)}
+    cut = {name: value[rows] for name, value in values.items() if value is not None} | {"faults": []}
+    for mask, others in texts.items():
+        if mask in cut:
+            longest = int(cut[mask].sum(1).max())
+            cut |= {name: cut[name][:, :longest].contiguous() for name in (mask, *others) if name in cut}
+    return cut
+
+
+class Moves(Protocol):
+    """What can be copied to a GPU beside its work, as `Movable` can."""
+
+    def to(self: Moved, device: torch.device) -> Moved:
+        """Without waiting, where the memory is page-locked."""
+
+    def pin_memory(self: Moved) -> Moved: ...
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Its memory is not given away before what `stream` holds by then is done."""
+
+
+def ahead(batches: Iterable[Moved], device: torch.device) -> Iterator[Moved]:
+    """The batches in order, on `device`. What `batches` raises is raised in its place, behind the batches before it.
+
+    On CUDA one batch more than was asked for is taken from `batches`, and copied on a stream of its own; a batch is to
+    be used on the stream that is current where it is asked for. Elsewhere nothing is taken or copied ahead.
+    """
+    if device.type == "cuda":
+        return _copied_ahead(iter(batches), device)
+    return (batch.to(device) for batch in batches)
+
+
+def _copied_ahead(batches: Iterator[Moved], device: torch.device) -> Iterator[Moved]:
+    copies = _stream(device)
+    coming = _start(batches, device, copies)
+    while coming is not None:
+        # the copy is waited for before the one after it begins: on one stream it would have to end as well
+        used = torch.cuda.current_stream(device)
+        used.wait_stream(copies)
+        coming.record_stream(used)
+        batch, failure = coming, None
+        try:
+            coming = _start(batches, device, copies)
+        except Exception as error:  # whatever it is, it belongs behind the batch at hand
+            failure = error
+        yield batch
+        del batch  # or its memory would be held while the batch after the next is copied
+        if failure is not None:
+            raise failure
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all copies to a device: the allocator keeps memory that was freed for the stream it was taken on."""
+    return torch.cuda.Stream(device)
+
+
+def _start(batches: Iterator[Moved], device: torch.device, copies: torch.cuda.Stream) -> Moved | None:
+    """The next batch, its copy begun; None at the end."""
+    batch = next(batches, None)
+    if batch is None:
+        return None
+    pinned = batch.pin_memory()
+    with torch.cuda.stream(copies):
+        return pinned.to(device)

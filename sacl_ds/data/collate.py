@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,13 +13,15 @@ from torch.utils.data import default_collate
 
 from sacl_ds.data.batch import Batch, TrainingView, View, concatenate
 from sacl_ds.data.captions import normalised
-from sacl_ds.data.draws import words
+from sacl_ds.data.draws import hash64, words
 from sacl_ds.data.faults import BadSample, Fault
-from sacl_ds.data.grouping import Grouping, hash64
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
 from sacl_ds.data.text import IGNORED, attention_mask, mask_tokens, pad
+
+if TYPE_CHECKING:  # few runs have one
+    from sacl_ds.data.grouping import Grouping
 
 _IMAGE, _CAPTION, _MASK = range(3)
 

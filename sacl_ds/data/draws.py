@@ -16,6 +16,11 @@ def _digest(count_bytes: int, entropy: tuple[int, ...]) -> bytes:
     return hashlib.shake_128(struct.pack(f"<{len(entropy)}Q", *entropy)).digest(count_bytes)
 
 
+def hash64(data: bytes) -> int:
+    """An integer in [0, 2^64) that stands for `data` as entropy, or as the id of what the data name."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
 def words(count: int, *entropy: int) -> tuple[int, ...]:
     """`count` uniform integers in [0, 2^64); entropy: integers in [0, 2^64)."""
     return struct.unpack(f"<{count}Q", _digest(8 * count, entropy))

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sacl_ds.data.draws import hash64
 from sacl_ds.errors import UserError, nearest
 
 _COLUMNS = "key", "group"
 _SHARD = "shard"
-
-
-def hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 class Grouping:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sacl_ds.data.ahead import Moves
+from sacl_ds.data.batch import Moves
 from sacl_ds.data.faults import Fault
 from sacl_ds.data.feed import Feed
 from sacl_ds.data.order import GlobalOrder, Place

@@ -1,18 +1,28 @@
-"""From the configuration to a source of samples."""
+"""From the configuration to the data of a run: source, order, and how samples become batches."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sacl_ds.config import RunConfig
+from sacl_ds.data.batch import TrainingView, View
+from sacl_ds.data.collate import Collator
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.sample import Source
 from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.scenes import Scenes
-from sacl_ds.data.shards.index import Done, ShardIndex, index_shards
-from sacl_ds.data.shards.source import ShardSource
+from sacl_ds.data.text import Tokenizer
+from sacl_ds.data.transforms import CanonicalView, TrainView
 
+if TYPE_CHECKING:  # runs on scenes load nothing that reads shards
+    from sacl_ds.data.shards.index import ShardIndex
+
+Done = Callable[[int, int], None]  # (shards counted, all of them)
 HELD_OUT = 1000  # added to the seed of the training scenes
 
 
@@ -24,25 +34,76 @@ def training_index(run: RunConfig, done: Done = lambda count, total: None) -> Sh
     if run.data.source != "shards":
         return None
     assert run.data.shards is not None
+    from sacl_ds.data.shards.index import index_shards
+
     return index_shards(run.data.shards, several=run.data.weights is not None, done=done)
 
 
 def training_source(run: RunConfig, index: ShardIndex | None) -> Source:
     """What the run trains on; index: from `training_index`."""
     if index is not None:
+        from sacl_ds.data.shards.source import ShardSource
+
         return ShardSource(index, run.data)
     scenes = run.data.scenes
     return SceneSource(Scenes(scenes.count, scenes.seed, scene_size(run.model.image_size), scenes.detail))
 
 
-def global_order(run: RunConfig, source: Source) -> GlobalOrder:
-    data = run.data
+@dataclass(frozen=True)
+class TrainingData:
+    """fingerprint: equal for two runs to which the same steps bring the same samples."""
+
+    source: Source
+    order: GlobalOrder
+    collator: Collator
+    fingerprint: str
+
+
+def training_data(
+    run: RunConfig, index: ShardIndex | None, tokenizer: Tokenizer, teacher: tuple[View, str] | None, first: bool
+) -> TrainingData:
+    """All that pre-training reads. teacher: how it sees a sample, and its identity, by which stored features are found.
+
+    first: whether to look for all files of stored features, which one process does for all. Raises UserError where some
+    are missing or of another teacher, or the grouping cannot be read.
+    """
+    data, source = run.data, training_source(run, index)
+    features = None
+    if teacher and run.teacher.features:
+        from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
+
+        assert index is not None
+        folder = FeatureFolder(run.teacher.features, teacher[1])
+        if first:
+            folder.require_all(index.shards)
+        features = FeatureReader(folder, index.shards)
+    grouping = None
+    if data.grouping:
+        from sacl_ds.data.grouping import Grouping
+
+        grouping = Grouping.load(Path(data.grouping))
+    collator = Collator(
+        TrainingView(_training_view(run), tokenizer),
+        run.seed,
+        run.loss.mlm_probability if run.loss.mlm_weight else None,
+        teacher[0] if teacher and not features else None,
+        features,
+        data.duplicates,
+        grouping,
+    )
     batch = run.train.global_batch_size
-    return GlobalOrder(source.sets, batch, run.seed, data.streams, data.shuffle_buffer, source.weights)
+    order = GlobalOrder(source.sets, batch, run.seed, data.streams, data.shuffle_buffer, source.weights)
+    return TrainingData(source, order, collator, _fingerprint(order, index))
 
 
-def data_fingerprint(order: GlobalOrder, index: ShardIndex | None) -> str:
-    """Equal for two runs to which the same steps bring the same samples. Shards may have moved to another folder."""
+def _training_view(run: RunConfig) -> CanonicalView | TrainView:
+    if run.data.crops or run.data.flip:
+        return TrainView(run.model.image_size, run.data.crop_scale if run.data.crops else (1.0, 1.0), run.data.flip)
+    return CanonicalView(run.model.image_size)
+
+
+def _fingerprint(order: GlobalOrder, index: ShardIndex | None) -> str:
+    """Shards may have moved to another folder."""
     names = [shard.rpartition("/")[2] for shard in index.shards] if index else []
     return hashlib.sha256(json.dumps([order.fingerprint, *names]).encode()).hexdigest()
 

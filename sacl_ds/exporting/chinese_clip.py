@@ -14,8 +14,7 @@ from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.exporting.vision import Tower, tower_of
 from sacl_ds.exporting.widening import widened
-from sacl_ds.model.heads import MAX_LOGIT_SCALE
-from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.sacl import MAX_LOGIT_SCALE, SaclModel
 from sacl_ds.model.starts.quiet import quiet
 
 TOLERANCE = 1e-5  # between values of unit features

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, cached_property, wraps
 from typing import Any, Protocol
 
 import torch
@@ -100,12 +100,12 @@ class Job:
             ids = torch.cat([ids, queue_ids.view(-1, ids.shape[1])])
         return cls(counts, regulation, tiles, group, *shared_ids(ids))
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Position of this rank's first pair in the global batch."""
         return sum(self.counts[: rank(self.group)])
 
-    @property
+    @cached_property
     def share(self) -> float:
         """Loss scale 0.5 * world / global batch; data-parallel averaging then gives the mean over the global batch."""
         return 0.5 * world_size(self.group) / sum(self.counts)

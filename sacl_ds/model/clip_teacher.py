@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,11 +106,6 @@ class ClipTeacher:
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(b, L_t) int64, twice -> (b, d_t) unit float32."""
         return _unit(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
-
-
-def is_clip(folder: Path) -> bool:
-    """Whether a local folder holds a model of transformers, as against a run of ours."""
-    return (folder / "config.json").is_file()
 
 
 def _unit(features: Tensor) -> Tensor:

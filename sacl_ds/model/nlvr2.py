@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.bert.modeling_bert import BertLayer
 
 from sacl_ds.config import ModelConfig
-from sacl_ds.model.bert import split_heads
 from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.text import split_heads
 
 
 class Nlvr2Model(nn.Module):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from sacl_ds.config import ModelConfig
+from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.errors import UserError
-from sacl_ds.model.heads import LogitScale, Projection
 from sacl_ds.model.initialisation import initialise
 from sacl_ds.model.text import FusionEncoder, MaskedLanguageHead, TextEncoder, bert_config
 from sacl_ds.model.vision import ImageEncoder, ImageStates
+
+MAX_LOGIT_SCALE = 100.0
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SaclModel(nn.Module):
@@ -128,3 +135,54 @@ class SaclModel(nn.Module):
     def token_logits(self, states: Tensor) -> Tensor:
         """(n, width) fused states of masked tokens -> (n, vocabulary)."""
         return self.mlm_head(states, self.text_encoder.bert.embeddings.word_embeddings.weight)
+
+
+class Projection(nn.Linear):
+    """(b, width) [CLS] states -> (b, embed_dim) unit vectors, float32 (float64 for float64 states). No bias."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__(width, embed_dim, bias=False)
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, states: Tensor) -> Tensor:
+        projected = super().forward(states)
+        return nn.functional.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
+
+
+class LogitScale(nn.Module):
+    """1 / temperature, learned as its logarithm in float32 and kept in [1, 100].
+
+    A plain clamp has no gradient past its bound, so a parameter that crosses it never returns. This one passes a
+    gradient that points back inside.
+    """
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        # shape (1,): DeepSpeed cannot flatten a 0-dim parameter
+        self.log_scale = nn.Parameter(torch.tensor([math.log(initial)], dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        """0-dim, between 1 and 100."""
+        return _ClampWithReturn.apply(self.log_scale, 0.0, math.log(MAX_LOGIT_SCALE)).exp().squeeze(0)
+
+
+class _ClampWithReturn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.low, ctx.high = low, high
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (value,) = ctx.saved_tensors
+        # the direction of all ranks together: each alone may disagree, and their mean must equal one process's
+        total = sum_over_ranks(gradient)
+        outwards = ((value >= ctx.high) & (total < 0)) | ((value <= ctx.low) & (total > 0))
+        return gradient.masked_fill(outwards, 0.0), None, None
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context for a pass that no engine runs (teacher, momentum model, evaluation): what `train.precision` means to
+    the engine, products in half precision; parameters and sums stay float32."""
+    return torch.autocast(device.type, _HALF.get(precision, torch.bfloat16), enabled=precision in _HALF)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.model.clip_teacher import ClipTeacher, is_clip
-from sacl_ds.model.precision import autocast
+from sacl_ds.model.sacl import autocast
 from sacl_ds.model.saved import identity_of, load_model
 
 
@@ -34,8 +33,8 @@ class Teacher(Protocol):
         """(b, L_t) int64, twice -> (b, d_t)."""
 
 
-def teacher_features(teacher: Teacher, batch: Batch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-    """(b, d_t) of images and (b, d_t) of captions, float32: as the batch holds them, or computed.
+def teacher_features(teacher: Teacher | None, batch: Batch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+    """(b, d_t) of images and (b, d_t) of captions, float32: as the batch holds them, or computed by `teacher`.
 
     precision: of the products where they are computed, as `train.precision` names it.
     """
@@ -43,6 +42,7 @@ def teacher_features(teacher: Teacher, batch: Batch, precision: str = "fp32") ->
     if stored is not None:
         image, text = torch.nn.functional.normalize(stored.float(), dim=2).unbind(1)
         return image, text
+    assert teacher is not None
     images = batch.images if batch.teacher_images is None else batch.teacher_images
     ids, mask = batch.teacher_input_ids, batch.teacher_attention_mask
     if ids is None or mask is None:
@@ -58,7 +58,9 @@ def load_teacher(checkpoint: str, device: torch.device, setting: str = "teacher.
     """
     folder = Path(checkpoint)
     local = folder.exists() or checkpoint.startswith(("/", ".", "~"))
-    if is_clip(folder) or not local:
+    if (folder / "config.json").is_file() or not local:
+        from sacl_ds.model.clip_teacher import ClipTeacher
+
         return ClipTeacher(checkpoint, device, setting)
     return RunTeacher(checkpoint, device, setting)
 

@@ -1,17 +1,22 @@
-"""Text encoder and fusion encoder: BERT layers from transformers, the fusion half with cross-attention to the image."""
+"""Text encoder and fusion encoder: BERT layers from transformers, the fusion half with cross-attention to the image.
+
+transformers' modules own all parameters. Their forward pass is computed here, over packed texts, so that padding costs
+nothing, and with keys and values of an image shared by all texts that look at it; the results are theirs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
-from transformers.models.bert.modeling_bert import BertEncoder
+from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer
 
-from sacl_ds.model.bert import Looks, bert_layer
-from sacl_ds.model.packing import Packing
+from sacl_ds.model.indexing import take
 
 
 def bert_config(
@@ -44,6 +49,126 @@ def bert_config(
     return config
 
 
+class Packing(NamedTuple):
+    """Which tokens of n texts, padded to `length`, are computed: the real ones, packed one after another.
+
+    places: (T,) int64, their ascending places among the n * length, none twice; None: all of them. T is the shape of a
+    tensor and so known on the host: nothing here waits for the device.
+    """
+
+    rows: int
+    length: int
+    places: Tensor | None = None
+
+    @classmethod
+    def of(cls, texts: Tensor, places: Tensor | None) -> Packing:
+        """Of texts like these, (n, length)."""
+        rows, length = texts.shape
+        everything = places is None or len(places) == rows * length
+        return cls(rows, length, None if everything else places)
+
+    def pack(self, states: Tensor) -> Tensor:
+        """(n, length, ...) -> (T, ...), without a copy where all are computed."""
+        flat = states.flatten(0, 1)
+        return flat if self.places is None else _Pack.apply(flat, self.places)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (n, length, ...), 0 at the places that are not computed."""
+        if self.places is None:
+            flat = packed
+        else:
+            room = packed.new_zeros(self.rows * self.length, *packed.shape[1:])
+            flat = room.index_copy_(0, self.places, packed)
+        return flat.unflatten(0, (self.rows, self.length))
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(T,) int64: where in its text each computed token stands, from 0."""
+        if self.places is None:
+            return torch.arange(self.length, device=device).repeat(self.rows)
+        return self.places % self.length
+
+
+class _Pack(torch.autograd.Function):
+    """index_select, whose gradient PyTorch adds row by row, since a row might be selected twice; here none is."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = len(flat)
+        return flat.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        room = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        return room.index_copy_(0, places, gradient), None
+
+
+class Looks(NamedTuple):
+    """Which image each of n = repeats * b + r texts looks at.
+
+    tokens: (b, P, image width). Text k * b + j, with k < repeats, looks at image j; the r texts after these at
+    `images`, (r,) int64 places in the batch.
+    """
+
+    tokens: Tensor
+    repeats: int = 1
+    images: Tensor | None = None
+
+
+def bert_layer(layer: BertLayer, states: Tensor, packing: Packing, mask: Tensor, looks: Looks | None = None) -> Tensor:
+    """(T, width) packed states -> the same after the layer. mask: (n, 1, 1, L) bool, the tokens to attend to, all of
+    them among those computed. looks: for a layer with cross-attention."""
+    states = _self_attention(layer.attention, states, packing, mask)
+    if layer.is_decoder:  # transformers' own condition for cross-attention
+        assert looks is not None
+        states = _cross_attention(layer.crossattention, states, packing, looks)
+    return layer.output(layer.intermediate(states), states)
+
+
+def _self_attention(attention: BertAttention, states: Tensor, packing: Packing, mask: Tensor) -> Tensor:
+    inner = attention.self
+    heads, dropout = inner.num_attention_heads, inner.dropout.p if inner.training else 0.0
+    query, key, value = (
+        split_heads(packing.unpack(projection(states)), heads) for projection in (inner.query, inner.key, inner.value)
+    )
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return attention.output(packing.pack(_joined(mixed)), states)
+
+
+def _cross_attention(attention: BertAttention, states: Tensor, packing: Packing, looks: Looks) -> Tensor:
+    """Keys and values are projected once an image. The texts that look at an image stand side by side, as one long
+    sequence of queries, so that its keys and values need no copy; only for looks.images they are copied."""
+    inner, (tokens, repeats, images) = attention.self, looks
+    heads, dropout = inner.num_attention_heads, inner.dropout.p if inner.training else 0.0
+    b, length = len(tokens), packing.length
+    key, value = inner.key(tokens), inner.value(tokens)
+    query = packing.unpack(inner.query(states))
+    beside = query[: repeats * b].unflatten(0, (repeats, b)).transpose(0, 1).flatten(1, 2)
+    mixed = _joined(_attend(beside, key, value, heads, dropout))
+    mixed = mixed.unflatten(1, (repeats, length)).transpose(0, 1).flatten(0, 1)
+    if images is not None:
+        others = _attend(query[repeats * b :], take(key, images), take(value, images), heads, dropout)
+        mixed = torch.cat([mixed, _joined(others)])
+    return attention.output(packing.pack(mixed), states)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float) -> Tensor:
+    """query (n, m, width), key and value (n, P, width) -> (n, heads, m, head width)."""
+    split_query, split_key, split_value = (split_heads(x, heads) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(split_query, split_key, split_value, dropout_p=dropout)
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(n, m, width) -> (n, heads, m, head width)."""
+    return states.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _joined(mixed: Tensor) -> Tensor:
+    """(n, heads, m, head width) -> (n, m, width)."""
+    return mixed.transpose(1, 2).flatten(2)
+
+
 class _Layers(nn.Module):
     """BERT layers run one after another."""
 
@@ -63,7 +188,7 @@ class _Layers(nn.Module):
     def _run(
         self, encoder: BertEncoder, packed: Tensor, packing: Packing, mask: Tensor, looks: Looks | None = None
     ) -> Tensor:
-        """(T, width) states behind the last layer. mask: (n, L), 1 where a token may be attended to."""
+        """(T, width) states after the last layer. mask: (n, L), 1 where a token may be attended to."""
         attended = mask[:, None, None, :].bool()
         for each in encoder.layer:
             if self._checkpointing and torch.is_grad_enabled():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sacl_ds.model.heads import LogitScale
+from sacl_ds.model.sacl import LogitScale
 from sacl_ds.study.recognition import CELLS
 
 

@@ -13,7 +13,7 @@ from sacl_ds.atomic import write_text
 from sacl_ds.distributed import barrier, rank
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import WEIGHTS, save_weights
-from sacl_ds.training.loop import Figures
+from sacl_ds.training.task import Figures
 
 FILE = "best.json"
 

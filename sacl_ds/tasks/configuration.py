@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.config import TASKS, FinetuneConfig, task_defaults
+from sacl_ds.config.finetune import TASKS, FinetuneConfig, task_defaults
 from sacl_ds.config_file import Layer, merged, read_layers, read_yaml, resolve_layers
 from sacl_ds.errors import UserError, nearest
 

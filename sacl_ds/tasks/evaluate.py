@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sacl_ds.atomic import write_text
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
 from sacl_ds.errors import UserError
-from sacl_ds.model.precision import autocast
+from sacl_ds.model.sacl import autocast
 from sacl_ds.model.saved import TOKENIZER
 from sacl_ds.tasks.configuration import run_of
 from sacl_ds.tasks.kinds import task_of

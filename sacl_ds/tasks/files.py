@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.sources import HELD_OUT, scene_size
 from sacl_ds.errors import UserError

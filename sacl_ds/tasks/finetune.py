@@ -9,58 +9,76 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.downstream.examples import example_order
-from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.text import Tokenizer, train_wordpiece
-from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.distributed import barrier, rank, same_error
 from sacl_ds.errors import UserError
-from sacl_ds.faults.guard import Guard, guarding
+from sacl_ds.faults.guard import Guard
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.evaluate import evaluated, judged, report
 from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.task import Seen, Task, TaskWork
+from sacl_ds.tasks.task import Seen, Task
 from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer, trained_model
-from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
-from sacl_ds.training import checkpoint
-from sacl_ds.training.checkpoint_folder import latest
-from sacl_ds.training.engine import build_engine, ranks, whole_state
-from sacl_ds.training.job import Job, describe_start
-from sacl_ds.training.loop import Figures, Loop
-from sacl_ds.training.preparation import prepare_model
-from sacl_ds.training.run_folder import check_space, limits, newest, open_run_folder, require_shared
+from sacl_ds.training.checkpoint import Identity
+from sacl_ds.training.engine import prepare_model, whole_state
+from sacl_ds.training.health import optimizer_step
+from sacl_ds.training.run import START, Job, opened, train
+from sacl_ds.training.run_folder import check_space
+from sacl_ds.training.step import Losses, Step
+from sacl_ds.training.task import Figures, Training, TrainingTask
 
-START = "start.txt"  # what the model started from
+
+class FineTuning(TrainingTask):
+    """Steps of a downstream task; the best weights by its validation figures are left in the run's directory."""
+
+    def __init__(self, task: Task, model: nn.Module, seen: Seen, folder: Path, progress: RunProgress) -> None:
+        self.task, self.model, self.seen = task, model, seen
+        self.folder, self.progress = folder, progress
+        self.rows = task.rows
+
+    def begin(self, engine: Any, resumed_at: int | None) -> None:
+        self.engine, self.best = engine, Best(self.folder, self.task.main, resumed_at)
+
+    def step(self, engine: Any, batch: Any, step: Step) -> tuple[Losses, Tensor | None, str | None]:
+        losses = self.task.forward_backward(engine, batch, step)
+        updated = optimizer_step(engine, losses["loss"])
+        return losses, None if updated else torch.ones(len(batch), dtype=torch.bool), None
+
+    def evaluate(self, done: int) -> Figures:
+        main = self.task.main
+        if not self.task.count("val"):
+            return {}
+        outcome = judged(self.task, self.model, "val", self.seen)
+        for line in outcome.notes:
+            self.progress.print(line)
+        kept = self.best.offer(done, outcome.figures, lambda: whole_state(self.engine, self.model))
+        value = 100 * outcome.figures[main][0]
+        self.progress.print(f"val at step {done}: {main} {value:.1f} %{', the best so far' if kept else ''}")
+        return outcome.figures
+
+    def finish(self, engine: Any) -> None:
+        if not self.task.count("val"):  # nothing to choose by: the last
+            last = {self.task.main: (0.0, 0.0)}
+            self.best.offer(self.task.run.steps, last, lambda: whole_state(engine, self.model))
 
 
 def finetune(run: FinetuneConfig, job: Job) -> Path:
-    """Train to the end, then look at the best weights; returns the run directory. Raises UserError, on every rank."""
-    opened = None  # with the lock, which is held while this function runs
+    """Train to the end, then evaluate the best weights; returns the run directory. Raises UserError, on every rank."""
     with same_error():
         task = task_of(run)
-        run = _with_steps(run, task)
-        task.run = run
+        run = task.run = _with_steps(run, task)
         _require_labels(task)
-        plan = job.engine_config(run, Path(run.output_dir or "."))
-        if rank() == 0:
-            opened = open_run_folder(run, job.resume)
-    folder: Path = broadcast_object(opened[0] if opened else None)
-    if opened:
-        print(describe_start(job, plan), flush=True)
-    require_shared(folder)
-    with same_error():
-        checkpointed = newest(folder)
-    with guarding(folder, ranks(), limits(run), checkpointed) as guard:
+    with opened(run, job) as (_, folder, guard):
         _train_and_judge(task, folder, job, guard)
-    if opened:
-        opened[1].close()
     return folder
 
 
@@ -70,10 +88,10 @@ def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
         if rank() == 0:
             _keep_tokenizer(task, folder, job.resume)
             task.keep(folder)
-    resume = broadcast_object(job.resume and latest(folder) is not None)  # nodes may not see the same files at once
+    resume = job.resumes(folder)
     progress = RunProgress(run.task, run.steps, 0, enabled=rank() == 0)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
-    _train(task, tokenizer, folder, job, resume, progress, guard)
+    train(_build(task, tokenizer, folder, job, progress, resume), job, guard, progress, resume)
     with same_error():
         label = str(folder)
         model = trained_model(task, tokenizer, saved_state(label)[0], label)
@@ -134,18 +152,15 @@ def _keep_tokenizer(task: Task, folder: Path, resume: bool) -> None:
     task.tokenizer(begin).save(kept)
 
 
-def _train(
-    task: Task, tokenizer: Tokenizer, folder: Path, job: Job, resume: bool, progress: RunProgress, guard: Guard
-) -> None:
-    """The steps; the best weights lie in the folder behind it."""
-    run, first = task.run, rank() == 0
+def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: RunProgress, resume: bool) -> Training:
+    """All parts of the training."""
+    run = task.run
     with same_error():
         engine_config = job.engine_config(run, folder)
         begun, told = starting_model(run, tokenizer, resume)
         model: Any = task.model(begun, tokenizer)
         source, collator = task.training(tokenizer)
-        has_val = task.count("val") > 0
-        if first:
+        if rank() == 0:
             _announce(run, folder, model, progress)
             if told and told.sources:
                 said = "\n".join(filter(None, [str(told), task.origin]))
@@ -154,56 +169,20 @@ def _train(
             run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     prepare_model(model, run, engine_config)
     order = example_order(source, run.train.global_batch_size, run.seed)
-    engine = build_engine(task.objective(model), engine_config, run.optim)
-    identity = checkpoint.Identity(tokenizer.fingerprint, _data_fingerprint(order, run), run.seed)
-    with same_error():
-        start, note = checkpoint.resume(engine, folder, identity) if resume else (0, None)
-        best = Best(folder, task.main, start if resume else None)
-    if note:
-        progress.print(f"warning: --resume: {note}")
-    loader = BatchLoader(
+    seen = Seen(tokenizer, job.device, run.data.eval_count)
+    return Training(
+        run,
+        folder,
+        FineTuning(task, model, seen, folder, progress),
+        engine_config,
+        task.objective(model),
         source,
         order,
         collator,
-        rank=rank(),
-        world=world_size(),
-        workers=job.workers(run.data.workers),
-        start_step=start,
-        pin_memory=not job.machine.on_cpu,
+        Identity(tokenizer.fingerprint, _data_fingerprint(order, run), run.seed),
+        run.data.workers,
+        run.data.max_bad_share,
     )
-
-    def evaluate(step: int) -> Figures:
-        outcome = judged(task, model, "val", Seen(tokenizer, job.device, run.data.eval_count))
-        for line in outcome.notes:
-            progress.print(line)
-        kept = best.offer(step, outcome.figures, lambda: whole_state(engine, model))
-        value = 100 * outcome.figures[task.main][0]
-        progress.print(f"val at step {step}: {task.main} {value:.1f} %{', the best so far' if kept else ''}")
-        return outcome.figures
-
-    loop = Loop(
-        run=run,
-        folder=folder,
-        identity=identity,
-        engine=engine,
-        batches=iter(loader),
-        device=job.device,
-        work=TaskWork(task),
-        evaluate=evaluate if has_val else None,
-        log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
-        progress=progress,
-        max_bad_share=run.data.max_bad_share,
-        guard=guard,
-    )
-    try:
-        loop.train(start)
-    finally:
-        progress.close()
-        loader.close()
-    if not has_val:  # nothing to choose by: the last
-        best.offer(run.steps, {task.main: (0.0, 0.0)}, lambda: whole_state(engine, model))
-    engine.destroy()
-    barrier()
 
 
 def _announce(run: FinetuneConfig, folder: Path, model: nn.Module, progress: RunProgress) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.tasks.task import Task
 
 

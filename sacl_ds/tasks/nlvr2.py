@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.downstream.examples import ExampleSource
 from sacl_ds.data.downstream.nlvr2 import (
     SceneStatements,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sacl_ds.command_line import evaluation_parser, read_options, training_parser
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.tasks.configuration import evaluation_config, finetune_config
 
 

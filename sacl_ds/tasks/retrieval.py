@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
 from sacl_ds.atomic import write_text
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.batch import Batch, TrainingView, View
 from sacl_ds.data.collate import Collator
 from sacl_ds.data.downstream.examples import ExampleSource
-from sacl_ds.data.downstream.retrieval import CaptionedImage, TrainingPairs, karpathy_images
+from sacl_ds.data.downstream.retrieval import CaptionedImage, EvaluationImages, TrainingPairs, karpathy_images
 from sacl_ds.data.karpathy import karpathy_splits
 from sacl_ds.data.sample import Sample
 from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.gallery import draw_gallery
-from sacl_ds.evaluation.retrieval import (
-    RetrievalResult,
-    RetrievalSet,
-    evaluate_retrieval,
-    pictures_of,
-    retrieval_set,
-)
+from sacl_ds.evaluation.retrieval.data import CocoIds, RetrievalSet, pictures_of
+from sacl_ds.evaluation.retrieval.evaluate import RetrievalResult, evaluate_retrieval
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.tasks.files import images_folder, scenes_of
 from sacl_ds.tasks.task import Outcome, Seen, Task
-from sacl_ds.training.accumulation import Beside, contrastive_step
-from sacl_ds.training.objectives import PretrainObjective, Targets
-from sacl_ds.training.step import Step
+from sacl_ds.training.objective import PretrainObjective
+from sacl_ds.training.step import Losses, Step, contrastive_step
 
 
 class RetrievalOutcome:
@@ -53,19 +48,6 @@ class RetrievalOutcome:
         picture = folder / "gallery.png"
         draw_gallery(self._ranking, lambda numbers: pictures_of(self._data, numbers), picture, count=self._gallery)
         return [rankings, picture]
-
-
-@dataclass(frozen=True)
-class _OwnSimilarity:
-    """No teacher: the model's own similarity regulates (the paper's fine-tuning)."""
-
-    step: Step
-
-    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
-        return Beside()
-
-    def targets(self, beside: Beside) -> Targets:
-        return Targets(None, 0.0, self.step.generator, statistics=self.step.logged, even=True)
 
 
 class RetrievalTask(Task):
@@ -122,8 +104,9 @@ class RetrievalTask(Task):
     def objective(self, model: SaclModel) -> nn.Module:
         return PretrainObjective(model, self.run.loss)
 
-    def backward(self, engine: Any, batch: Batch, step: Step) -> dict[str, Tensor]:
-        return contrastive_step(engine, batch, step, _OwnSimilarity(step)).losses
+    def forward_backward(self, engine: Any, batch: Batch, step: Step) -> Losses:
+        """No teacher: the model's own similarity regulates (the paper's fine-tuning)."""
+        return contrastive_step(engine, batch, replace(step, statistics=step.logged))[0]
 
     def evaluate(self, model: SaclModel, split: str, seen: Seen) -> Outcome:
         data = self._set(split, seen.limit)
@@ -144,3 +127,16 @@ class RetrievalTask(Task):
         if not images:
             raise UserError(f"retrieval.annotations={self.run.retrieval.annotations} has no split for {split}")
         return retrieval_set(images[:limit], self.run.data.max_bad_share)
+
+
+def retrieval_set(
+    images: Sequence[CaptionedImage], max_bad_share: float, setting: str = "data.max_bad_share"
+) -> RetrievalSet:
+    """The retrieval set of a list of image files; with COCO's names where all of them have some."""
+    sentids = [each.sentids for each in images]
+    cocoids = [each.cocoid for each in images if each.cocoid is not None]
+    coco = None
+    if len(cocoids) == len(images) and all(ids is not None for ids in sentids):
+        coco = CocoIds(np.array(cocoids, np.int64), np.array([i for ids in sentids for i in ids or ()], np.int64))
+    source = ExampleSource(EvaluationImages(images))
+    return RetrievalSet(source, len(images), None, coco, max_bad_share, setting)

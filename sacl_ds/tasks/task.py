@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.augment import FinetuneView
 from sacl_ds.data.downstream.examples import ExampleSource
 from sacl_ds.data.loader import Collates
@@ -19,9 +19,8 @@ from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.distributed import rank, world_size
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.training.accumulation import summed_step
-from sacl_ds.training.loop import Figures
-from sacl_ds.training.step import Step
+from sacl_ds.training.step import Losses, Step, summed_step
+from sacl_ds.training.task import Figures
 
 Done = Callable[[str, int, int], None]  # (stage, done of it, all of it) on this rank
 
@@ -109,8 +108,8 @@ class Task(ABC):
     def objective(self, model: Any) -> nn.Module:
         """A batch in, a dict of losses out; `model` lies in its attribute of that name."""
 
-    def backward(self, engine: Any, batch: Any, step: Step) -> dict[str, Tensor]:
-        """Forward and backward of a step: its losses."""
+    def forward_backward(self, engine: Any, batch: Any, step: Step) -> Losses:
+        """Forward and backward of a step."""
         return summed_step(engine, batch, step)
 
     @abstractmethod
@@ -122,30 +121,3 @@ class Task(ABC):
 
     def take(self, folder: Path) -> None:  # noqa: B027
         """What `keep` left."""
-
-
-class TaskWork:
-    """A `Work` of the loop."""
-
-    momentum = None
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.rows = task, task.rows
-
-    def backward(self, engine: Any, batch: Any, step: Step) -> dict[str, Tensor]:
-        return self.task.backward(engine, batch, step)
-
-    def after(self, engine: Any, batch: Any, step: Step) -> str | None:
-        return None
-
-    def suspects(self, engine: Any, batch: Any, step: Step) -> Tensor:
-        return torch.ones(len(batch), dtype=torch.bool)
-
-    def names(self, batch: Any) -> list[str]:
-        return list(batch.keys)
-
-    def figures(self, step: int) -> dict[str, float]:
-        return {}
-
-    def caution(self, done: int, figures: dict[str, Any]) -> str | None:
-        return None

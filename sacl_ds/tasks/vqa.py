@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from sacl_ds.atomic import write_text
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.downstream.examples import ExampleSource
 from sacl_ds.data.downstream.question_batch import QuestionCollator
 from sacl_ds.data.downstream.scene_questions import SceneQuestions, scene_questions

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sacl_ds.config import FinetuneConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -22,7 +23,6 @@ from sacl_ds.atomic import flush, write_text
 from sacl_ds.distributed import barrier, broadcast_object, gather_objects, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import FULL, UserError
-from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.training import fragments
 from sacl_ds.training.checkpoint_folder import (
@@ -49,6 +49,9 @@ from sacl_ds.training.checkpoint_folder import (
 from sacl_ds.training.engine import fill_parameters, whole_parameters
 from sacl_ds.training.retention import Retention
 from sacl_ds.training.tensor_files import Entry, Fragments, Written, checksum, write_entries
+
+if TYPE_CHECKING:  # not every run has one
+    from sacl_ds.model.momentum import Momentum
 
 _KEEP_ALL = Retention()
 

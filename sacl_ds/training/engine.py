@@ -1,7 +1,4 @@
-"""Processes, devices and the DeepSpeed engine.
-
-With `checkpoint` and `accumulation` the only place that knows DeepSpeed.
-"""
+"""Processes, devices and the DeepSpeed engine. Only this room, `training`, knows DeepSpeed."""
 
 from __future__ import annotations
 
@@ -22,12 +19,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.distributed import DistNetworkError
 
-from sacl_ds.config import OptimConfig
+from sacl_ds.config import OptimConfig, TrainingConfig
 from sacl_ds.distributed import barrier, broadcast_object, rank, world_size
-from sacl_ds.ds_config import EngineConfig, zero_stage
+from sacl_ds.ds_config import EngineConfig
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Ranks
 from sacl_ds.machine import Machine, this_machine
+from sacl_ds.model.fused_norm import use_fused_layer_norm
 
 _GATHERED_AT_ONCE = 32_000_000  # parameters of ZeRO 3, 128 MB
 
@@ -105,6 +103,20 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     ]
 
 
+def prepare_model(model: Any, run: TrainingConfig, config: EngineConfig) -> None:
+    """Fused norms, activation checkpointing, compilation: what of these the configurations ask for. In place, before
+    the engine takes the model.
+
+    model: a SaclModel or a task's model, with `checkpoint_activations` and `compile_layers`.
+    """
+    if config.fused_norm:
+        use_fused_layer_norm(model)
+    if run.train.checkpoint_activations:
+        model.checkpoint_activations()
+    if run.kernels.compile:
+        model.compile_layers()
+
+
 def build_engine(module: nn.Module, config: EngineConfig, optim: OptimConfig) -> DeepSpeedEngine:
     """Raises UserError where an operator that `config` relies on fails to build."""
     groups = parameter_groups(module, optim)
@@ -136,12 +148,12 @@ def set_learning_rates(engine: DeepSpeedEngine, optim: OptimConfig, factor: floa
 
 
 def forget_order(engine: DeepSpeedEngine) -> None:
-    """Behind a pass that those after it are not like: ZeRO 3 does not learn from it.
+    """Discard ZeRO 3's recorded order of modules after a forward pass that later steps will not repeat.
 
-    It notes the order of modules in one pass, and keeps for good what this tells of parameters that can go: behind a
-    pass without backward all of them, which would then be gathered anew for every backward pass to come.
+    ZeRO 3 records the order in one pass and keeps for good what this tells of parameters that can be released: after a
+    pass without backward all of them, which would then be gathered anew in every backward pass to come.
     """
-    if zero_stage(engine.config) == 3:
+    if engine.zero_optimization_stage() == 3:
         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         if coordinator.is_record_trace():
             coordinator._invalidate_trace()
@@ -156,7 +168,7 @@ def whole_parameters(
     gathered, some at a time, and a value is good only until the next one is asked for.
     """
     named = [(name, p) for name, p in module.named_parameters() if trained in (None, p.requires_grad)]
-    if zero_stage(engine.config) != 3:
+    if engine.zero_optimization_stage() != 3:
         yield from ((name, parameter.detach()) for name, parameter in named)
         return
     gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]] = deepspeed.zero.GatheredParameters
@@ -187,7 +199,7 @@ def fill_parameters(engine: DeepSpeedEngine, values: dict[str, Tensor]) -> None:
     """
     named = dict(engine.module.named_parameters())
     for name, value in values.items():
-        sharded = [named[name]] if zero_stage(engine.config) == 3 else []
+        sharded = [named[name]] if engine.zero_optimization_stage() == 3 else []
         with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
             if not sharded or engine.global_rank == 0:
                 named[name].copy_(value)

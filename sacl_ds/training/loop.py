@@ -1,98 +1,59 @@
-"""The training loop: losses, backward, update, record; what the losses are is the work's."""
+"""The training loop: batches in, steps, and what is logged, evaluated and saved between them."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor
 
 from sacl_ds.config import TrainingConfig
-from sacl_ds.data.ahead import ahead
-from sacl_ds.data.batch import duplicates
+from sacl_ds.data.batch import ahead, duplicates
 from sacl_ds.data.loader import Loadable
 from sacl_ds.distributed import gather_rows, max_over_ranks, rank, row_counts, sum_over_ranks, world_size
 from sacl_ds.errors import Fault, Stopped, UserError, nearest
 from sacl_ds.faults.guard import Guard
-from sacl_ds.model.momentum import Momentum
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
-from sacl_ds.telemetry.throughput import RowFlops, Throughput, device_peak, take_memory_peak
+from sacl_ds.telemetry.throughput import Throughput, device_peak, take_memory_peak
 from sacl_ds.training import checkpoint
-from sacl_ds.training.bad_steps import BadSteps, optimizer_step
 from sacl_ds.training.checkpoint_folder import figures_of
 from sacl_ds.training.engine import set_learning_rates
-from sacl_ds.training.ledger import Ledger
+from sacl_ds.training.health import BadSteps, Ledger, Stops
 from sacl_ds.training.retention import Retention
 from sacl_ds.training.schedules import learning_rate_factor
-from sacl_ds.training.step import Step
-from sacl_ds.training.stops import Stops
-
-Figures = dict[str, tuple[float, float]]  # {name: (value, chance)}
-Evaluate = Callable[[int], Figures]  # of the steps done
-
-
-class Work(Protocol):
-    """What one kind of training does at a step."""
-
-    rows: str  # what a row of its batches is called: pairs, questions
-
-    @property
-    def momentum(self) -> Momentum | None:
-        """What checkpoints keep beside the engine's state."""
-
-    def backward(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> dict[str, Tensor]:
-        """Forward and backward of this rank's batch: 0-dim tensors, of which `loss` is minimised."""
-
-    def after(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> str | None:
-        """Behind the optimizer's step, on every rank. A line for the user where there is something to say."""
-
-    def suspects(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> Tensor:
-        """(b,) bool: rows whose own share of a step that was not finite is not; every rank calls it."""
-
-    def names(self, batch: Any) -> list[str]:
-        """By which a user finds the samples of the rows."""
-
-    def figures(self, step: int) -> dict[str, float]:
-        """Where the schedules stand at `step`, for the log."""
-
-    def caution(self, done: int, figures: dict[str, Any]) -> str | None:
-        """A line for the user where logged figures ask for one."""
+from sacl_ds.training.step import Losses, Step
+from sacl_ds.training.task import Figures, Training
 
 
 @dataclass
 class Loop:
-    """One phase of training. `log` is None on every rank but the first."""
+    """The steps of one training. `log` is None on every rank but the first."""
 
-    run: TrainingConfig
-    folder: Path
-    identity: checkpoint.Identity  # kept with checkpoints
+    training: Training
     engine: DeepSpeedEngine
     batches: Iterator[Loadable]
     device: torch.device
-    work: Work
-    evaluate: Evaluate | None
     log: MetricLog | None
     progress: RunProgress
-    max_bad_share: float  # of the data
     guard: Guard
-    row_flops: RowFlops | None = None  # None: not known
 
     def __post_init__(self) -> None:
+        training = self.training
+        self.run, self.task = training.run, training.task
         peak = device_peak(self.device, self.run.train.precision)
-        self.throughput = Throughput(self.work.rows, self.device, world_size(), self.row_flops, peak)
+        self.throughput = Throughput(self.task.rows, self.device, world_size(), training.row_flops, peak)
         self.stops = Stops(self.device)
+        self.rows, self.passes = self.run.micro_batches(world_size())
 
     def train(self, start: int) -> Figures:
         """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none).
 
-        Raises Stopped behind a checkpoint where this rank or another was asked to stop.
+        Raises Stopped after a checkpoint where this rank or another was asked to stop.
         """
         try:
             return self._train(start)
@@ -104,10 +65,10 @@ class Loop:
 
     def _train(self, start: int) -> Figures:
         train = self.run.train
-        self.bad_steps = BadSteps(self.folder, train.max_bad_steps, start if start else None)
+        self.bad_steps = BadSteps(self.training.folder, train.max_bad_steps, start if start else None)
         result: Figures = {}
         clock, since, waited = time.perf_counter(), start, 0.0
-        ledger = Ledger(train.global_batch_size, self.max_bad_share, self.device)
+        ledger = Ledger(train.global_batch_size, self.training.max_bad_share, self.device)
         batches = self._arriving()
         self.engine.train()
         for step in range(start, train.steps):
@@ -118,7 +79,8 @@ class Loop:
             self.guard.at(step, "starting" if first else "step")
             waited += time.perf_counter() - before
             ledger.add(batch.faults)
-            self._count_tokens(batch)
+            if self.training.row_flops is not None:
+                self.throughput.add(batch.attention_mask)
             done = step + 1
             logged = done % train.log_every == 0 or done == train.steps or step == start
             losses = self._step(step, batch, logged)
@@ -150,13 +112,14 @@ class Loop:
             like = nearest(keep.best, judged) or next(iter(judged))
             raise UserError(f"train.keep_best={keep.best}: no such held-out figure; there is {like}")
         self.guard.at(done, "saving")
-        standing = checkpoint.Standing(self.work.figures(done - 1), figures_of(judged))
-        checkpoint.save(self.engine, self.folder, done, self.identity, self.work.momentum, keep, standing)
+        standing = checkpoint.Standing(self.task.schedules(done - 1), figures_of(judged))
+        folder, identity = self.training.folder, self.training.identity
+        checkpoint.save(self.engine, folder, done, identity, self.task.momentum, keep, standing)
         self.guard.saved(done)
 
     def _arriving(self) -> Iterator[Any]:
         """Batches on the device; of those that go through the model in several parts only who their rows are."""
-        if self.run.micro_batches(world_size())[1] == 1:
+        if self.passes == 1:
             return ahead(self.batches, self.device)
         return (replace(batch, pair_ids=batch.pair_ids.to(self.device)) for batch in self.batches)  # type: ignore[type-var]
 
@@ -170,28 +133,23 @@ class Loop:
             raise Fault(f"{lost}; a loader process of rank {rank()} was killed, or ran out of memory") from None
 
     def _out_of_memory(self, number: int, error: BaseException) -> UserError:
-        rows = self.run.micro_batches(world_size())[0]
-        return UserError(out_of_memory(self.run, number, rows, world_size(), error, self.work.rows))
+        return UserError(out_of_memory(self.run, number, self.rows, world_size(), error, self.task.rows))
 
-    def _step(self, number: int, batch: Any, logged: bool) -> dict[str, Tensor]:
+    def _step(self, number: int, batch: Any, logged: bool) -> Losses:
         run = self.run
         # what is random in a step follows from (seed, step, rank): a resumed run needs no random state
         seed = _mix(run.seed, number, rank())
         torch.manual_seed(seed)
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        rows = run.micro_batches(world_size())[0]
-        step = Step(number, seed, generator, self.device, rows, run.train.coalesce_reduction, logged)
+        step = Step(number, seed, generator, self.device, self.rows, run.train.coalesce_reduction, logged)
         set_learning_rates(self.engine, run.optim, learning_rate_factor(number, run.train.steps, run.optim))
         try:
-            losses = self.work.backward(self.engine, batch, step)
-            if optimizer_step(self.engine, losses["loss"]):
-                said = self.work.after(self.engine, batch, step)
-            else:
-                suspects = self.work.suspects(self.engine, batch, step)
-                said = self.bad_steps.add(number + 1, losses, self.work.names(batch), suspects)
+            losses, not_finite, caution = self.task.step(self.engine, batch, step)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(number, error) from None
-        self._caution(number + 1, said)
+        if not_finite is not None:
+            caution = self.bad_steps.add(number + 1, losses, self.task.names(batch), not_finite)
+        self._caution(number + 1, caution)
         return losses
 
     def _caution(self, done: int, line: str | None) -> None:
@@ -212,11 +170,7 @@ class Loop:
             self.log.write({"step": done, "faults": settled.faults})
         ids = gather_rows(batch.pair_ids, row_counts(batch.pair_ids))
         digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
-        return {**settled.figures, f"duplicate_{self.work.rows}": duplicates(ids), "batch_digest": digest}
-
-    def _count_tokens(self, batch: Any) -> None:
-        if self.row_flops is not None:
-            self.throughput.add(batch.attention_mask)
+        return {**settled.figures, f"duplicate_{self.task.rows}": duplicates(ids), "batch_digest": digest}
 
     def _speed(self, done: int, steps: int, clock: float, waited: float) -> dict[str, float]:
         """Of the steps since the last logged one, which began at `clock`; the same on all ranks, but for the time."""
@@ -230,9 +184,7 @@ class Loop:
         throughput.more({"memory_peak_bytes": max_over_ranks(peak).item(), "data_wait_share": waited / seconds})
         return figures
 
-    def _record(
-        self, done: int, losses: dict[str, Tensor], data: dict[str, int | str], speed: dict[str, float]
-    ) -> None:
+    def _record(self, done: int, losses: Losses, data: dict[str, int | str], speed: dict[str, float]) -> None:
         """Means over ranks of the step's losses, and where the run stands."""
         names = list(losses)
         means = sum_over_ranks(torch.stack([losses[name].detach().double() for name in names])) / world_size()
@@ -248,18 +200,18 @@ class Loop:
             **speed,
             **data,
             "skipped_steps": self.bad_steps.count,
-            **self.work.figures(done - 1),
+            **self.task.schedules(done - 1),
         }
         if self.log:
             self.log.write(figures)
         self._monitor("train", figures, done)
         self.progress.update(done, figures, (run.train.steps - done) * speed["step_seconds"])
-        self._caution(done, self.work.caution(done, figures))
+        self._caution(done, self.task.caution(done, figures))
 
     def _evaluate(self, done: int) -> Figures:
-        if self.evaluate is None:
-            return {}
-        figures = self.evaluate(done)
+        figures = self.task.evaluate(done)
+        if not figures:
+            return figures
         if self.log:
             values = {name: value for name, (value, _) in figures.items()}
             chances = {name: chance for name, (_, chance) in figures.items()}

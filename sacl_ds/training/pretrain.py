@@ -6,59 +6,47 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from rich.text import Text
 from safetensors import SafetensorError
+from torch import Tensor
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.batch import TrainingView, View
-from sacl_ds.data.collate import Collator
-from sacl_ds.data.grouping import Grouping
+from sacl_ds.data.batch import Batch, View
 from sacl_ds.data.loader import BatchLoader
-from sacl_ds.data.shards.index import ShardIndex
-from sacl_ds.data.sources import data_fingerprint, global_order, training_index, training_source
-from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader
+from sacl_ds.data.sources import training_data, training_index, training_source
 from sacl_ds.data.text import Tokenizer, train_wordpiece
-from sacl_ds.data.transforms import CanonicalView, TrainView
-from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.data.transforms import CanonicalView
+from sacl_ds.distributed import broadcast_object, rank, same_error, world_size
 from sacl_ds.errors import UserError
-from sacl_ds.faults.guard import Guard, guarding
-from sacl_ds.model.momentum import Momentum, saved_bytes
+from sacl_ds.faults.guard import Guard
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
-from sacl_ds.model.starts.report import StartReport
-from sacl_ds.model.starts.start import load_starts, tokenizer_source, with_positions
 from sacl_ds.model.teacher import Teacher, load_teacher
-from sacl_ds.telemetry.metrics import MetricLog
-from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
 from sacl_ds.telemetry.weight_records import WeightRecords
-from sacl_ds.training import checkpoint
-from sacl_ds.training.checkpoint_folder import latest
-from sacl_ds.training.engine import build_engine, ranks, whole_state
-from sacl_ds.training.false_share import with_falling_weights
-from sacl_ds.training.job import Job, describe_start
-from sacl_ds.training.loop import Figures, Loop
+from sacl_ds.training import schedules
+from sacl_ds.training.checkpoint import Identity
+from sacl_ds.training.engine import prepare_model, whole_parameters, whole_state
+from sacl_ds.training.health import Cautions, optimizer_step
 from sacl_ds.training.model_flops import pair_flops
-from sacl_ds.training.objectives import PretrainObjective
-from sacl_ds.training.preparation import prepare_model
-from sacl_ds.training.pretrain_work import PretrainWork
-from sacl_ds.training.run_folder import (
-    TEACHER,
-    check_space,
-    limits,
-    newest,
-    open_run_folder,
-    require_shared,
-    with_saved_positions,
-)
+from sacl_ds.training.objective import PretrainObjective, step_regulation
+from sacl_ds.training.records import step_record
+from sacl_ds.training.run import START, Job, opened, train
+from sacl_ds.training.run_folder import TEACHER, check_space, with_saved_positions
+from sacl_ds.training.step import FrozenModels, Losses, Step, contrastive_step, rows_not_finite
+from sacl_ds.training.task import Figures, Training, TrainingTask
 
-START = "start.txt"  # what the model started from
+if TYPE_CHECKING:  # what not every run loads
+    from sacl_ds.data.shards.index import ShardIndex
+    from sacl_ds.model.momentum import Momentum
+    from sacl_ds.model.starts.report import StartReport
+
 _VOCABULARY_CAPTIONS = 100_000
 
 
@@ -68,6 +56,124 @@ class Evaluator(Protocol):
 
 
 Evaluators = Callable[[RunConfig], Evaluator | None]
+
+
+@dataclass
+class PretrainTask(TrainingTask):
+    """Steps of pre-training, with the records of their weights.
+
+    epoch_pairs: pairs of the data, once through. judge: the figures of the model as it stands; None: nothing held out.
+    """
+
+    run: RunConfig
+    folder: Path
+    frozen: FrozenModels
+    epoch_pairs: int
+    judge: Callable[[], Figures] | None
+    rows: str = "pairs"
+
+    def __post_init__(self) -> None:
+        self.momentum = self.frozen.momentum
+        self._cautions = Cautions(self.run)
+
+    def begin(self, engine: DeepSpeedEngine, resumed_at: int | None) -> None:
+        self._records = WeightRecords(self.folder, resumed_at) if rank() == 0 else None
+
+    def step(self, engine: DeepSpeedEngine, batch: Batch, step: Step) -> tuple[Losses, Tensor | None, str | None]:
+        done = step.number + 1
+        recorded = schedules.is_recorded(done, self.run.train.steps, self.run.records)
+        alpha, soft_weight = self._shares(step.number)
+        step = replace(step, alpha=alpha, soft_weight=soft_weight, statistics=step.logged or recorded)
+        losses, features, targets = contrastive_step(engine, batch, step, self.frozen)
+        if not optimizer_step(engine, losses["loss"]):
+            return losses, rows_not_finite(engine, batch, step), None
+        if self.momentum and targets.keys:
+            self.momentum.update(whole_parameters(engine, engine.module.model))
+            self.momentum.push(targets.keys.image, targets.keys.text, batch.pair_ids, targets.teacher)
+        if not recorded:
+            return losses, None, None
+        regulation = step_regulation(self.run.loss, targets)[0]
+        lowest = self.run.records.lowest
+        figures, pairs = step_record(features, targets.teacher, regulation, losses, batch, lowest)
+        with same_error():
+            if self._records:
+                self._records.write(done, figures, pairs)
+        return losses, None, self._cautions.of_weights(done, regulation.alpha, figures)
+
+    def names(self, batch: Batch) -> list[str]:
+        return [f"{shard}:{key}" if shard else key for shard, key in zip(batch.shards, batch.keys, strict=True)]
+
+    def schedules(self, step: int) -> dict[str, float]:
+        alpha, soft_weight = self._shares(step)
+        found = {"alpha": alpha} if self.frozen.teacher else {}
+        if self.momentum:
+            found |= {"momentum_weight": soft_weight, "queue_fill": self.momentum.fill}
+        return found
+
+    def _shares(self, step: int) -> tuple[float, float]:
+        """The teacher's share of the similarity and the momentum model's of the targets; 0 where there is none."""
+        return (
+            schedules.alpha(step, self.run) if self.frozen.teacher else 0.0,
+            schedules.soft_weight(step, self.run, self.epoch_pairs) if self.momentum else 0.0,
+        )
+
+    def caution(self, done: int, figures: dict[str, Any]) -> str | None:
+        return self._cautions.of_scale(done, figures.get("alpha", 0.0), figures["logit_scale"])
+
+    def evaluate(self, done: int) -> Figures:
+        return self.judge() if self.judge else {}
+
+    def finish(self, engine: DeepSpeedEngine) -> None:
+        weights, steps = whole_state(engine, engine.module.model), self.run.train.steps
+        with same_error():
+            if rank() == 0:
+                try:
+                    save_weights(weights, self.folder, steps)
+                except (OSError, SafetensorError) as error:
+                    raise UserError(
+                        f"{self.folder / WEIGHTS} cannot be written: {error}; the checkpoint of step {steps} is whole: "
+                        "make room, and --resume writes it"
+                    ) from None
+
+
+def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
+    """Train to the end and return the run directory. evaluators: what a phase is judged by.
+
+    Raises UserError, the same on every rank, and Stopped where it was asked to.
+    """
+    with opened(run, job, lambda asked, folder: _with_positions(asked, folder, job.resume)) as (settled, folder, guard):
+        _train_all(settled, folder, job, evaluators, guard)
+    return folder
+
+
+def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, guard: Guard) -> None:
+    """The teacher phase where asked for, then the run."""
+    started = time.monotonic()
+    index = _index(run)
+    trains_teacher = run.uses_teacher and run.teacher.checkpoint is None
+    with same_error():
+        if rank() == 0:
+            if not job.resume:
+                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)  # of a start that died early
+            _keep_tokenizer(run, folder, index)
+            if trains_teacher:
+                shutil.copytree(folder / TOKENIZER, folder / TEACHER / TOKENIZER, dirs_exist_ok=True)
+    teacher = run.teacher.checkpoint if run.uses_teacher else None
+    if trains_teacher:
+        teacher = str(folder / TEACHER)
+        if not broadcast_object((folder / TEACHER / WEIGHTS).exists()):  # nodes may not see the same files at once
+            first = teacher_phase(run)
+            own = _index(first) if run.teacher.shards else index
+            _phase(Phase(first, folder / TEACHER, "teacher", own), job, evaluators, guard)
+    result, progress = _phase(Phase(run, folder, "training", index, teacher), job, evaluators, guard)
+    if rank() == 0:
+        from sacl_ds.telemetry.plots import plot_run
+
+        plots = plot_run(folder)
+        if result:
+            progress.print(retrieval_table(f"after {run.train.steps} steps", result))
+        spent = duration(time.monotonic() - started)
+        progress.print(f"done in {spent}; run directory {folder}, plots {', '.join(path.name for path in plots)}")
 
 
 def teacher_phase(run: RunConfig) -> RunConfig:
@@ -85,66 +191,6 @@ def teacher_phase(run: RunConfig) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
-    """Train to the end and return the run directory. evaluators: what a phase is judged by.
-
-    Raises UserError, the same on every rank, and Stopped where it was asked to.
-    """
-    opened = None  # with the lock, which is held while this function runs
-    with same_error():
-        plan = job.engine_config(run, Path(run.output_dir or "."))
-        if rank() == 0:
-            opened = open_run_folder(run, job.resume)
-            run = _with_positions(run, opened[0], job.resume)
-    folder: Path
-    folder, run = broadcast_object((opened[0], run) if opened else None)
-    if opened:
-        print(describe_start(job, plan), flush=True)
-    require_shared(folder)
-    with same_error():
-        checkpointed = newest(folder)
-    with guarding(folder, ranks(), limits(run), checkpointed) as guard:
-        _train_all(run, folder, job, evaluators, guard)
-    if opened:
-        opened[1].close()
-    return folder
-
-
-def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, guard: Guard) -> None:
-    """The teacher phase where asked for, then the run."""
-    started = time.monotonic()
-    index = _index(run)
-    with same_error():
-        if rank() == 0:
-            if not job.resume:
-                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)  # of a start that died early
-            _keep_tokenizer(run, folder, index)
-            if _trains_teacher(run):
-                shutil.copytree(folder / TOKENIZER, folder / TEACHER / TOKENIZER, dirs_exist_ok=True)
-    teacher_folder = run.teacher.checkpoint
-    if _trains_teacher(run):
-        inner = folder / TEACHER
-        if not broadcast_object((inner / WEIGHTS).exists()):  # nodes may not see the same files at once
-            going_on = broadcast_object(job.resume and latest(inner) is not None)
-            first = teacher_phase(run)
-            own = _index(first) if run.teacher.shards else index
-            _phase(Phase(first, inner, "teacher", own, resume=going_on), job, evaluators, guard)
-        teacher_folder = str(inner)
-    resume = broadcast_object(job.resume and latest(folder) is not None)
-    phase = Phase(run, folder, "training", index, teacher_folder if run.uses_teacher else None, resume)
-    result, progress = _phase(phase, job, evaluators, guard)
-    if rank() == 0:
-        plots = plot_run(folder)
-        if result:
-            progress.print(retrieval_table(f"after {run.train.steps} steps", result))
-        seconds = time.monotonic() - started
-        progress.print(f"done in {duration(seconds)}; run directory {folder}, plots {', '.join(p.name for p in plots)}")
-
-
-def _trains_teacher(run: RunConfig) -> bool:
-    return run.uses_teacher and run.teacher.checkpoint is None
-
-
 @dataclass(frozen=True)
 class Phase:
     """One training from start to end in its own directory, which already holds the tokenizer."""
@@ -154,104 +200,56 @@ class Phase:
     title: str
     index: ShardIndex | None  # the counted shards; None for scenes
     teacher: str | None = None  # run directory of the frozen teacher
-    resume: bool = False
 
 
 def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tuple[Figures, RunProgress]:
-    """Build everything of one phase, train, and leave the finished run in its directory."""
-    run, folder, resume = phase.run, phase.folder, phase.resume
-    first, world = rank() == 0, world_size()
-    progress = RunProgress(phase.title, run.train.steps, 0, enabled=first)
+    """Train one phase, and leave the finished run in its directory."""
+    resume = job.resumes(phase.folder)
+    progress = RunProgress(phase.title, phase.run.train.steps, 0, enabled=rank() == 0)
+    training = _build(phase, job, evaluators, progress, resume)
+    return train(training, job, guard, progress, resume), progress
+
+
+def _build(phase: Phase, job: Job, evaluators: Evaluators, progress: RunProgress, resume: bool) -> Training:
+    """All parts of one phase."""
+    run, folder = phase.run, phase.folder
     with same_error():
         engine_config = job.engine_config(run, folder)
-        source = training_source(run, phase.index)
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
         teacher = load_teacher(phase.teacher, job.device) if phase.teacher else None
-        grouping = Grouping.load(Path(run.data.grouping)) if run.data.grouping else None
-        features = _stored(run, phase, teacher) if teacher and run.teacher.features else None
-        model, begun = _model(phase, tokenizer)
+        seen = (teacher.view, teacher.identity if run.teacher.features else "") if teacher else None
+        data = training_data(run, phase.index, tokenizer, seen, rank() == 0)
+        model, begun = _model(run, tokenizer, resume)
         evaluator = evaluators(run)
-        if first:
+        if rank() == 0:
             _announce(run, folder, model, begun, progress)
     prepare_model(model, run, engine_config)
-    canonical = View(CanonicalView(run.model.image_size), tokenizer)
-    order = global_order(run, source)
-    collator = Collator(
-        TrainingView(_training_view(run), tokenizer),
-        run.seed,
-        run.loss.mlm_probability if run.loss.mlm_weight else None,
-        teacher.view if teacher and not features else None,
-        features,
-        run.data.duplicates,
-        grouping,
-    )
     if run.loss.false_share is not None and teacher:
-        beginning = BatchLoader(source, order, collator, rank=rank(), world=world, workers=0)
+        from sacl_ds.training.false_share import with_falling_weights
+
+        beginning = BatchLoader(data.source, data.order, data.collator, rank=rank(), world=world_size(), workers=0)
         run, said = with_falling_weights(run, iter(beginning), teacher, job.device)
         progress.print(said)
-    if first:
+    if rank() == 0:
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
-    momentum = _momentum(run, model, teacher, job.device)
-    engine = build_engine(PretrainObjective(model, run.loss), engine_config, run.optim)
-    identity = checkpoint.Identity(tokenizer.fingerprint, data_fingerprint(order, phase.index), run.seed)
-    with same_error():
-        beside = momentum, collator.id_columns
-        start, note = checkpoint.resume(engine, folder, identity, *beside) if resume else (0, None)
-        records = WeightRecords(folder, start if resume else None) if first else None
-    guard.begin(start if resume else None)
-    if note:
-        progress.print(f"warning: --resume: {note}")
-    loader = BatchLoader(
-        source,
-        order,
-        collator,
-        rank=rank(),
-        world=world,
-        workers=job.workers(run.data.workers),
-        start_step=start,
-        pin_memory=not job.machine.on_cpu,
+    frozen = FrozenModels(teacher, _momentum(run, model, teacher, job.device), run.train.precision)
+    canonical = View(CanonicalView(run.model.image_size), tokenizer)
+    judge = (lambda: evaluator(model, canonical, job.device)) if evaluator else None
+    return Training(
+        run,
+        folder,
+        PretrainTask(run, folder, frozen, sum(map(sum, data.source.sets)), judge),
+        engine_config,
+        PretrainObjective(model, run.loss),
+        data.source,
+        data.order,
+        data.collator,
+        Identity(tokenizer.fingerprint, data.fingerprint, run.seed),
+        run.data.workers,
+        run.data.max_bad_share,
+        data.collator.id_columns,
+        pair_flops(run, tokenizer.size),
     )
-    loop = Loop(
-        run=run,
-        folder=folder,
-        identity=identity,
-        engine=engine,
-        batches=iter(loader),
-        device=job.device,
-        work=PretrainWork(run, teacher, momentum, sum(map(sum, source.sets)), records),
-        evaluate=(lambda step: evaluator(model, canonical, job.device)) if evaluator else None,
-        log=MetricLog(folder / "metrics.jsonl", start if resume else None) if first else None,
-        progress=progress,
-        max_bad_share=run.data.max_bad_share,
-        guard=guard,
-        row_flops=pair_flops(run, tokenizer.size),
-    )
-    try:
-        result = loop.train(start)
-    finally:
-        progress.close()
-        loader.close()
-    if speed := loop.throughput.summary():
-        progress.print(f"{phase.title}: {speed}")
-    guard.at(run.train.steps, "ending")
-    _leave(engine, model, folder, run.train.steps)
-    return result, progress
-
-
-def _leave(engine: DeepSpeedEngine, model: SaclModel, folder: Path, steps: int) -> None:
-    """The finished weights in the run's directory, and no engine."""
-    weights = whole_state(engine, model)
-    with same_error():
-        if rank() == 0:
-            try:
-                save_weights(weights, folder, steps)
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"{folder / WEIGHTS} cannot be written: {error}; the checkpoint of step {steps} is whole: make "
-                    "room, and --resume writes it"
-                ) from None
-    engine.destroy()
-    barrier()
 
 
 def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport | None, progress: RunProgress) -> None:
@@ -264,19 +262,9 @@ def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport
             "before ITC, "
             "which can find the pair by what was chosen; retrieval without captions has no such help"
         )
-    if begun and begun.sources:
+    if begun:
         progress.print(Text(str(begun)))
         (folder / START).write_text(f"{begun}\n")
-
-
-def _stored(run: RunConfig, phase: Phase, teacher: Teacher) -> FeatureReader:
-    """The teacher's features, computed beforehand. Raises UserError where some are missing or of another teacher."""
-    assert run.teacher.features is not None
-    assert phase.index is not None
-    folder = FeatureFolder(run.teacher.features, teacher.identity)
-    if rank() == 0:
-        folder.require_all(phase.index.shards)
-    return FeatureReader(folder, phase.index.shards)
 
 
 def _checkpoints(run: RunConfig) -> int:
@@ -287,28 +275,35 @@ def _checkpoints(run: RunConfig) -> int:
 def _check_space(run: RunConfig, folder: Path, model: SaclModel) -> str | None:
     """`check_space` of what this run writes; a teacher's features are taken to be as wide as the model's."""
     parameters = sum(p.numel() for p in model.parameters())
-    widths = run.model.embed_dim, run.model.embed_dim if run.uses_teacher and run.momentum.regulate_queue else 0
-    return check_space(folder, parameters, _checkpoints(run), saved_bytes(run.momentum, parameters, *widths))
+    beside = 0
+    if run.momentum.enabled:
+        from sacl_ds.model.momentum import saved_bytes
+
+        width = run.model.embed_dim
+        queued = width if run.uses_teacher and run.momentum.regulate_queue else 0
+        beside = saved_bytes(run.momentum, parameters, width, queued)
+    return check_space(folder, parameters, _checkpoints(run), beside)
 
 
-def _training_view(run: RunConfig) -> CanonicalView | TrainView:
-    if run.data.crops or run.data.flip:
-        return TrainView(run.model.image_size, run.data.crop_scale if run.data.crops else (1.0, 1.0), run.data.flip)
-    return CanonicalView(run.model.image_size)
-
-
-def _model(phase: Phase, tokenizer: Tokenizer) -> tuple[SaclModel, StartReport | None]:
+def _model(run: RunConfig, tokenizer: Tokenizer, resume: bool) -> tuple[SaclModel, StartReport | None]:
     """The same starting weights on every rank, from the seed or published ones; those of a resumed run follow."""
-    run = phase.run
     torch.manual_seed(run.seed)
-    model = SaclModel(run.model, tokenizer.size, pretrained=not phase.resume)
-    return model, None if phase.resume else load_starts(model, run.model)
+    model = SaclModel(run.model, tokenizer.size, pretrained=not resume)
+    if resume or not run.model.starts_from_weights:
+        return model, None
+    from sacl_ds.model.starts.start import load_starts
+
+    return model, load_starts(model, run.model)
 
 
 def _with_positions(run: RunConfig, folder: Path, resume: bool) -> RunConfig:
     """The text positions of what the model starts from, or of what is resumed."""
     saved = with_saved_positions(run.model, folder) if resume else None
-    return run.model_copy(update={"model": saved or with_positions(run.model)})
+    if saved is None and run.model.starts_from_weights:
+        from sacl_ds.model.starts.start import with_positions
+
+        saved = with_positions(run.model)
+    return run.model_copy(update={"model": saved}) if saved else run
 
 
 def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device: torch.device) -> Momentum | None:
@@ -316,6 +311,8 @@ def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device:
     settings = run.momentum
     if not settings.enabled:
         return None
+    from sacl_ds.model.momentum import Momentum
+
     queued = settings.queue_size > 0 and settings.regulate_queue
     return Momentum(model, settings, device, teacher.identity if teacher and queued else "")
 
@@ -335,9 +332,11 @@ def _keep_tokenizer(run: RunConfig, folder: Path, index: ShardIndex | None) -> N
     kept = folder / TOKENIZER
     if kept.exists():
         return
-    source = tokenizer_source(run.model)
-    if source:
-        Tokenizer.load(source[0], run.model.max_tokens, source[1]).save(kept)
-        return
+    if run.model.starts_from_weights:
+        from sacl_ds.model.starts.start import tokenizer_source
+
+        if source := tokenizer_source(run.model):
+            Tokenizer.load(source[0], run.model.max_tokens, source[1]).save(kept)
+            return
     trained = train_wordpiece(training_source(run, index).captions(_VOCABULARY_CAPTIONS), run.model.vocab_size)
     Tokenizer(trained, run.model.max_tokens).save(kept)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sacl_ds.config import RecordsConfig
 from sacl_ds.data.batch import Batch, duplicates
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts
 from sacl_ds.losses import Regulation
@@ -17,11 +16,6 @@ from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
 
 Row = dict[str, Any]
 _INFORMATION = ("pmi_positive", "pmi_negative", "pmi_negative_target", "infonce_bound")
-
-
-def is_recorded(done: int, steps: int, records: RecordsConfig) -> bool:
-    """Whether the step after which `done` are done is recorded: the first of `steps`, every so many, the last."""
-    return bool(records.every) and (done in (1, steps) or done % (records.every or 1) == 0)
 
 
 def step_record(

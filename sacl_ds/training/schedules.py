@@ -1,4 +1,4 @@
-"""Learning rate, alpha and the share of soft targets as functions of the step alone.
+"""Learning rate, alpha, the share of soft targets and which steps are recorded, as functions of the step alone.
 
 So a resumed run needs no scheduler state.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from sacl_ds.config import OptimConfig, RunConfig
+from sacl_ds.config import OptimConfig, RecordsConfig, RunConfig
 
 
 def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
@@ -20,9 +20,14 @@ def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
     return optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def alpha_end_step(run: RunConfig) -> int:
+    """The step from which alpha is constant: as set, or half of all steps."""
+    return run.train.steps // 2 if run.loss.alpha_end_step is None else run.loss.alpha_end_step
+
+
 def alpha(step: int, run: RunConfig) -> float:
     """The teacher's share of the similarity at `step`: linear from alpha_start to alpha_end, then constant."""
-    start, end, over = run.loss.alpha_start, run.loss.alpha_end, run.alpha_end_step
+    start, end, over = run.loss.alpha_start, run.loss.alpha_end, alpha_end_step(run)
     return end if step >= over else start + (end - start) * step / over
 
 
@@ -30,3 +35,8 @@ def soft_weight(step: int, run: RunConfig, pairs: int) -> float:
     """The share of soft targets at `step`: linear from 0 to momentum.distill_weight over the first epoch of `pairs`."""
     epoch = pairs / run.train.global_batch_size
     return run.momentum.distill_weight * min(1.0, step / epoch)
+
+
+def is_recorded(done: int, steps: int, records: RecordsConfig) -> bool:
+    """Whether the step after which `done` are done is recorded: the first of `steps`, every so many, the last."""
+    return bool(records.every) and (done in (1, steps) or done % (records.every or 1) == 0)

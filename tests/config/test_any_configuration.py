@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.config import FinetuneConfig, RunConfig, TrainingConfig
+from sacl_ds.config import RunConfig, TrainingConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.config_help import settings as settings_of
 from sacl_ds.ds_config import read_ds_config, resolve

@@ -24,7 +24,7 @@ from sacl_ds.data.downstream.retrieval import (
 from sacl_ds.data.faults import BadSample
 from sacl_ds.data.loader import BatchLoader
 from sacl_ds.errors import UserError
-from sacl_ds.evaluation.retrieval import retrieval_set
+from sacl_ds.tasks.retrieval import retrieval_set
 
 
 def written(folder: Path, entries: object, name: str = "k.json") -> Path:

@@ -13,7 +13,7 @@ from ranks import on_ranks
 from sacl_ds.machine import this_machine
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.training import checkpoint
-from sacl_ds.training.objectives import PretrainObjective, Targets
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 PAIRS = 8
 ITC_ONLY = {"contrastive": "infonce", "matching_weight": 0.0, "mlm_weight": 0.0}

@@ -10,7 +10,7 @@ from contract import LOSSES, PAIRS, assert_contract, block_of, targets, whole_ba
 from ranks import on_ranks
 
 from sacl_ds.machine import this_machine
-from sacl_ds.training.objectives import PretrainObjective
+from sacl_ds.training.objective import PretrainObjective
 
 FLOAT64 = ("sacl", "infonce", "sacl, patches")
 

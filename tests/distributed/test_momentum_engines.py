@@ -10,8 +10,7 @@ from ranks import on_ranks
 
 from sacl_ds.config import MomentumConfig, RunConfig
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
-from sacl_ds.training.objectives import Targets
+from sacl_ds.training.step import FrozenModels, Step
 
 PAIRS, STEPS, DECAY = 8, 6, 0.9
 
@@ -41,7 +40,7 @@ def build(world: int, stage: int):
 
 
 def step_of(engine, momentum: Momentum, step: int, rank: int, world: int) -> None:
-    """As `Loop._step` does it."""
+    """As `PretrainTask.step` does it."""
     from sacl_ds.training.engine import whole_parameters
 
     whole, teacher = tiny.batch(PAIRS, seed=step)
@@ -49,12 +48,14 @@ def step_of(engine, momentum: Momentum, step: int, rank: int, world: int) -> Non
     block = PAIRS // world
     batch, teacher = tiny.rows(replace(whole, pair_ids=ids), teacher, rank * block, (rank + 1) * block)
     teacher = (teacher[0].float(), teacher[1].float())
-    features, token_logits = momentum_outputs(momentum, batch, run_of(), tokens=True)
-    believed = momentum_targets(momentum, run_of(), features, 0.4, token_logits)
-    engine.backward(engine(batch, Targets(teacher, 0.6, None, momentum=believed))["loss"])
+    frozen = FrozenModels(momentum=momentum)
+    features, token_logits = frozen.momentum_outputs(batch, tokens=True)
+    now = Step(step, 0, torch.Generator(), torch.device("cpu"), block, alpha=0.6, soft_weight=0.4)
+    targets = frozen.targets(now, teacher, features, token_logits)
+    engine.backward(engine(batch, targets)["loss"])
     engine.step()
     momentum.update(whole_parameters(engine, engine.module.model))
-    momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, teacher)
+    momentum.push(targets.keys.image, targets.keys.text, batch.pair_ids, teacher)
 
 
 def averaging_ranks(rank: int, world: int, folder: Path) -> None:

@@ -18,9 +18,8 @@ from sacl_ds.config import MomentumConfig, RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.training.momentum_targets import momentum_outputs, momentum_targets
-from sacl_ds.training.objectives import Targets
 from sacl_ds.training.schedules import soft_weight
+from sacl_ds.training.step import FrozenModels, Step
 
 PAIRS, STEPS, EPOCH = 10, 20, 75  # pairs of a batch, steps, pairs of an epoch: soft targets grow for 7.5 steps
 ALPHA, KAPPA, KAPPA_T, DECAY, MLM = 0.6, 5.0, 3.0, 0.9, 0.5
@@ -59,7 +58,7 @@ def optimizer_of(parameters) -> torch.optim.Optimizer:
 
 
 def ours_on_ranks(rank: int, world: int, folder: Path) -> None:
-    """Float64, gradients averaged over ranks as an engine does; the order of a step is that of `Loop._step`."""
+    """Float64, gradients averaged over ranks as an engine does; the order of a step is that of `PretrainTask.step`."""
     part = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
     for case in CASES:
         run = run_of(case)
@@ -70,9 +69,11 @@ def ours_on_ranks(rank: int, world: int, folder: Path) -> None:
         for step in range(STEPS):
             batch, teacher = tiny.rows(*batch_of(step), part.start, part.stop)
             weight = soft_weight(step, run, EPOCH)
-            features, token_logits = momentum_outputs(momentum, batch, run, weight > 0)
-            believed = momentum_targets(momentum, run, features, weight, token_logits)
-            out = objective(batch, Targets(teacher, ALPHA, None, momentum=believed))
+            frozen = FrozenModels(momentum=momentum)
+            features, token_logits = frozen.momentum_outputs(batch, weight > 0)
+            now = Step(step, 0, torch.Generator(), torch.device("cpu"), PAIRS, alpha=ALPHA, soft_weight=weight)
+            targets = frozen.targets(now, teacher, features, token_logits)
+            out = objective(batch, targets)
             optimizer.zero_grad(set_to_none=False)
             out["loss"].backward()
             for parameter in objective.parameters():
@@ -82,7 +83,7 @@ def ours_on_ranks(rank: int, world: int, folder: Path) -> None:
                 parameter.grad /= world
             optimizer.step()
             momentum.update(objective.model.named_parameters())
-            momentum.push(believed.keys.image, believed.keys.text, batch.pair_ids, teacher)
+            momentum.push(targets.keys.image, targets.keys.text, batch.pair_ids, teacher)
             terms = torch.stack([out[name].detach() for name in ("loss", "itc", "mlm")])
             dist.all_reduce(terms)
             losses.append(terms / world)

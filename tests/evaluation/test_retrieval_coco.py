@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import retrieving
 
-from sacl_ds.evaluation.retrieval import CocoIds, evaluate_retrieval
 from sacl_ds.evaluation.retrieval.coco import CocoTruth, coco_figures, coco_truth
+from sacl_ds.evaluation.retrieval.data import CocoIds
 from sacl_ds.evaluation.retrieval.encoding import Encoded
+from sacl_ds.evaluation.retrieval.evaluate import evaluate_retrieval
 from sacl_ds.evaluation.retrieval.first_stage import rank_candidates
 from sacl_ds.evaluation.retrieval.rerank import reordered
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from sacl_ds.data.ahead import ahead
+from sacl_ds.data.batch import ahead
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import torch
 from saved import saved_run
 from starting import ROOT, losses, start
 
-from sacl_ds.config import TASKS
+from sacl_ds.config.finetune import TASKS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from sacl_ds.training.objectives import Targets
+from sacl_ds.training.objective import Targets
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -20,7 +20,8 @@ from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report.building import write_report
 from sacl_ds.analysis.report.recorded import recorded
 from sacl_ds.analysis.subject import load_subject
-from sacl_ds.config import FinetuneConfig, ModelConfig
+from sacl_ds.config import ModelConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.order import Place
 from sacl_ds.data.pictures import Picture

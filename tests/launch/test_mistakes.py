@@ -20,7 +20,8 @@ from starting import ROOT, SMALL, launch, losses, start
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sacl_ds.command_line import launcher_option
-from sacl_ds.config import FinetuneConfig, RunConfig
+from sacl_ds.config import RunConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.config_help import markdown, settings
 from sacl_ds.errors import UserError

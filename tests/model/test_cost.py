@@ -16,7 +16,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.model.cost import BACKWARD, Cost, ModelCost
 from sacl_ds.model.cost_page import page
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.training.objectives import PretrainObjective, Targets
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 CASES: dict[str, dict[str, Any]] = {
     "none": {"placement": "none"},

@@ -11,8 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 from sacl_ds.config import ModelConfig
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.errors import UserError
-from sacl_ds.model.heads import LogitScale
-from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.sacl import LogitScale, SaclModel
 from sacl_ds.model.starts.text import load_bert
 
 

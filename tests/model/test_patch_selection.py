@@ -21,7 +21,7 @@ from sacl_ds.model.patch_selection import kept_count, select
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import load_model
 from sacl_ds.model.vision import ImageEncoder
-from sacl_ds.training.objectives import PretrainObjective, Targets
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 LEAK_FREE = ("tower", "output")
 

@@ -21,8 +21,8 @@ from sacl_ds.machine import Machine, this_machine
 from sacl_ds.model.nlvr2 import Nlvr2Model
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.vqa import VqaModel
-from sacl_ds.training.objectives import PretrainObjective, Targets
-from sacl_ds.training.preparation import prepare_model
+from sacl_ds.training.engine import prepare_model
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 SELECTIONS = {
     "none": None,

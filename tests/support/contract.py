@@ -3,7 +3,7 @@
 import tiny
 import torch
 
-from sacl_ds.training.objectives import Targets
+from sacl_ds.training.objective import Targets
 
 PAIRS = 8
 

@@ -16,7 +16,7 @@ from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.evaluation.retrieval import RetrievalSet
+from sacl_ds.evaluation.retrieval.data import RetrievalSet
 from sacl_ds.model.sacl import SaclModel
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 
 from sacl_ds.machine import this_machine
 from sacl_ds.training import checkpoint
-from sacl_ds.training.objectives import Targets
+from sacl_ds.training.objective import Targets
 
 PAIRS, STEPS = 12, 3
 

@@ -12,7 +12,7 @@ from sacl_ds.config import LossConfig, ModelConfig, RunConfig
 from sacl_ds.data.batch import Batch, places_of
 from sacl_ds.data.text import IGNORED
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.training.objectives import PretrainObjective
+from sacl_ds.training.objective import PretrainObjective
 
 VOCABULARY = 40
 

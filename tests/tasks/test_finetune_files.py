@@ -11,7 +11,7 @@ from documented import assert_documented, said
 from saved import saved_run
 from starting import program
 
-from sacl_ds.config import TASKS
+from sacl_ds.config.finetune import TASKS
 from sacl_ds.telemetry.metrics import read
 
 FILES = ["data.source=files", "train.global_batch_size=4", "train.steps=4", "train.log_every=1", "train.eval_every=4",

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from saved import saved_run
 from starting import losses, program
 
-from sacl_ds.config import TASKS
+from sacl_ds.config.finetune import TASKS
 from sacl_ds.telemetry.metrics import read
 
 FEW = ["data.scenes.count=400", "data.scenes.eval_count=23", "train.global_batch_size=6", "train.steps=8",

@@ -7,7 +7,7 @@ import yaml
 from saved import saved_run
 from starting import ROOT
 
-from sacl_ds.config import TASKS
+from sacl_ds.config.finetune import TASKS
 from sacl_ds.errors import UserError
 from sacl_ds.tasks.configuration import evaluation_config, finetune_config
 

@@ -21,7 +21,7 @@ from sacl_ds.telemetry.metrics import read
 from sacl_ds.telemetry.peaks import dense_peak
 from sacl_ds.telemetry.throughput import WARM_UP, RowFlops, Throughput, flops_text, take_memory_peak
 from sacl_ds.training.model_flops import pair_flops
-from sacl_ds.training.objectives import PretrainObjective, Targets
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,10 @@ from starting import losses, start
 
 from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
-from sacl_ds.data.batch import Batch, TrainingView
-from sacl_ds.data.collate import Collator
+from sacl_ds.data.batch import Batch
 from sacl_ds.data.loader import BatchLoader
-from sacl_ds.data.sources import global_order, training_source
+from sacl_ds.data.sources import training_data
 from sacl_ds.data.text import Tokenizer
-from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.losses import Regulation, similarity_regulated_loss
 from sacl_ds.losses.distribution import EDGES
 from sacl_ds.model.saved import load_model
@@ -31,10 +29,9 @@ STILL = [*CONTRASTIVE_ONLY, "optim.lr_image=1e-30", "optim.lr_text=1e-30", "trai
 
 def batch_of(run: RunConfig, folder: Path, step: int) -> Batch:
     """The global batch of a step of a run on scenes, made anew."""
-    source = training_source(run, None)
-    view = TrainingView(CanonicalView(run.model.image_size), Tokenizer.load(folder / "tokenizer", run.model.max_tokens))
-    order = global_order(run, source)
-    loader = BatchLoader(source, order, Collator(view, run.seed, None), rank=0, world=1, workers=0, start_step=step)
+    run = run.model_copy(update={"loss": run.loss.model_copy(update={"mlm_weight": 0.0})})
+    data = training_data(run, None, Tokenizer.load(folder / "tokenizer", run.model.max_tokens), None, True)
+    loader = BatchLoader(data.source, data.order, data.collator, rank=0, world=1, workers=0, start_step=step)
     return next(islice(iter(loader), 1))
 
 

@@ -13,6 +13,7 @@ from sacl_ds.analysis.report.page import Plot, Section, Table, percent, shown
 from sacl_ds.config import RunConfig
 from sacl_ds.losses.distribution import EDGES, THRESHOLDS
 from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
+from sacl_ds.training.schedules import alpha_end_step
 
 ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _INFORMATION = (
@@ -224,7 +225,7 @@ def _schedule(run: RunConfig) -> str:
         return "0: no teacher"
     if loss.alpha_start == loss.alpha_end:
         return f"{loss.alpha_end:g} throughout"
-    return f"{loss.alpha_start:g} to {loss.alpha_end:g}, linearly until step {run.alpha_end_step}"
+    return f"{loss.alpha_start:g} to {loss.alpha_end:g}, linearly until step {alpha_end_step(run)}"
 
 
 def _name(figure: str) -> str:

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as padded
 
-from sacl_ds.data.batch import ImageView, TextView
+from sacl_ds.data.batch import ImageView, Movable, TextView, part_of
 from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.examples import ImageFile
 from sacl_ds.data.downstream.scene_image import SceneImage
+from sacl_ds.data.draws import hash64
 from sacl_ds.data.faults import BadSample, Fault
-from sacl_ds.data.grouping import hash64
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.inside import require_relative
 from sacl_ds.data.json_files import each_entry, read_json_lines
-from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.order import Place
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes

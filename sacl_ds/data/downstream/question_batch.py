@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sacl_ds.data.batch import ImageView, TextView
+from sacl_ds.data.batch import ImageView, Movable, TextView, part_of
 from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.vqa import Question, answer_weights
+from sacl_ds.data.draws import hash64
 from sacl_ds.data.faults import BadSample, Fault
-from sacl_ds.data.grouping import hash64
 from sacl_ds.data.images import BadImage
-from sacl_ds.data.movable import Movable, part_of
 from sacl_ds.data.order import Place
 from sacl_ds.data.text import attention_mask, pad
 

@@ -26,8 +26,6 @@ _ATTEMPTS = 3
 _MOST = 10**8  # samples of a shard
 _LARGEST_STATS = 1 << 20  # bytes
 
-Done = Callable[[int, int], None]  # shards counted, of how many
-
 
 @dataclass(frozen=True)
 class ShardIndex:
@@ -51,7 +49,7 @@ def index_shards(
     *,
     several: bool = False,
     typed: bool = False,
-    done: Done = lambda count, total: None,
+    done: Callable[[int, int], None] = lambda count, total: None,
 ) -> ShardIndex:
     """Expand and count. several: each of the patterns is a set of its own. typed: as for `expand`.
 
@@ -72,7 +70,7 @@ def index_shards(
     return index
 
 
-def _counts(shards: list[str], done: Done) -> list[int]:
+def _counts(shards: list[str], done: Callable[[int, int], None]) -> list[int]:
     path = _cache_path(shards)
     known = _read(path)
     states = [_state(shard) for shard in shards]

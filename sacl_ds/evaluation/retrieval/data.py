@@ -13,8 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from sacl_ds.data.batch import View
-from sacl_ds.data.downstream.examples import ExampleSource
-from sacl_ds.data.downstream.retrieval import CaptionedImage, EvaluationImages
 from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Block, Place
@@ -65,19 +63,6 @@ class RetrievalSet:
     def mine(self) -> range:
         """The numbers of this rank's images: every world-th."""
         return range(rank(), self.count, world_size())
-
-
-def retrieval_set(
-    images: Sequence[CaptionedImage], max_bad_share: float, setting: str = "data.max_bad_share"
-) -> RetrievalSet:
-    """Of a list of image files; with COCO's names where all of them have some."""
-    sentids = [each.sentids for each in images]
-    cocoids = [each.cocoid for each in images if each.cocoid is not None]
-    coco = None
-    if len(cocoids) == len(images) and all(ids is not None for ids in sentids):
-        coco = CocoIds(np.array(cocoids, np.int64), np.array([i for ids in sentids for i in ids or ()], np.int64))
-    source = ExampleSource(EvaluationImages(images))
-    return RetrievalSet(source, len(images), None, coco, max_bad_share, setting)
 
 
 class Seen(NamedTuple):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sacl_ds.config import ModelConfig
 from sacl_ds.errors import UserError
-from sacl_ds.model.heads import MAX_LOGIT_SCALE
-from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.sacl import MAX_LOGIT_SCALE, SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, read_tensors, saved_model_config
 from sacl_ds.model.starts.image import PART, Computation, image_tower, load_vit
 from sacl_ds.model.starts.placing import place, require_shapes

@@ -22,8 +22,7 @@ from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.vision import ImageStates
 from sacl_ds.study.patches.plan import Arm, Sizes
 from sacl_ds.study.patches.start import cells_of_patches, image_start, pictures
-from sacl_ds.training.objectives import PretrainObjective, Targets
-from sacl_ds.training.passes import predicted_tokens
+from sacl_ds.training.objective import PretrainObjective, Targets, predicted_tokens
 
 HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds
 _TRAINING = 10  # plus the trial's: no two pools share a scene

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +23,35 @@ from sacl_ds.machine import this_machine
 from sacl_ds.model.momentum import Momentum
 from sacl_ds.model.nlvr2 import Nlvr2Model
 from sacl_ds.model.vqa import VqaModel
-from sacl_ds.training.accumulation import Beside, contrastive_step, summed_step
-from sacl_ds.training.momentum_targets import momentum_outputs
 from sacl_ds.training.nlvr2 import Nlvr2Objective
-from sacl_ds.training.objectives import MicroTargets, PretrainObjective, Targets
-from sacl_ds.training.pretrain_work import PretrainWork
-from sacl_ds.training.step import Step
+from sacl_ds.training.objective import CachedGradients, PretrainObjective
+from sacl_ds.training.step import FrozenModels, Step, contrastive_step, summed_step
 from sacl_ds.training.vqa import VqaObjective
 
 ROWS = 2  # of a micro-batch: each pair has one possible hard negative, so that ITM has nothing to draw
 
 
 @dataclass(frozen=True)
-class Known:
+class Known(FrozenModels):
     """A teacher whose features are known by key, and which draws random numbers each time it is asked."""
 
-    image: dict[str, torch.Tensor]
-    text: dict[str, torch.Tensor]
+    image: dict[str, torch.Tensor] = field(default_factory=dict)
+    text: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
+    @classmethod
+    def of(cls, keys: list[str], teacher: tuple[torch.Tensor, torch.Tensor]) -> Known:
+        image, text = (dict(zip(keys, side, strict=True)) for side in teacher)
+        return cls(image=image, text=text)
+
+    def teacher_features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         torch.rand(3)
-        if not features:
-            return Beside()
         image, text = (torch.stack([side[key] for key in batch.keys]).float() for side in (self.image, self.text))
-        return Beside((image, text))
-
-    def targets(self, beside: Beside) -> Targets:
-        assert beside.teacher is not None
-        return targets(beside.teacher, torch.float32)
+        return image, text
 
 
 def step_of(rows: int = ROWS, coalesce: bool = False) -> Step:
-    return Step(0, 17, torch.Generator().manual_seed(3), torch.device("cpu"), rows, coalesce)
+    """With the alpha of `contract.targets`."""
+    return Step(0, 17, torch.Generator().manual_seed(3), torch.device("cpu"), rows, coalesce, alpha=0.6)
 
 
 def engine_of(run: RunConfig, stage: int, world: int, rows: int = ROWS) -> Any:
@@ -88,7 +85,7 @@ def accumulating(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     whole, teacher = tiny.batch(PAIRS)
     whole = tiny.without_padding(whole)
-    known = Known(*(dict(zip(whole.keys, side, strict=True)) for side in teacher))
+    known = Known.of(whole.keys, teacher)
     block = PAIRS // world
     mine, _ = tiny.rows(whole, teacher, rank * block, (rank + 1) * block)
     for loss, stage, coalesce in CASES:
@@ -96,12 +93,12 @@ def accumulating(rank: int, world: int, folder: Path) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = 0.0
         for turn in range(2):  # nothing of a step is left in the next one
-            met = contrastive_step(engine, mine, step_of(coalesce=coalesce), known)
+            losses, _, _ = contrastive_step(engine, mine, step_of(coalesce=coalesce), known)
             got = gradients_of(engine)
             if turn == 0:
                 engine.step()
         if rank == 0:
-            torch.save({"gradient": got, "losses": met.losses}, folder / f"{loss}, {stage}, {coalesce}.pt")
+            torch.save({"gradient": got, "losses": losses}, folder / f"{loss}, {stage}, {coalesce}.pt")
         engine.destroy()
 
 
@@ -113,24 +110,24 @@ def test_gradients(world: int, tmp_path: Path) -> None:
         assert_contract(got["gradient"], whole_batch_gradient(loss, PAIRS // ROWS), 1e-4)
 
 
-def one_graph(objective: PretrainObjective, parts: list[Batch], step: Step, aims: Known, shift: int = 0) -> None:
+def one_graph(objective: PretrainObjective, parts: list[Batch], step: Step, known: Known, shift: int = 0) -> None:
     """Backward with the graph of all micro-batches at once; shift: of ITC's random numbers, away from the step's."""
     settings, looked = objective.settings, []
     for number, part in enumerate(parts):
         torch.manual_seed(step.seed_of(number) + shift)
         looked.append(objective(part, None))
-    image, text = (torch.cat([each[side] for each in looked]) for side in range(2))
-    teacher = [aims.beside(part, features=True, tokens=False).teacher for part in parts]
-    known = targets(tuple(torch.cat(side) for side in zip(*teacher, strict=True)), torch.float32)
+    image, text = (torch.cat([each[side] for each in looked]) for side in ("image", "text"))
+    teacher = [known.teacher_features(part) for part in parts]
+    met = targets(tuple(torch.cat(side) for side in zip(*teacher, strict=True)), torch.float32)
     ids = torch.cat([part.pair_ids for part in parts])
-    itc = objective.contrastive(image, text, objective.model.logit_scale(), ids, known)[0]["itc"]
+    itc = objective.contrastive(image, text, objective.model.logit_scale(), ids, met).loss
     (settings.contrastive_weight * itc).backward()
     other, both = torch.tensor([1, 0]), torch.tensor([True, True])  # the only negative of a pair among two
     words = torch.tensor(sum(int((part.mlm_labels != IGNORED).sum()) for part in parts))
     for number, part in enumerate(parts):
         torch.manual_seed(step.seed_of(number))
         nothing = torch.zeros(ROWS, image.shape[1])
-        alone = MicroTargets(
+        alone = CachedGradients(
             nothing,
             nothing,
             torch.zeros(()),
@@ -151,17 +148,17 @@ def dropping(rank: int, folder: Path) -> None:
     run = tiny.config(**LOSSES["sacl"])
     run = run.model_copy(update={"model": run.model.model_copy(update={"dropout": 0.3})})
     whole, teacher = tiny.batch(PAIRS)
-    known = Known(*(dict(zip(whole.keys, side, strict=True)) for side in teacher))
+    known = Known.of(whole.keys, teacher)
     engine = engine_of(run, 1, 1)
     engine.train()
-    met = contrastive_step(engine, whole, step_of(), known)
+    losses, _, _ = contrastive_step(engine, whole, step_of(), known)
     got = gradients_of(engine)
     away = {}
     for shift in (0, 1):
         objective = tiny.objective(run).train()
         one_graph(objective, whole.parts(ROWS), step_of(), known, shift)
         away[shift] = distance(got, {name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
-    torch.save({"away": away, "losses": met.losses}, folder / "dropped.pt")
+    torch.save({"away": away, "losses": losses}, folder / "dropped.pt")
     engine.destroy()
 
 
@@ -186,10 +183,11 @@ def believing(rank: int, folder: Path) -> None:
     for rows in (PAIRS, ROWS):
         engine = engine_of(run, 2, 1, rows)
         momentum = Momentum(tiny.varied(tiny.objective(run).model), run.momentum)
-        seen = momentum_outputs(momentum, tiny.batch(PAIRS, seed=4)[0], run, tokens=False)[0]
+        frozen = FrozenModels(momentum=momentum)
+        seen = frozen.momentum_outputs(tiny.batch(PAIRS, seed=4)[0], tokens=False)[0]
         momentum.push(*seen, 100 + whole.pair_ids)
-        work = PretrainWork(run, None, momentum, 1, None)
-        losses = work.backward(engine, whole, step_of(rows))
+        step = replace(step_of(rows), soft_weight=run.momentum.distill_weight)
+        losses = contrastive_step(engine, whole, step, frozen)[0]
         found.append((losses, gradients_of(engine)))
         engine.destroy()
     torch.save(found, folder / "whole and in parts.pt")

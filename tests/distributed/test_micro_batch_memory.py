@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import tiny
@@ -16,26 +16,12 @@ import torch
 from ranks import on_ranks
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.batch import Batch
 from sacl_ds.machine import this_machine
-from sacl_ds.training.accumulation import Beside, contrastive_step
-from sacl_ds.training.objectives import Targets
-from sacl_ds.training.step import Step
+from sacl_ds.training.step import Step, contrastive_step
 
 ROWS, PIXELS = 48, 96
 MOST = 1.15
 GOES = 3  # at most, of which the least counts: what the C library keeps of what was freed adds 50 MiB now and then
-
-
-@dataclass(frozen=True)
-class NoTeacher:
-    step: Step
-
-    def beside(self, batch: Batch, features: bool, tokens: bool) -> Beside:
-        return Beside()
-
-    def targets(self, beside: Beside) -> Targets:
-        return Targets(None, 0.0, self.step.generator)
 
 
 def run_of(pairs: int) -> RunConfig:
@@ -68,7 +54,7 @@ def measuring(rank: int, pairs: int, file: Path) -> None:
     step = Step(0, 5, generator, torch.device("cpu"), ROWS)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
-    contrastive_step(engine, replace(batch, images=images), step, NoTeacher(step))
+    contrastive_step(engine, replace(batch, images=images), step)
     file.write_text(json.dumps(resident("VmHWM") - before))
 
 

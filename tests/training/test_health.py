@@ -7,7 +7,7 @@ from starting import start
 
 from sacl_ds.config_file import load_config
 from sacl_ds.telemetry.metrics import read
-from sacl_ds.training.cautions import Cautions
+from sacl_ds.training.health import Cautions
 
 
 def cautions(*loss: str, steps: int = 1000) -> Cautions:

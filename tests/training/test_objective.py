@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from sacl_ds.model.indexing import take
-from sacl_ds.training.objectives import Targets
+from sacl_ds.training.objective import Targets
 
 
 @pytest.mark.parametrize("term", ["contrastive", "matching", "mlm"])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.model.queue import Queue
+from sacl_ds.model.momentum import Queue
 
 
 @given(st.integers(0, 9), st.lists(st.integers(0, 13), max_size=12), st.integers(0, 12))

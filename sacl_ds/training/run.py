@@ -1,0 +1,139 @@
+"""One run from its directory to its last checkpoint; pre-training and fine-tuning share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sacl_ds.config import TrainingConfig
+from sacl_ds.data.loader import BatchLoader
+from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
+from sacl_ds.faults.guard import Guard, guarding
+from sacl_ds.machine import Machine
+from sacl_ds.telemetry.metrics import MetricLog
+from sacl_ds.telemetry.progress import RunProgress
+from sacl_ds.training import checkpoint
+from sacl_ds.training.checkpoint_folder import latest
+from sacl_ds.training.engine import build_engine, cores, local_ranks, ranks
+from sacl_ds.training.loop import Loop
+from sacl_ds.training.run_folder import limits, newest, open_run_folder, require_shared
+from sacl_ds.training.task import Figures, Training
+
+START = "start.txt"  # what the model started from
+
+Run = TypeVar("Run", bound=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one start of a command line trains with. ds: DeepSpeed's file; resume: continue the run in its directory."""
+
+    ds: dict[str, Any]
+    ds_name: str
+    device: torch.device
+    machine: Machine
+    resume: bool
+
+    def engine_config(self, run: TrainingConfig, folder: Path) -> EngineConfig:
+        return resolve(self.ds, run, world_size(), self.machine, name=self.ds_name, folder=str(folder))
+
+    def resumes(self, folder: Path) -> bool:
+        """Whether this start continues from a checkpoint in `folder`; the same on every rank, though nodes may not see
+        the same files at once."""
+        return bool(broadcast_object(self.resume and latest(folder) is not None))
+
+    def workers(self, asked: int | None) -> int:
+        """Loader processes of a rank: `asked`, or what suits the cores: on a CPU with two a rank, one only stalls the
+        maths."""
+        if asked is not None:
+            return asked
+        on_cpu = self.machine.on_cpu
+        spare = cores() // local_ranks() - (2 if on_cpu else 1)
+        return min(8, max(0 if on_cpu else 1, spare))
+
+
+@contextmanager
+def opened(
+    run: Run, job: Job, settle: Callable[[Run, Path], Run] = lambda run, folder: run
+) -> Iterator[tuple[Run, Path, Guard]]:
+    """The run's settled configuration, its directory, made and locked, and the guard of its ranks.
+
+    Every rank enters it. settle: completes the configuration from what the directory holds; called on the first rank.
+    Raises UserError, the same on every rank.
+    """
+    lock = settled = None
+    with same_error():
+        plan = job.engine_config(run, Path(run.output_dir or "."))
+        if rank() == 0:
+            folder, lock = open_run_folder(run, job.resume)
+            settled = settle(run, folder), folder
+    run, folder = broadcast_object(settled)
+    if rank() == 0:
+        print(_plan_lines(job, plan), flush=True)
+    require_shared(folder)
+    with same_error():
+        checkpointed = newest(folder)
+    with guarding(folder, ranks(), limits(run), checkpointed) as guard:
+        yield run, folder, guard
+    if lock:
+        lock.close()
+
+
+def train(training: Training, job: Job, guard: Guard, progress: RunProgress, resume: bool) -> Figures:
+    """Build the engine, load the checkpoint where `resume`, train to the end; returns the last evaluation.
+
+    Raises UserError, the same on every rank, and Stopped where the run was asked to stop.
+    """
+    run, folder, task = training.run, training.folder, training.task
+    engine = build_engine(training.objective, training.engine_config, run.optim)
+    start, note = 0, None
+    with same_error():
+        if resume:
+            start, note = checkpoint.resume(engine, folder, training.identity, task.momentum, training.id_columns)
+        task.begin(engine, start if resume else None)
+    guard.begin(start if resume else None)
+    if note:
+        progress.print(f"warning: --resume: {note}")
+    loader = BatchLoader(
+        training.source,
+        training.order,
+        training.collator,
+        rank=rank(),
+        world=world_size(),
+        workers=job.workers(training.workers),
+        start_step=start,
+        pin_memory=not job.machine.on_cpu,
+    )
+    log = MetricLog(folder / "metrics.jsonl", start if resume else None) if rank() == 0 else None
+    loop = Loop(training, engine, iter(loader), job.device, log, progress, guard)
+    try:
+        result = loop.train(start)
+    finally:
+        progress.close()
+        loader.close()
+    if speed := loop.throughput.summary():
+        progress.print(f"{progress.title}: {speed}")
+    guard.at(run.train.steps, "ending")
+    task.finish(engine)
+    engine.destroy()
+    barrier()
+    return result
+
+
+def _plan_lines(job: Job, plan: EngineConfig) -> str:
+    """One line on what trains, and one for each thing that is not as it could be."""
+    half = {"bfloat16": "bf16 autocast", "float16": "fp16 autocast"}
+    precision = half.get(plan.values.get("torch_autocast", {}).get("dtype"), "fp32")
+    where = f"{world_size()} rank{'s' if world_size() > 1 else ''} on {job.machine.device_name}"
+    line = f"{where}, ZeRO {zero_stage(plan.values)}, {precision}, AdamW of {plan.adam}"
+    if plan.adam == "DeepSpeed":
+        line += " (compiled at its first use, which takes minutes)"
+    if job.machine.cannot_compile:
+        line += f"; {job.machine.cannot_compile} here, so DeepSpeed's own operators stay off"
+    return "\n".join([line, *(f"note: {note}" for note in plan.notes)])

@@ -1,0 +1,88 @@
+"""What one kind of training does at a step and around it; pre-training and each downstream task fill in these hooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from sacl_ds.config import TrainingConfig
+from sacl_ds.data.loader import Collates
+from sacl_ds.data.order import GlobalOrder
+from sacl_ds.data.sample import Source
+from sacl_ds.ds_config import EngineConfig
+from sacl_ds.telemetry.throughput import RowFlops
+from sacl_ds.training.checkpoint import Identity
+from sacl_ds.training.step import Losses, Step
+
+if TYPE_CHECKING:  # not every run has one
+    from sacl_ds.model.momentum import Momentum
+
+Figures = dict[str, tuple[float, float]]  # {name: (value, chance)} of an evaluation
+
+
+class TrainingTask:
+    """The hooks of a run; every rank calls them. rows: what a row of a batch is called.
+
+    momentum: what checkpoints keep beside the engine's state.
+    """
+
+    rows: str
+    momentum: Momentum | None = None
+
+    def begin(self, engine: DeepSpeedEngine, resumed_at: int | None) -> None:
+        """Called once, before the first step. resumed_at: steps done; None: the run starts anew. Raises UserError."""
+
+    def step(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> tuple[Losses, Tensor | None, str | None]:
+        """Losses, backward, update.
+
+        Returns the losses; None, or, where the update was left out because loss or gradient were not finite, (b,) bool:
+        the rows whose own share of that is not finite; and a line for the user, or None.
+        """
+        raise NotImplementedError
+
+    def names(self, batch: Any) -> list[str]:
+        """The names by which a user finds the samples of the rows."""
+        return list(batch.keys)
+
+    def schedules(self, step: int) -> dict[str, float]:
+        """Where the schedules stand at `step`, for the log."""
+        return {}
+
+    def caution(self, done: int, figures: dict[str, Any]) -> str | None:
+        """A line for the user where the logged figures ask for one."""
+        return None
+
+    def evaluate(self, done: int) -> Figures:
+        """Held-out figures after `done` steps, the same on every rank; {} where nothing is evaluated."""
+        return {}
+
+    def finish(self, engine: DeepSpeedEngine) -> None:
+        """Called once, after the last step: leave the finished weights in the run's directory."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """All parts of one training, built for its configuration: `sacl_ds.training.run.train` runs it.
+
+    objective: the module whose forward returns the losses, with the model in its attribute `model`. identity: what its
+    checkpoints belong to. workers: loader processes asked for. max_bad_share: how many samples may be unusable.
+    id_columns: ids of a pair. row_flops: None where unknown.
+    """
+
+    run: TrainingConfig
+    folder: Path
+    task: TrainingTask
+    engine_config: EngineConfig
+    objective: nn.Module
+    source: Source
+    order: GlobalOrder
+    collator: Collates[Any]
+    identity: Identity
+    workers: int | None
+    max_bad_share: float
+    id_columns: int = 1
+    row_flops: RowFlops | None = None
