@@ -18,16 +18,16 @@ from sacl_ds.losses.distribution import EDGES
 if TYPE_CHECKING:
     from sacl_ds.analysis.calibration import Calibrated
     from sacl_ds.analysis.ranking import Curve
-    from sacl_ds.analysis.scan import Distribution
 
 _TITLES = {"image_to_text": "image anchors, texts weighed", "text_to_image": "text anchors, images weighed"}
 
 
-def weight_histograms(drawn: Sequence[tuple[str, Mapping[str, Distribution]]], path: Path) -> None:
+def weight_histograms(drawn: Sequence[tuple[str, Mapping[str, np.ndarray]]], path: Path) -> None:
     """Share of the negatives by weight, above as a histogram (paper Fig. 3b), below added up from the lowest, where the
     few that weigh little show; one column a direction, one line a subject.
 
-    What lies under the first or above the last edge of EDGES is counted in the outermost bins.
+    drawn: (label, {direction: counts between EDGES}). What lies under the first or above the last edge is counted in
+    the outermost bins.
     """
     figure, axes = plt.subplots(2, 2, figsize=(10.0, 6.6), layout="constrained", sharey="row", sharex=True)
     inner = np.array(EDGES[1:-1])
@@ -35,7 +35,7 @@ def weight_histograms(drawn: Sequence[tuple[str, Mapping[str, Distribution]]], p
     for column, (direction, title) in enumerate(_TITLES.items()):
         above, below = axes[0, column], axes[1, column]
         for number, (label, found) in enumerate(drawn):
-            counts = found[direction].histogram.astype(float)
+            counts = found[direction].astype(float)
             counts *= 100 / max(1.0, counts.sum())
             shares = counts[1:-1].copy()
             shares[0] += counts[0]

@@ -146,7 +146,7 @@ def act(options: argparse.Namespace) -> None:
                 "directions": {direction: each.figures() for direction, each in found.items()},
             }
         )
-        drawn.append((label, found))
+        drawn.append((label, {direction: each.histogram for direction, each in found.items()}))
     _print(subjects)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ _Result = TypeVar("_Result")
 
 
 class OrderedMap(Protocol):
-    """How the tiles are gone through, in their order: the built-in `map`, or a like of it with threads."""
+    """`map(work, items)`, with results in the items' order: the built-in one, or one with threads."""
 
     def __call__(self, work: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iterator[_Result]: ...
 
@@ -131,7 +131,7 @@ class WeightTiles:
     (N,) each text of all. teacher: compute the teacher's cosines also where the weights do not need them. fast: float32
     where the sharpness allows it, with one exponential for both directions. run: see `OrderedMap`.
 
-    Raises ValueError for a teacher's share without a teacher, or if `fast` for a sharpness over 600.
+    Raises ValueError for a teacher's share that counts and no teacher, or if `fast` for a sharpness over 600.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class WeightTiles:
         run: OrderedMap = map,
     ) -> None:
         images, texts = contrast.images, contrast.texts
-        if regulation.alpha > 0 and (images.teacher is None or texts.teacher is None):
+        if regulation.teacher and (images.teacher is None or texts.teacher is None):
             raise ValueError(f"alpha={regulation.alpha} needs the teacher's features")
         steep = regulation.steepness
         if fast and steep > _STEEPEST[torch.float64]:

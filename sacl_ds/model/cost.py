@@ -9,6 +9,7 @@ docs/presets.md has the figures of the presets (`sacl_ds.model.cost_page`).
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +79,18 @@ class ModelCost:
                 f"plain Blocks, not for {type(vit).__name__}"
             )
         self.config = config
-        self.text_tokens = text_tokens or config.max_tokens
-        probability = LossConfig().mlm_probability
-        self.predicted = probability * (self.text_tokens - _SPECIAL) if predicted is None else predicted
         self.patches: int = vit.patch_embed.num_patches
+        self._set_texts(text_tokens or config.max_tokens, predicted)
+
+    def _set_texts(self, tokens: int, predicted: float | None) -> None:
+        self.text_tokens = tokens
+        self.predicted = LossConfig().mlm_probability * (tokens - _SPECIAL) if predicted is None else predicted
+
+    def with_texts(self, tokens: int, predicted: float | None = None) -> ModelCost:
+        """The same model with captions of another length; text_tokens and predicted as above."""
+        other = copy(self)
+        other._set_texts(tokens, predicted)
+        return other
 
     def parameters(self) -> dict[str, int]:
         """image, text, fusion, heads (projections, temperature, ITM, MLM), and all of them."""

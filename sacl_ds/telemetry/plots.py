@@ -40,6 +40,8 @@ def _losses(lines: list[dict[str, Any]], path: Path) -> Path:
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
         axis.plot(steps, _smooth(values), color="tab:blue")
         axis.set(title=label, xlabel="step")
+    for axis in axes:
+        axis.locator_params(nbins=5)  # a panel is narrow, and each label of a tick takes its time to lay out
     if informed:
         axis = axes[-1]
         for name, label in informed:

@@ -13,12 +13,13 @@ _SPECIAL = 2  # [CLS] and [SEP], which MLM never predicts
 def pair_flops(run: RunConfig, vocab_size: int) -> RowFlops | None:
     """Forward and backward of a pair, by the length of its caption; None for an image encoder of unknown cost."""
 
-    def flops(tokens: int) -> float:
-        predicted = run.loss.mlm_probability * (tokens - _SPECIAL)
-        cost = ModelCost(run.model, text_tokens=tokens, predicted=predicted, vocab_size=vocab_size)
-        return cost.pretraining(run.losses).training_flops
-
     try:
-        return RowFlops.through(flops)
+        cost = ModelCost(run.model, vocab_size=vocab_size)
     except UserError:
         return None
+
+    def flops(tokens: int) -> float:
+        predicted = run.loss.mlm_probability * (tokens - _SPECIAL)
+        return cost.with_texts(tokens, predicted).pretraining(run.losses).training_flops
+
+    return RowFlops.through(flops)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from patch_encoder import encoder, pixels, texts
 from PIL import Image
 from saved import saved_run
+from starting import program
 
 from sacl_ds.analysis.patches import dimmed, load_selecting, look
 from sacl_ds.command_line import exit_status
@@ -29,17 +29,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_run(tmp_path_factory.mktemp("runs") / "run", 0, teacher=False)
 
 
-def command(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "tools/show_patches.py", *map(str, arguments)]
-    return subprocess.run(line, cwd=root, capture_output=True, text=True)
-
-
-def test_scenes_and_a_file(root: Path, run: Path, tmp_path: Path) -> None:
+def test_scenes_and_a_file(run: Path, tmp_path: Path) -> None:
     out, photograph = tmp_path / "patches.png", tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)).save(photograph)
-    done = command(root, run, "--scenes", 3, "--image", photograph, "--captions", *CAPTIONS, "--placement", "tower",
-                   "--layers", 1, "--keep-rate", 0.5, "--out", out)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    chosen = ["--placement", "tower", "--layers", "1", "--keep-rate", "0.5"]
+    pictures = ["--scenes", "3", "--image", photograph, "--captions", *CAPTIONS]
+    program("tools/show_patches.py", run, *pictures, *chosen, "--out", out)
     drawn = np.asarray(Image.open(out).convert("RGB")).astype(int)
     height, width = drawn.shape[:2]
     assert width > height > 400

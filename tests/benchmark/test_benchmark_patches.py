@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from starting import program
 
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel
@@ -22,11 +22,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_command(root: Path, tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path) -> None:
     sizes = ["--size", "32", "48", "--rounds", "2", "--placements", "tower", "output"]
-    line = [sys.executable, "tools/benchmark_patches.py", *SMALL, *sizes, "--out", str(tmp_path / "out")]
-    done = subprocess.run(line, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = program("tools/benchmark_patches.py", *SMALL, *sizes, "--out", tmp_path / "out")
     rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
     assert len(rows) == 3 * 2 * 3
     for row in rows:

@@ -4,16 +4,14 @@ where they are said to be."""
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from ranks import free_port
+from starting import program
 
 from sacl_ds.benchmark.peers import EQUAL, OWN, Towers, own_towers, peers
 from sacl_ds.benchmark.setting import Setting, lengths, random_batch
@@ -29,30 +27,17 @@ STEPS = ["ITC, SACL", "three losses, live teacher", *peers()]
 CPU = torch.device("cpu")
 
 
-def command(root: Path, *words: str, ranks: int = 1) -> list[subprocess.CompletedProcess[str]]:
-    """The tool on so many ranks, as the launcher starts them."""
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    started = []
-    for rank in range(ranks):
-        own = {**shared, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
-        env = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        line = [sys.executable, "tools/benchmark_step.py", *SMALL, *words]
-        started.append(
-            subprocess.Popen(line, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    ended = []
-    for process in started:
-        out, err = process.communicate()
-        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return ended
+def command(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """The tool on so many ranks; what all of them say."""
+    return program("tools/benchmark_step.py", *SMALL, *words, ranks=ranks, check=False)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_command(root: Path, tmp_path: Path, ranks: int) -> None:
+def test_the_command(tmp_path: Path, ranks: int) -> None:
     steps = STEPS if ranks > 1 else ["ITC, SACL", *peers()[:1]]  # each asks for a process of its own
     memory = ["--no-memory"] if ranks > 1 else []
-    done = command(root, "--steps", *steps, *memory, "--out", str(tmp_path / "out"), ranks=ranks)
-    assert all(each.returncode == 0 for each in done), done[0].stderr[-3000:]
+    done = command("--steps", *steps, *memory, "--out", str(tmp_path / "out"), ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out/results.json").read_text())
     rows = {row["step"]: row for row in results["rows"]}
     assert set(rows) == set(steps)
@@ -66,15 +51,14 @@ def test_the_command(root: Path, tmp_path: Path, ranks: int) -> None:
         assert (row["bytes"] is None) == (ranks > 1)
         ratios = [mine / theirs for mine, theirs in zip(row["rounds"], rows["ITC, SACL"]["rounds"], strict=True)]
         assert row["of_itc"] == pytest.approx([statistics.median(ratios), min(ratios), max(ratios)])
-        assert f"| {name} |" in done[0].stdout
+        assert f"| {name} |" in done.stdout
     if ranks == 1:
         assert all(row["bytes"] > 1e6 for row in rows.values())
     if peers():
         assert rows[EQUAL]["of_peer"] == [1, 1, 1]
         itc, same = (rows[name]["flops_per_second"] * rows[name]["seconds"] for name in ("ITC, SACL", EQUAL))
         assert itc < same, "captions are padded for open_clip, and ours count what is there"
-    assert (tmp_path / "out/table.md").read_text() == done[0].stdout
-    assert all(not each.stdout for each in done[1:])
+    assert (tmp_path / "out/table.md").read_text() == done.stdout, "more was said, or by more than the first rank"
     width, height = Image.open(tmp_path / "out/plot.png").size
     assert width > height > 200
 
@@ -90,24 +74,24 @@ def test_the_command(root: Path, tmp_path: Path, ranks: int) -> None:
         (["--heads", "5"], "must be a multiple of model.text_heads=5"),
     ],
 )
-def test_mistakes(root: Path, words: list[str], said: str) -> None:
-    done = command(root, *words)[0]
+def test_mistakes(words: list[str], said: str) -> None:
+    done = command(*words)
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("error: ") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_no_gpu(root: Path) -> None:
-    done = command(root, "--device", "cuda")[0]
+def test_no_gpu() -> None:
+    done = command("--device", "cuda")
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: --device cuda: PyTorch finds no GPU here; leave it out, or take cpu"]
 
 
-def test_micro_batches_in_bf16(root: Path) -> None:
+def test_micro_batches_in_bf16() -> None:
     """As the large batch of `make gpu`, whose peak is that of a micro-batch."""
     words = ["--precision", "bf16", "--micro-batch", "2", "--checkpoint", "--steps", "three losses, live teacher"]
-    done = command(root, *words, "--no-memory")[0]
+    done = command(*words, "--no-memory")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "(our steps: micro-batches of 2, activations recomputed)" in done.stdout
     assert "| three losses, live teacher |" in done.stdout
@@ -154,7 +138,7 @@ def test_the_peer_over_our_towers_computes_what_our_model_does() -> None:
 
 
 @pytest.mark.skipif(not peers(), reason="needs open_clip_torch")
-def test_its_own_towers_are_as_large(root: Path) -> None:
+def test_its_own_towers_are_as_large() -> None:
     """All but what the two designs differ in: norms, biases of projections, types of segments."""
     assert OWN in peers()
     chosen = setting()

@@ -2,13 +2,12 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from starting import program
 
 from sacl_ds.data.making.record_lists import karpathy_records, scene_records
 from sacl_ds.data.making.survey import survey
@@ -89,9 +88,8 @@ def test_karpathy_records(tmp_path: Path) -> None:
         karpathy_records(annotations, tmp_path, "test")
 
 
-def test_make_shards_command(tmp_path: Path, root: Path) -> None:
-    command = [sys.executable, str(root / "tools/make_shards.py"), "scenes", "--count", "30", "--out", str(tmp_path)]
-    subprocess.run([*command, "--per-shard", "20"], check=True, capture_output=True)
+def test_make_shards_command(tmp_path: Path) -> None:
+    program("tools/make_shards.py", "scenes", "--count", "30", "--out", tmp_path, "--per-shard", "20")
     written = source(str(tmp_path / "{00000..00001}.tar"))
     scenes = Scenes(30, 1)
     for sample, index in zip(written.iterate(None, 0, 1), range(30), strict=True):

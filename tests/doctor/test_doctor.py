@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nodes import KEEP_ALIVE, cluster
 from rich.console import Console
-from starting import ROOT
+from starting import ROOT, program
 
 from sacl_ds.doctor.comparison import AllReduce, Contact, Examination, groups, judge
 from sacl_ds.doctor.facts import PACKAGES, Facts
@@ -205,14 +205,12 @@ def test_many_nodes_that_are_alike_are_one_column() -> None:
 
 
 def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "sacl_ds.doctor", *arguments]
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    return program("sacl_ds.doctor", *arguments, env={"OMP_NUM_THREADS": "1"}, check=False)
 
 
 def make_shards(folder: Path) -> str:
-    line = [sys.executable, "tools/make_shards.py", "scenes", "--per-shard", "5", "--count", "20", "--seed", "1"]
-    subprocess.run([*line, "--out", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    size = ["--per-shard", "5", "--count", "20", "--seed", "1"]
+    program("tools/make_shards.py", "scenes", *size, "--out", folder)
     return f"{folder}/{{00000..00003}}.tar"
 
 

@@ -17,7 +17,7 @@ from exports import PICTURES, TEXTS
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from starting import ROOT, losses, run_script, start
+from starting import ROOT, losses, program, start
 
 import sacl_ds
 from sacl_ds.data.pictures import Picture
@@ -116,8 +116,7 @@ def test_towers_in_a_process_without_this_package(stage: int, runs, work: Path, 
 
 
 def test_the_tool(runs, tmp_path: Path) -> None:
-    line = [sys.executable, "tools/export_checkpoint.py", runs(1), "--to", "hf", "--out", tmp_path / "towers"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = program("tools/export_checkpoint.py", runs(1), "--to", "hf", "--out", tmp_path / "towers")
     assert re.search(r"^features of both towers equal the run's within \de-0[67], in fp32$", done.stdout, re.M)
     assert re.search(rf"^{tmp_path}/towers: hf, fp32, \d\.\d MB$", done.stdout, re.M)
 
@@ -175,7 +174,7 @@ def test_an_export_is_fine_tuned_pretrained_and_a_teacher(runs, work: Path, tmp_
     few = ["data.scenes.count=200", "data.scenes.eval_count=11", "train.global_batch_size=4", "train.steps=3",
            "train.log_every=1", "train.eval_every=3", "retrieval.rerank=3", "data.workers=0"]  # fmt: skip
     line = ["--task", "retrieval", "--ds_config", "ds_configs/zero2.json", f"output_dir={tmp_path}/tuned", *few]
-    run_script("finetune", [*line, f"checkpoint={tmp_path}/model"])
+    program("launch/finetune.py", *line, f"checkpoint={tmp_path}/model")
     tensors = len(load_file(run / "model.safetensors"))
     assert f"start: {tensors} of {tensors} tensors loaded, 0 new" in (tmp_path / "tuned/start.txt").read_text()
     assert len(losses(tmp_path / "tuned")) == 3
@@ -184,7 +183,7 @@ def test_an_export_is_fine_tuned_pretrained_and_a_teacher(runs, work: Path, tmp_
     best = own(tmp_path / "tuned", work)
     again = sacl_ds.load(tmp_path / "tuned_model", "cpu")
     assert_close(again.encode_text(TEXTS), best["text"])
-    run_script("evaluate", [f"checkpoint={tmp_path}/tuned_model", f"output_dir={tmp_path}/judged"])
+    program("launch/evaluate.py", f"checkpoint={tmp_path}/tuned_model", f"output_dir={tmp_path}/judged")
     figures = json.loads((tmp_path / "judged/results.json").read_text())["figures"]
     assert figures == json.loads((tmp_path / "tuned/results.json").read_text())["figures"]
     card = (tmp_path / "tuned_model/README.md").read_text()

@@ -1,15 +1,13 @@
 """Whole runs of the command line, as a user starts them, with real checkpoints."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from starting import ROOT, SMALL, losses, start
+from faulty import dying
+from starting import losses, program, start
 
 from sacl_ds.telemetry.metrics import read
 
@@ -59,21 +57,7 @@ def test_a_finished_run_holds_what_it_should(runs) -> None:
 
 def kill(folder: Path, at: int, *arguments: str) -> None:
     """A run of one rank that gets kill -9 before step number `at` of its main phase."""
-    script = f"""
-import os, sys
-sys.argv = ["pretrain.py", "--ds_config", "ds_configs/zero2.json", "output_dir={folder}", *{SMALL!r}, *{arguments!r}]
-sys.path.insert(0, "launch")
-from sacl_ds.training import loop
-step = loop.Loop._step
-def dying(self, n, *a, **k):
-    last = n == {at} and self.progress.title == "training"
-    return os.kill(os.getpid(), 9) if last else step(self, n, *a, **k)
-loop.Loop._step = dying
-import pretrain
-pretrain.main()
-"""
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"})
-    assert killed.returncode == -9
+    assert start(folder, *arguments, before=partial(dying, at), check=False).returncode == -9
 
 
 def test_resume_goes_on_as_if_never_stopped(runs, tmp_path: Path) -> None:
@@ -124,8 +108,7 @@ def test_a_run_directory_is_never_overwritten(runs) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """220 scenes in uneven shards: a little under 14 batches of 16 an epoch."""
     folder = tmp_path_factory.mktemp("shards")
-    make = [sys.executable, "tools/make_shards.py", "scenes", "--per-shard", "90", "--count", "220"]
-    subprocess.run([*make, "--out", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    program("tools/make_shards.py", "scenes", "--per-shard", "90", "--count", "220", "--out", folder)
     return str(folder / "{00000..00002}.tar")
 
 
@@ -173,10 +156,9 @@ def test_a_finished_run_is_a_teacher(runs, tmp_path: Path) -> None:
 
 
 def test_shards_train_like_a_user_would(tmp_path: Path) -> None:
-    make = [sys.executable, "tools/make_shards.py", "scenes", "--per-shard", "100"]
-    for name, count, seed in (("train", 300, 1), ("val", 20, 9)):
-        command = [*make, "--count", str(count), "--seed", str(seed), "--out", str(tmp_path / name)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for name, count, seed in (("train", "300", "1"), ("val", "20", "9")):
+        size = ["--per-shard", "100", "--count", count, "--seed", seed]
+        program("tools/make_shards.py", "scenes", *size, "--out", tmp_path / name)
     start(
         tmp_path / "run",
         "data.source=shards",

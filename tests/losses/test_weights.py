@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ REGULATIONS = {
     "light ones removed, other mass": Regulation(0.0, 6.0, 6.0, negative_mass=0.5, drop_below=0.9),
     "infonce": Regulation(0.0, 0.0, 0.0),
     "even with less mass": Regulation(0.0, 0.0, 0.0, negative_mass=0.03),
+    "even with a teacher": Regulation(0.5, 0.0, 0.0, negative_mass=0.3),
 }
+ALL_REMOVED = Regulation(0.0, 0.0, 0.0, drop_below=1.5)
 
 
 def features() -> dict[str, torch.Tensor]:
@@ -171,10 +174,11 @@ def assert_log_is_record(
     log: dict[str, float], record: tuple[Weighed, Weighed], data: dict[str, torch.Tensor], regulation: Regulation
 ) -> None:
     images, texts = record
-    assert log["negative_mass_log"] == pytest.approx((images.mass + texts.mass) / 2, rel=1e-14, abs=1e-15)
-    mean = (images.mean_log_weight + texts.mean_log_weight) / 2
-    if regulation.drop_below is None:  # else both directions keep different numbers of pairs
-        assert log["pmi_negative_target"] == pytest.approx(-mean, rel=1e-13, abs=1e-15)
+    if images.pairs and (regulation.drop_below or 1) <= 1:  # in both directions as many anchors have some that weighs
+        assert log["negative_mass_log"] == pytest.approx((images.mass + texts.mass) / 2, rel=1e-13, abs=1e-15)
+    if images.pairs and regulation.drop_below is None:  # and as many pairs weigh
+        mean = (images.mean_log_weight + texts.mean_log_weight) / 2
+        assert log["pmi_negative_target"] == pytest.approx(-mean, rel=1e-12, abs=1e-14)
     assert log["negatives"] * images.anchors == pytest.approx(images.pairs, rel=1e-14)
     assert log == pytest.approx(information(data, regulation, SCALE), rel=1e-11, abs=1e-11)
 
@@ -185,6 +189,19 @@ def test_the_log_says_what_the_record_says(name: str, backend: str) -> None:
     data, regulation = features(), REGULATIONS[name]
     log = logged(data, regulation, slice(None), backend)
     assert_log_is_record(log, weighed(data, regulation), data, regulation)
+
+
+def random_case(seed: int) -> tuple[dict[str, torch.Tensor], Regulation, int]:
+    """A batch whose ids often agree, settings, and where its pairs are parted between two ranks."""
+    g = np.random.default_rng(seed)
+    n = int(g.integers(2, 16))
+    made = [torch.from_numpy(g.standard_normal((n, width)) + 0.3) for width in (6, 6, 4, 4)]
+    made = [torch.nn.functional.normalize(x, dim=1) for x in made]
+    alpha, drop = float(g.choice([0, 0.3, 1])), float(g.choice([0, 0.4, 0.9])) or None
+    regulation = Regulation(alpha, *g.uniform(0, 12, 2).tolist(), float(g.choice([1.0, 0.2])), drop)
+    names = ("image", "text", "teacher_image", "teacher_text")
+    ids = torch.from_numpy(g.integers(0, 2 * n, (n, 2)))
+    return dict(zip(names, made, strict=True)) | {"ids": ids}, regulation, int(g.integers(1, n))
 
 
 def test_removing_negatives_leaves_what_infonce_is_told_by() -> None:
@@ -199,17 +216,35 @@ def test_removing_negatives_leaves_what_infonce_is_told_by() -> None:
 
 
 def log_and_record(rank: int, folder: Path) -> None:
-    data = features()
-    part = slice(0, 8) if rank == 0 else slice(8, None)
-    found = {n: (logged(data, r, part, "streaming"), weighed(data, r, part)) for n, r in REGULATIONS.items()}
+    every = [(features(), regulation, 8) for regulation in (*REGULATIONS.values(), ALL_REMOVED)]
+    every += map(random_case, range(20))
+    found = []
+    for data, regulation, border in every:
+        part = slice(border, None) if rank else slice(0, border)
+        record = weighed(data, regulation, part, tile=1024)
+        found.append((logged(data, regulation, part, "streaming"), record, data, regulation))
+        for one, other in zip(weighed(data, regulation, part, tile=3), record, strict=True):
+            assert one.mass == pytest.approx(other.mass, rel=1e-12, abs=1e-12, nan_ok=True)
     torch.save(found, folder / f"{rank}.pt")
 
 
 def test_the_log_says_what_the_record_says_on_two_ranks(tmp_path: Path) -> None:
     on_ranks(2, log_and_record, tmp_path)
-    for rank in range(2):
-        for name, (log, record) in torch.load(tmp_path / f"{rank}.pt", weights_only=False).items():
-            assert_log_is_record(log, record, features(), REGULATIONS[name])
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert len(found[0]) == len(REGULATIONS) + 21
+    for (log, record, data, regulation), (other, *_) in zip(*found, strict=True):
+        assert log == other
+        assert_log_is_record(log, record, data, regulation)
+        for got, expected in zip(record, quiet_dense(data, regulation), strict=True):
+            for name in ("effective", "effective_share", "mass", "shape", "mean_log_weight"):
+                assert getattr(got, name) == pytest.approx(expected[name], rel=1e-9, abs=1e-9, nan_ok=True), name
+
+
+def quiet_dense(data: dict[str, torch.Tensor], regulation: Regulation) -> list[dict[str, Any]]:
+    """Also where no negative weighs, and means are NaN."""
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dense(data, regulation, SCALE, LOWEST)
 
 
 SHARPNESS = st.floats(0, 40) | st.sampled_from([0.0, 1.0, 100.0])
@@ -271,9 +306,7 @@ def test_every_tile_has_the_weights_of_the_dense_matrix(
 def test_reductions_equal_the_dense_matrix(case: tuple[dict[str, torch.Tensor], Regulation, int]) -> None:
     data, regulation, size = case
     assume(regulation.drop_below is None or not near_the_bound(data, regulation))
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # means of nothing
-        expected, wanted = dense(data, regulation, SCALE, LOWEST), information(data, regulation, SCALE)
+    expected, wanted = quiet_dense(data, regulation), information(data, regulation, SCALE)
     record = weighed(data, regulation, tile=size)
     for got, known in zip(record, expected, strict=True):
         assert (got.anchors, got.pairs) == (known["anchors"], known["pairs"])

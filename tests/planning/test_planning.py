@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
+from starting import program
 
 from sacl_ds.command_line import exit_status
 from sacl_ds.config import RunConfig
@@ -295,10 +295,9 @@ def test_what_is_seen_of_memory() -> None:
 def test_real_ranks_hold_and_send_what_the_formulas_say(root: Path, tmp_path: Path) -> None:
     """Two ranks, ZeRO 2 in one pass and 3 in four, through the tool: within 15 %, traffic within 1 %."""
     record = tmp_path / "measured.json"
-    line = [sys.executable, "tools/measure_scaling.py", "--size", "small", "--worlds", "2", "--docs", str(record)]
+    line = ["tools/measure_scaling.py", "--size", "small", "--worlds", "2", "--docs", record]
     for case in (["--stages", "2", "--itc"], ["--stages", "3", "--micro-batches", "4"]):
-        done = subprocess.run([*line, *case], cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        program(*line, *case)
     rows = json.loads(record.read_text())["rows"]
     assert [(row["case"]["micro_batches"], row["case"]["stage"]) for row in rows] == [(1, 2), (4, 3)]
     for row in rows:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 from faulty import going
 from killing import Death, Log, Paces, Plan, kill, plans
 from safetensors.torch import load_file
-from starting import ROOT, SMALL, run_script
+from starting import SMALL, program
 
 from sacl_ds import provenance
 from sacl_ds.faults.ending import Exit, Status, read_status
@@ -138,7 +136,7 @@ def killed_run(folder: Path, chain: list[Plan], settings: list[str]) -> tuple[li
         print(told[-1].line(len(told)), flush=True)
     plan = chain[-1]
     last = ["--ds_config", f"ds_configs/zero{plan.stage}.json", f"output_dir={folder}", *settings, "--resume"]
-    run_script("pretrain", last, plan.ranks)
+    program("launch/pretrain.py", *last, ranks=plan.ranks)
     assert trained_lines(folder)[: len(kept)] == kept
     return told, digests
 
@@ -198,7 +196,7 @@ def page_of(told: list[Told], difference: Difference, seed: int) -> str:
 
 def whole_run(folder: Path, settings: list[str]) -> Path:
     """On one rank, never stopped."""
-    run_script("pretrain", ["--ds_config", "ds_configs/zero1.json", f"output_dir={folder}", *settings])
+    program("launch/pretrain.py", "--ds_config", "ds_configs/zero1.json", f"output_dir={folder}", *settings)
     return folder
 
 
@@ -221,8 +219,7 @@ def test_three_kills(tmp_path: Path) -> None:
 def test_fifty_kills(tmp_path: Path) -> None:
     """The tiny preset on shards. SACL_KILLS_SEED: of all that is random here; SACL_KILLS_PAGE: a file for the log."""
     seed = int(os.environ.get("SACL_KILLS_SEED", "0"))
-    make = [sys.executable, "tools/make_shards.py", "scenes", "--per-shard", "90", "--count", "250"]
-    subprocess.run([*make, "--out", str(tmp_path / "shards")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    program("tools/make_shards.py", "scenes", "--per-shard", "90", "--count", "250", "--out", tmp_path / "shards")
     data = ["data.source=shards", f"data.shards={tmp_path}/shards/{{00000..00002}}.tar"]
     whole_run(tmp_path / "first", [*TRAINED, *data, "teacher.steps=30", "train.steps=1"])
     settings = [*TRAINED, *data, f"teacher.checkpoint={tmp_path}/first/teacher", "train.steps=160"]

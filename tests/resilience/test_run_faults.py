@@ -10,7 +10,7 @@ import psutil
 import pytest
 from faulty import going
 from safetensors.torch import load_file, save_file
-from starting import ROOT, losses, start
+from starting import ROOT, SCENES, losses, start
 
 from sacl_ds.data.scenes import Scenes, place_of
 from sacl_ds.faults.ending import Exit, read_status
@@ -129,7 +129,7 @@ def test_asked_to_stop(asked: int, tmp_path: Path) -> None:
 def captions_of(key: str) -> list[str]:
     place = place_of(key)
     assert place is not None
-    return Scenes(3000, place[0])[place[1]].captions
+    return Scenes(SCENES, place[0])[place[1]].captions
 
 
 def spoil(run: Path, word: str) -> None:

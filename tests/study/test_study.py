@@ -3,7 +3,6 @@
 import csv
 import itertools
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starting import program
 
 from sacl_ds.analysis.calibration import sharpness_for
 from sacl_ds.errors import UserError
@@ -274,13 +274,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def command(out: Path, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "tools/study.py", "--plan", str(out / "plan.yaml"), "--out", str(out), *more]
-    return subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=300)
+def command(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return program("tools/study.py", "--plan", out / "plan.yaml", "--out", out, *more, check=False)
 
 
-def test_a_study_runs_once_and_is_kept(study: Path, root: Path) -> None:
-    done = command(study, root, "--processes", "2")
+def test_a_study_runs_once_and_is_kept(study: Path) -> None:
+    done = command(study, "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(", seed ") == 14  # eight arms, of which two are the same, of two seeds
     found = finished(plan(), Folder(study))
@@ -289,7 +288,7 @@ def test_a_study_runs_once_and_is_kept(study: Path, root: Path) -> None:
     assert 0 < found["student", 0]["found"]["alpha"] < 1
     assert found["constant", 1]["logit_scale"] == pytest.approx(30)
     kept = (study / "trials.jsonl").read_text()
-    again = command(study, root)
+    again = command(study)
     assert again.returncode == 0
     assert ", seed " not in again.stdout.split("| arm")[0]
     assert (study / "trials.jsonl").read_text() == kept
@@ -325,8 +324,8 @@ def test_a_lost_trial_is_made_again_the_same(study: Path) -> None:
         (["--plan", "nowhere.yaml"], "nowhere.yaml cannot be read: No such file or directory"),
     ],
 )
-def test_mistakes_on_the_command_line(line: list[str], said: str, study: Path, root: Path) -> None:
-    done = command(study, root, *line)
+def test_mistakes_on_the_command_line(line: list[str], said: str, study: Path) -> None:
+    done = command(study, *line)
     assert done.returncode != 0
     assert said in done.stderr + done.stdout
     assert "Traceback" not in done.stderr

@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from starting import program
 
 from sacl_ds.data.scene_language import COLOUR, COLOURS, PLACE, SHAPE, SHAPES
 from sacl_ds.data.scenes import Scenes
@@ -151,8 +150,6 @@ def test_bad_plans_are_one_line(tmp_path: Path, root: Path) -> None:
     shipped = read_plan(root / "launch/configs/patches_study.yaml")
     with pytest.raises(UserError, match="no arm of the plan is called 'vqa'"):
         shipped.only(["vqa"], None)
-    done = subprocess.run(
-        [sys.executable, "tools/study_patches.py", "--processes", "0"], cwd=root, capture_output=True, text=True
-    )
+    done = program("tools/study_patches.py", "--processes", "0", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("--processes 0: at least 1")

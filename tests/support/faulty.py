@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ranks import free_port, prepared
-from starting import SMALL, _run
+from deepspeed import DeepSpeedEngine
+from starting import SMALL, begin
 
 from sacl_ds.telemetry.metrics import read
 
@@ -60,6 +61,18 @@ class Going:
         return psutil.Process(self.pid(rank)).children(recursive=True)
 
 
+def dying(at: int) -> None:
+    """From here on this process gets kill -9 where an engine would make its step number `at`."""
+    step = DeepSpeedEngine.step
+
+    def last(engine: DeepSpeedEngine, *arguments: Any, **options: Any) -> Any:
+        if engine.global_steps == at - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(engine, *arguments, **options)
+
+    DeepSpeedEngine.step = last
+
+
 @contextmanager
 def going(
     folder: Path,
@@ -74,16 +87,11 @@ def going(
     mounts: a process whose file systems they see.
     """
     line = ["--ds_config", f"ds_configs/zero{stage}.json", f"output_dir={folder}", *settings, *arguments]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory() as said:
         out, err = Path(said, "out"), Path(said, "err")
         out.touch()
         err.touch()
-        processes = []
-        for rank in range(ranks):
-            env = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            processes.append(prepared().Process(target=_run, args=("pretrain", line, env, out, err, mounts)))
-            processes[-1].start()
+        processes = begin(["launch/pretrain.py", *line], ranks, out, err, mounts=mounts)
         run = Going(folder, processes, out, err)
         try:
             yield run

@@ -9,7 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +26,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@cache
 def prepared() -> multiprocessing.context.ForkServerContext:
     """Where processes come from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sacl_ds.training.pretrain", "sacl_ds.evaluation.held_out", "deepspeed", "tiny"])
+    context.set_forkserver_preload(["preloaded"])
+    # the server looks for it in its environment's path alone, and says nothing where it is not found
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     return context
 
 
@@ -38,6 +53,7 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _enter(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    assert "preloaded" in sys.modules
     torch.set_num_threads(1)
     os.environ |= {
         "DS_ACCELERATOR": "cpu",

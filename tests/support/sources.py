@@ -6,17 +6,15 @@ import csv
 import gzip
 import io
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as arrow
 from PIL import Image
 from pyarrow import parquet
+from starting import program
 
-ROOT = Path(__file__).parents[2]
 # awkward ones first: quotes, commas, a line break, other scripts, a tab
 CAPTIONS = [['He said "no", twice', "second\nline"], ["Ein Mädchen — 女孩 🙂"], ["tab\tinside", "'single'", "x"]]
 
@@ -97,13 +95,7 @@ KINDS = {
 
 def run(tool: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A tool as a user runs it, from this checkout."""
-    path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(ROOT)]))
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
+    return program(f"tools/{tool}.py", *arguments, env=environment, check=False)
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:

@@ -9,7 +9,7 @@ import downstream_files
 import pytest
 from documented import assert_documented, said
 from saved import saved_run
-from starting import run_script
+from starting import program
 
 from sacl_ds.config.finetune import TASKS
 from sacl_ds.telemetry.metrics import read
@@ -30,7 +30,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
 
 def tune(pretrained: Path, task: str, folder: Path, *arguments: str, check: bool = True):
     line = ["--task", task, "--ds_config", "ds_configs/zero2.json", f"checkpoint={pretrained}", *FILES]
-    return run_script("finetune", [*line, f"output_dir={folder / 'run'}", *arguments], check=check)
+    return program("launch/finetune.py", *line, f"output_dir={folder / 'run'}", *arguments, check=check)
 
 
 @pytest.mark.parametrize(("task", "settings"), [(task, task) for task in TASKS], indirect=["settings"])

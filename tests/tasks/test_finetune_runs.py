@@ -2,16 +2,14 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from faulty import dying
 from safetensors import safe_open
 from saved import saved_run
-from starting import ROOT, losses, run_script
+from starting import losses, program
 
 from sacl_ds.config.finetune import TASKS
 from sacl_ds.telemetry.metrics import read
@@ -35,7 +33,7 @@ def tuned(pretrained: Path, tmp_path_factory: pytest.TempPathFactory):
     def run(task: str, ranks: int = 1, stage: int = 2, *arguments: str) -> Path:
         folder = base / f"{task}-{ranks}-{stage}-{len(arguments)}"
         line = ["--task", task, "--ds_config", f"ds_configs/zero{stage}.json", f"checkpoint={pretrained}"]
-        run_script("finetune", [*line, f"output_dir={folder}", *FEW, *arguments], ranks)
+        program("launch/finetune.py", *line, f"output_dir={folder}", *FEW, *arguments, ranks=ranks)
         return folder
 
     return run
@@ -79,7 +77,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(task: str, tuned, tmp_pat
     expected = results(folder)
     for ranks in (1, 2, 3):
         out = tmp_path / str(ranks)
-        run_script("evaluate", [f"checkpoint={folder}", f"output_dir={out}"], ranks)
+        program("launch/evaluate.py", f"checkpoint={folder}", f"output_dir={out}", ranks=ranks)
         assert results(out) == pytest.approx(expected, abs=1e-5)
         for name in FILES[task] - {"gallery.png"}:
             assert (out / name).read_text() == (folder / name).read_text()
@@ -111,20 +109,9 @@ def test_resume_goes_on_as_if_never_stopped(pretrained: Path, tuned, tmp_path: P
     folder = tmp_path / "stopped"
     arguments = ["--task", "nlvr2", "--ds_config", "ds_configs/zero2.json", f"checkpoint={pretrained}", *FEW]
     arguments += ["train.save_every=4", f"output_dir={folder}"]
-    script = f"""
-import os, sys
-sys.argv = ["finetune.py", *{arguments!r}]
-sys.path.insert(0, "launch")
-from sacl_ds.training import loop
-step = loop.Loop._step
-loop.Loop._step = lambda self, n, *a: os.kill(os.getpid(), 9) if n == 6 else step(self, n, *a)
-import finetune
-finetune.main()
-"""
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"})
-    assert killed.returncode == -9
+    assert program("launch/finetune.py", *arguments, before=partial(dying, 6), check=False).returncode == -9
     assert (folder / "checkpoints/latest").read_text() == "step_00000004"
-    run_script("finetune", [*arguments, "--resume"])
+    program("launch/finetune.py", *arguments, "--resume")
     whole = tuned("nlvr2")
     assert losses(folder) == losses(whole)
     assert results(folder) == results(whole)
@@ -133,16 +120,16 @@ finetune.main()
 
 def test_zero_shot_retrieval_is_the_same_command_without_fine_tuning(pretrained: Path, tmp_path: Path) -> None:
     few = ["data.scenes.eval_count=12", "retrieval.rerank=4", "retrieval.gallery=0"]
-    run_script("evaluate", ["--task", "retrieval", f"checkpoint={pretrained}", f"output_dir={tmp_path}", *few])
+    program("launch/evaluate.py", "--task", "retrieval", f"checkpoint={pretrained}", f"output_dir={tmp_path}", *few)
     found = results(tmp_path)
     assert {"text_to_image_R@1", "image_to_text_R@10", "mean_recall", "reranked_mean_recall"} <= found.keys()
 
 
 def test_a_larger_resolution_interpolates_the_positions(pretrained: Path, tmp_path: Path) -> None:
     line = ["--task", "nlvr2", "--ds_config", "ds_configs/zero2.json", f"checkpoint={pretrained}", *FEW]
-    run_script("finetune", [*line, f"output_dir={tmp_path / 'run'}", "model.image_size=96", "train.steps=2"])
+    program("launch/finetune.py", *line, f"output_dir={tmp_path / 'run'}", "model.image_size=96", "train.steps=2")
     assert "position embeddings interpolated from 3 × 3 patches to 6 × 6" in (tmp_path / "run/start.txt").read_text()
-    run_script("evaluate", [f"checkpoint={tmp_path / 'run'}", f"output_dir={tmp_path / 'looked'}"])
+    program("launch/evaluate.py", f"checkpoint={tmp_path / 'run'}", f"output_dir={tmp_path / 'looked'}")
     assert results(tmp_path / "looked") == pytest.approx(results(tmp_path / "run"), abs=1e-6)
 
 
