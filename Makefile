@@ -1,9 +1,10 @@
-# make pretrain: everything from a fresh clone to a trained model; make test: the tests. Both set up .venv first.
+# make pretrain: everything from a fresh clone to a trained model; make test: the tests that a change is held by while it
+# is made; make test-all: these and the slow ones. All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: venv pretrain test lint soak gpu docs study study-quick clean
+.PHONY: venv pretrain test test-all lint soak gpu docs study study-quick clean
 
 venv: $(VENV)/.ready
 
@@ -20,8 +21,12 @@ $(VENV)/.ready: requirements.txt constraints.txt pyproject.toml
 pretrain: venv
 	deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
 
+# files go to the two processes in the order of tests/conftest.py, those that take longest first
 test: venv
-	python -m pytest -m 'not soak' -n 2 --dist loadfile
+	python -m pytest -m 'not soak and not slow' -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: venv
+	python -m pytest -m 'not soak' -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	ruff check .

@@ -69,7 +69,7 @@ def on_each_rank(rank: int, world: int, folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     """An engine averages over ranks: the features' gradients reach the parameters divided by the world."""
     on_ranks(world, on_each_rank, world, tmp_path)
@@ -133,7 +133,7 @@ def counting_ranks(rank: int, world: int, folder: Path) -> None:
         torch.save(dict(sent), folder / "sent.pt")
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_sent(world: int, tmp_path: Path) -> None:
     """Beside open_clip's gathered local loss, 64 pairs a rank of width 512, the teacher's too."""
     pytest.importorskip("open_clip")

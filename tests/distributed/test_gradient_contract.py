@@ -36,7 +36,7 @@ def plain_ranks(rank: int, world: int, folder: Path) -> None:
             torch.save({name: p.grad for name, p in objective.named_parameters()}, folder / f"{loss}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_float64_without_engine(world: int, tmp_path: Path) -> None:
     on_ranks(world, plain_ranks, world, tmp_path)
     for loss in FLOAT64:
@@ -72,7 +72,7 @@ def engine_ranks(rank: int, world: int, folder: Path) -> None:
             engine.destroy()
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_float32_through_deepspeed(world: int, tmp_path: Path) -> None:
     on_ranks(world, engine_ranks, world, tmp_path)
     for loss in LOSSES:

@@ -81,7 +81,7 @@ def plain_ranks(rank: int, world: int, folder: Path) -> None:
             torch.save((gradients, means), folder / f"{selection}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_whole_batch(world: int, tmp_path: Path) -> None:
     on_ranks(world, plain_ranks, world, tmp_path)
     for selection in SELECTIONS:

@@ -167,7 +167,7 @@ def evaluation_ranks(number: int, folder: Path) -> None:
     torch.save(vars(result) | {"done": sum(done)}, folder / f"{number}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_evaluation(world: int, tmp_path: Path) -> None:
     expected = evaluated(objective("tower").model, 7)
     questions = scene_questions(Scenes(5, seed=1))

@@ -30,7 +30,7 @@ def gathering(rank: int, stage: int, precision: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_weights_are_gathered_in_float32(stage: int, precision: str, tmp_path: Path) -> None:
     on_ranks(2, gathering, stage, precision, tmp_path)
     state = torch.load(tmp_path / "state.pt", weights_only=True)

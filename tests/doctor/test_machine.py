@@ -150,7 +150,9 @@ def test_missing_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stdout.strip() == "no CUDA compiler (nvcc)"
 
 
-@pytest.mark.parametrize("ds_config", [pytest.param("zero2", marks=pytest.mark.soak), "zero3_offload"])
+@pytest.mark.parametrize(
+    "ds_config", [pytest.param("zero2", marks=pytest.mark.soak), pytest.param("zero3_offload", marks=pytest.mark.slow)]
+)
 def test_trains_without_compiler_ninja_or_activation(ds_config: str, root: Path, tmp_path: Path) -> None:
     """PATH holds nothing at all; the interpreter is named by its path."""
     done = launch(

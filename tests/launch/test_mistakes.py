@@ -16,7 +16,7 @@ import pytest
 import torch
 from documented import DOCUMENTED, assert_documented, said
 from PIL import Image
-from starting import ROOT, SMALL, launch, losses, start
+from starting import ROOT, SMALL, launch, losses, program, start
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from sacl_ds.command_line import launcher_option
@@ -182,6 +182,7 @@ def test_a_misspelt_hostfile(tmp_path: Path) -> None:
     assert_documented(said(launch("--ds_config", "ds_configs/zero2.json", *SMALL, options=options), tmp_path))
 
 
+@pytest.mark.slow
 def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
@@ -208,7 +209,7 @@ def test_which_hostfile_the_launcher_was_given(words: str, named: str | None) ->
     "arguments",
     [
         ["train.stepz=5"],
-        ["data.source=shards", "data.shards=/nowhere/{0..2}.tar"],
+        pytest.param(["data.source=shards", "data.shards=/nowhere/{0..2}.tar"], marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_through_the_launcher(arguments: list[str], tmp_path: Path) -> None:
@@ -238,10 +239,8 @@ def test_mistakes_on_the_command_line(arguments: list[str], tmp_path: Path) -> N
 
 
 def answer(*arguments: str) -> str:
-    """What pretrain.py prints on two ranks, without the launcher's own lines."""
-    done = launch(*arguments)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return "\n".join(line for line in done.stdout.splitlines() if not line.startswith("["))
+    """What pretrain.py prints on two ranks."""
+    return program("launch/pretrain.py", *arguments, ranks=2).stdout
 
 
 def test_help_and_questions_are_answered_once() -> None:

@@ -115,6 +115,7 @@ def test_slurm_trains(stand_ins: Path, tmp_path: Path) -> None:
     assert "2 ranks on this cpu" in done.stdout
 
 
+@pytest.mark.slow
 def test_torchrun_trains_alike(tmp_path: Path) -> None:
     """The line of docs/many_nodes.md, with this node alone."""
     page = (ROOT / "docs/many_nodes.md").read_text().replace("\\\n", " ")

@@ -47,7 +47,7 @@ print(json.dumps({"usage": usage, "wgmma": "wgmma" in ptx, "mma": "mma.sync" in 
 """
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize(
     ("kernel", "dtype", "kind"), [("sums_kernel", "bfloat16", "MIXED"), ("gradient_kernel", "bfloat16", "MIXED")]
 )

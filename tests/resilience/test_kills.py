@@ -200,6 +200,7 @@ def whole_run(folder: Path, settings: list[str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_three_kills(tmp_path: Path) -> None:
     settings = [*SMALL, *TRAINED, "teacher.steps=0", "train.steps=12"]
     chain = [

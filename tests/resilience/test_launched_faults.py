@@ -84,7 +84,14 @@ def belonging(folder: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
-@pytest.mark.parametrize("whom", ["deepspeed", "launch.py", "all, as Ctrl-C"])
+@pytest.mark.parametrize(
+    "whom",
+    [
+        "deepspeed",
+        pytest.param("launch.py", marks=pytest.mark.slow),
+        pytest.param("all, as Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
 def test_asking_the_launcher_to_stop(
     whom: str, launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
@@ -108,6 +115,7 @@ def test_asking_the_launcher_to_stop(
     assert status.step == status.checkpoint
 
 
+@pytest.mark.slow
 def test_restarts(launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     """Each rank once killed, the first ahead of any checkpoint: the run goes on by itself, to the same end."""
     folder = tmp_path / "run"
@@ -129,6 +137,7 @@ def test_restarts(launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Pa
     assert len(losses(folder)) == 24
 
 
+@pytest.mark.slow
 def test_restarts_under_torchrun(launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     """Whose own store, by which ranks first met, is not where those that are started anew can meet."""
     folder = tmp_path / "run"
@@ -174,7 +183,7 @@ def go(nodes: Cluster, folder: Path, *arguments: str) -> Running:
     return run
 
 
-@pytest.mark.parametrize("how", ["cut", "killed"])
+@pytest.mark.parametrize("how", [pytest.param("cut", marks=pytest.mark.slow), "killed"])
 def test_a_lost_node(how: str, nodes: Cluster, tmp_path: Path) -> None:
     """Its network is cut for good, or all of its processes are killed: the run ends on both sides, and says why."""
     folder = tmp_path / "run"
@@ -197,6 +206,7 @@ def test_a_lost_node(how: str, nodes: Cluster, tmp_path: Path) -> None:
     assert again.wait(300) == 0, again.text()[-3000:]
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_of_several_nodes(nodes: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = go(nodes, folder)

@@ -28,7 +28,7 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank(lost: int, tmp_path: Path) -> None:
     with going(tmp_path / "run", *LONG) as run:
         run.reach(7)
@@ -102,7 +102,7 @@ def test_a_killed_loader(tmp_path: Path) -> None:
     assert "rank 1" in status.message
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_asked_to_stop(asked: int, tmp_path: Path) -> None:
     """By SIGTERM to one rank: all stop behind the same step, with a checkpoint, and what follows is as without."""
     with going(tmp_path / "run", "train.steps=40", "data.workers=1") as run:
@@ -140,7 +140,7 @@ def spoil(run: Path, word: str) -> None:
     save_file(state, run / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps_that_are_not_finite(stage: int, tmp_path: Path) -> None:
     """A word whose embedding is NaN: the steps that meet it are left out and its samples named, on whichever rank, and
     too many end the run, with the weights as they were."""

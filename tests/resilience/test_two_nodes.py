@@ -40,6 +40,7 @@ def kill_when_saved(nodes: Cluster, run: Running, folder: Path, step: int) -> No
     assert run.wait(30) != 0
 
 
+@pytest.mark.slow
 def test_train_on_two_nodes_then_one_then_two(nodes: Cluster, tmp_path: Path) -> None:
     """Killed after the first and the second checkpoint; equal to one run on one node that nothing stopped."""
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
@@ -74,6 +75,7 @@ while os.environ["RANK"] == "1" or not pathlib.Path("GO").exists():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "ends"), [("-o ServerAliveInterval=1 -o ServerAliveCountMax=2", True), ("", False)]
 )

@@ -70,7 +70,9 @@ def test_a_finished_run_holds_what_it_should(task: str, tuned) -> None:
         assert json.loads(file.metadata()["sacl_ds"])["step"] == best["step"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param("vqa", marks=pytest.mark.slow), *(task for task in TASKS if task != "vqa")]
+)
 def test_evaluation_is_the_same_on_any_number_of_ranks(task: str, tuned, tmp_path: Path) -> None:
     """23 scenes, which neither 2 nor 3 divides; each rank count gives the figures that the run itself ended with."""
     folder = tuned(task)
@@ -91,6 +93,7 @@ def test_ranks_and_stages_train_alike(task: str, tuned) -> None:
     assert losses(tuned(task, 2, 3)) == pytest.approx(losses(one), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_retrieval_trains_alike_on_ranks_and_stages(tuned) -> None:
     """Without ITM, whose negatives come from a rank's own pairs."""
     one, two, three = (tuned("retrieval", *how, "loss.matching_weight=0") for how in ((1, 2), (2, 2), (2, 3)))

@@ -61,7 +61,7 @@ def test_resume_goes_on_to_the_bit(whole: Path, tmp_path: Path) -> None:
         assert all(value.equal(theirs[name]) for name, value in ours.items()), file
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_resume_with_more_ranks(stage: int, whole: Path, tmp_path: Path) -> None:
     folder = stopped(whole, tmp_path / "run")
     start(folder, "--resume", *MOMENTUM, *STEPS, ranks=2, stage=stage)
@@ -115,7 +115,10 @@ def test_a_queue_without_the_teacher_is_not_regulated_later(tmp_path: Path) -> N
     assert_documented(said(done, tmp_path))
 
 
-@pytest.mark.parametrize("arguments", [("train.precision=bf16",), ("--ds_config", "ds_configs/zero3_offload.json")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("train.precision=bf16",), pytest.param(("--ds_config", "ds_configs/zero3_offload.json"), marks=pytest.mark.slow)],
+)
 def test_precision_and_offload(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """The average stays float32, and follows parameters that lie elsewhere."""
     start(tmp_path / "run", *MOMENTUM, "teacher.steps=0", "train.steps=4", "momentum.decay=0", *arguments)

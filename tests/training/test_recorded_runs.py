@@ -160,7 +160,7 @@ def test_a_hardly_noticeable_share_of_a_steep_teacher_trains(tmp_path: Path) -> 
     assert all(np.isfinite(values))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_share_of_false_negatives_sets_where_weights_fall(ranks: int, tmp_path: Path) -> None:
     """Against the teacher's cosines over the first 1024 pairs, taken from the finished run; at any number of ranks."""
     folder = tmp_path / "run"
