@@ -129,6 +129,7 @@ def test_a_disk_without_room() -> None:
     assert "2 checkpoints take" in str(check_space(ROOT, 1000, 2, momentum_bytes=free // 2))
 
 
+@pytest.mark.slow
 def test_a_full_disk_end_to_end(tmp_path: Path) -> None:
     """On a file system of 300 kB, made in a mount namespace of its own."""
     (tmp_path / "small").mkdir()

@@ -107,6 +107,7 @@ def test_without_output_dir_it_stops(stand_ins: Path) -> None:
     assert done.stderr.startswith("error: no output_dir=FOLDER")
 
 
+@pytest.mark.slow
 def test_slurm_trains(stand_ins: Path, tmp_path: Path) -> None:
     settings = [*SMALL, "teacher.steps=0", "train.steps=3", f"output_dir={tmp_path}/run"]
     done = slurm(stand_ins, *settings, tasks=2, per_node=2)
