@@ -9,17 +9,15 @@ It gathers by itself: neither --local-loss nor --gather-with-grad is needed, and
 DistributedDataParallel averages are those of one process with the whole batch.
 """
 
-import torch
 from torch import Tensor
 
-from sacl_ds.losses import similarity_regulated_loss
+from sacl_ds.losses import SimilarityRegulatedLoss
 
 
-class RegulatedClipLoss(torch.nn.Module):
-    def __init__(self, sharpness: float = 3.0) -> None:
-        super().__init__()
-        self.sharpness = sharpness
+class RegulatedClipLoss(SimilarityRegulatedLoss):
+    def __init__(self, sharpness: float = 3.0, **settings) -> None:
+        super().__init__(sharpness=sharpness, **settings)
 
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False):
-        out = similarity_regulated_loss(image_features, text_features, logit_scale, sharpness=self.sharpness)
-        return {"contrastive_loss": out.loss} if output_dict else out.loss
+        loss = super().forward(image_features, text_features, logit_scale)
+        return {"contrastive_loss": loss} if output_dict else loss

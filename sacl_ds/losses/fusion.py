@@ -97,7 +97,7 @@ def hard_negatives(
     generator: torch.Generator | None = None,
     tile: int = 2048,
 ) -> HardNegatives:
-    """For each pair of this rank draw a text and an image that do not belong to it, from the other pairs of this rank.
+    """Draw, for each pair of this rank, a text and an image that do not belong to it from this rank's other pairs.
 
     A negative is drawn with probability proportional to e^(hardness * z), or, with a weighting, to w e^(hardness * z),
     so that what resembles a false negative is not taken for a hard one. With drop_below, w is 1 for what the

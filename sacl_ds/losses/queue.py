@@ -33,7 +33,7 @@ from sacl_ds.losses.regulated import (
     log_weights_of,
     negatives_in_batch,
 )
-from sacl_ds.losses.streaming import Job, least_kept, normalised, row_products, without_autocast
+from sacl_ds.losses.streaming import TileJob, least_kept, normalised, row_products, without_autocast
 from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, tiles_of, wide
 
 
@@ -178,7 +178,7 @@ def keys_loss(
     teacher: tuple[Tensor, Tensor] | None,
     keys: Keys,
     soft_weight: float,
-    job: Job,
+    job: TileJob,
 ) -> ContrastiveOutput:
     """The differentiable loss. features: (image, text) as in `similarity_regulated_loss`; job: with the queue's ids."""
 
@@ -223,7 +223,7 @@ class Direction:
         return Direction(replace(self.anchors, teacher=None), replace(self.batch, teacher=None), queue)
 
 
-def _direction(anchor: Modality, key: Modality, job: Job) -> Direction:
+def _direction(anchor: Modality, key: Modality, job: TileJob) -> Direction:
     def side(features: Tensor, of_teacher: Tensor | None, begin: int, first: int | None) -> Side:
         theirs = None if of_teacher is None else of_teacher.detach()
         return Side(features.detach(), theirs, *job.ids_of(begin, len(features)), first)
@@ -240,7 +240,7 @@ def _direction(anchor: Modality, key: Modality, job: Job) -> Direction:
 
 
 def _row_losses(
-    anchor: Tensor, logit_scale: Tensor, direction: Direction, regulate_queue: bool, job: Job
+    anchor: Tensor, logit_scale: Tensor, direction: Direction, regulate_queue: bool, job: TileJob
 ) -> tuple[Tensor, Tensor | None]:
     """(b,) losses against the keys, differentiable in anchor and logit_scale; and the least r that drop_below keeps."""
     direction = direction.to(job.tiles.feature_dtype(anchor))
@@ -292,7 +292,7 @@ def expected_keys(anchors: Side, keys: Sequence[Side], logit_scale: Tensor) -> T
 class _Rows:
     """Losses of anchors against the keys of the batch and of the queue, and what their gradient needs."""
 
-    def __init__(self, direction: Direction, logit_scale: Tensor, regulate_queue: bool, job: Job) -> None:
+    def __init__(self, direction: Direction, logit_scale: Tensor, regulate_queue: bool, job: TileJob) -> None:
         self.anchors, self.logit_scale, self.tiles = direction.anchors, logit_scale, job.tiles
         first = self.anchors.first
         assert first is not None

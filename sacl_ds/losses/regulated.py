@@ -264,7 +264,7 @@ def similarity_regulated_loss(
     ranks, as under every engine that averages gradients. Raises ValueError for shapes or settings that do not fit.
     """
     from sacl_ds.losses.queue import dense_keys_loss, keys_loss
-    from sacl_ds.losses.streaming import Job, joint_loss
+    from sacl_ds.losses.streaming import TileJob, joint_loss
     from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
 
     regulation = Regulation(
@@ -282,12 +282,12 @@ def similarity_regulated_loss(
         if keys is not None and tiles is None:
             out = dense_keys_loss(features, logit_scale, teacher, pair_ids, keys, soft_weight, regulation, group)
         elif keys is not None and tiles is not None:
-            job = Job.of(image, pair_ids, regulation, tiles, group, known, keys.queue_ids)
+            job = TileJob.of(image, pair_ids, regulation, tiles, group, known, keys.queue_ids)
             out = keys_loss(features, logit_scale, teacher, keys, soft_weight, job)
         elif tiles is None:
             out = dense_loss(features, logit_scale, teacher, pair_ids, regulation, group)
         else:
-            job = Job.of(image, pair_ids, regulation, tiles, group, known)
+            job = TileJob.of(image, pair_ids, regulation, tiles, group, known)
             out, joint = joint_loss(features, logit_scale, teacher, job)
         if statistics:
             if joint is None:

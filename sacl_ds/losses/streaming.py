@@ -69,9 +69,11 @@ class Tiles(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every pass over the tiles needs. counts: pairs per rank; ids, shared: of the pairs of all ranks and then of
-    a queue, from `shared_ids`."""
+class TileJob:
+    """Settings and ids that every pass over the tiles shares.
+
+    counts: pairs per rank; ids, shared: of the pairs of all ranks and then of a queue, from `shared_ids`.
+    """
 
     counts: list[int]
     regulation: Regulation
@@ -90,7 +92,7 @@ class Job:
         group: Group,
         counts: list[int] | None = None,
         queue_ids: Tensor | None = None,
-    ) -> Job:
+    ) -> TileJob:
         """Gather the ids of all ranks, and the counts where they are not known."""
         counts = row_counts(image, group) if counts is None else counts
         if pair_ids is None:
@@ -124,20 +126,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Joint:
-    """What the forward pass of the joint form knows.
+    """Results of the forward pass of the joint form that its backward pass needs.
 
-    images: this rank's pairs; texts: those of all ranks, in rank order. own: (b,) float64 z of this rank's pairs.
-    of_images, of_texts: sums of this rank's images and texts over their negatives (those kept, with drop_below).
-    kept: which those are. image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
+    images: this rank's pairs; texts: those of all ranks, in rank order. kept: the bounds of drop_below, for both.
+    image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
     """
 
-    job: Job
+    job: TileJob
     images: Side
     texts: Side
     logit_scale: Tensor
-    own: Tensor
-    of_images: Sums
-    of_texts: Sums
     kept: Kept | None
     image_anchors: Anchors
     text_anchors: Anchors
@@ -145,9 +143,9 @@ class Joint:
 
 
 def joint_loss(
-    features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
+    features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: TileJob
 ) -> tuple[ContrastiveOutput, Joint]:
-    """The differentiable loss, and what led to it; features: (image, text), as in `similarity_regulated_loss`.
+    """The differentiable loss, and its forward pass; features: (image, text) as in `similarity_regulated_loss`.
 
     The gradient that comes into the loss must be the same on all ranks.
     """
@@ -220,7 +218,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _measure(
-    image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: Job
+    image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: TileJob
 ) -> Joint:
     """The forward pass: gather, sums over tiles, anchors."""
     teacher_image, teacher_text = teacher or (None, None)
@@ -245,15 +243,13 @@ def _measure(
     of_texts = of_texts.part(job.start, len(text))
     image_anchors, text_anchors = (Anchors.of(sums, own, job.regulation) for sums in (of_images, of_texts))
     text_shift = gather_rows(text_anchors.shift.to(wide(image)), job.counts, job.group)
-    return Joint(
-        job, images, texts(), logit_scale, own, of_images, of_texts, kept, image_anchors, text_anchors, text_shift
-    )
+    return Joint(job, images, texts(), logit_scale, kept, image_anchors, text_anchors, text_shift)
 
 
 def without_autocast(
     backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
 ) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
-    """Of an autograd.Function: its products keep their type also where a user runs backward under autocast."""
+    """Keep the types of an autograd.Function's products where a user runs backward under autocast."""
 
     @wraps(backward)
     def exact(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -305,9 +301,9 @@ def _own_first(own: Side, everyone: Callable[[], Side], total: int) -> Iterator[
 
 
 def _all_sums(
-    images: Side, pieces: Iterator[Side], logit_scale: Tensor, job: Job, kept: Kept | None
+    images: Side, pieces: Iterator[Side], logit_scale: Tensor, job: TileJob, kept: Kept | None
 ) -> tuple[Sums, Sums]:
-    """Of this rank's images, and of the texts of all ranks."""
+    """Sums of this rank's images, and of the texts of all ranks."""
     of_images = Sums.empty(len(images), images.features.device)
     of_texts = Sums.empty(sum(job.counts), images.features.device)
     for columns in pieces:
@@ -332,7 +328,11 @@ def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:
 
 
 def _sum_to_owners(
-    gradients: Callable[[int, int, Tensor], None], job: Job, zeros: Callable[..., Tensor], own: Tensor, factor: Tensor
+    gradients: Callable[[int, int, Tensor], None],
+    job: TileJob,
+    zeros: Callable[..., Tensor],
+    own: Tensor,
+    factor: Tensor,
 ) -> Tensor:
     """factor * the gradient of this rank's texts `own`, (b, d) like them.
 

@@ -82,7 +82,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Kept:
-    """For drop_below: the least r_ij of a negative that stays, per row and per column. Those that stay weigh 1."""
+    """Bounds of drop_below: the least r_ij of a negative that stays, per row and column. Those that stay weigh 1."""
 
     rows: Tensor
     columns: Tensor
@@ -261,7 +261,7 @@ class Similarities:
 
 
 class Excluded:
-    """Where in a tile a pair meets itself, or one that shares an id with it."""
+    """Places of a tile where a pair meets itself, or one that shares an id with it."""
 
     def __init__(self, row: Side, column: Side) -> None:
         self.shape = len(row), len(column)

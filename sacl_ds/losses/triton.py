@@ -93,7 +93,7 @@ def _similarity(
 def _excluded(
     row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH: tl.constexpr, ID_COLUMNS: tl.constexpr
 ):
-    """Where a tile leaves the matrix, a pair meets itself, or shares an id. Ids: (ID_COLUMNS, n) int32."""
+    """Mask of what is outside the matrix, a pair with itself, or pairs that share an id. Ids: (ID_COLUMNS, n) int32."""
     out = (rows >= n_rows)[:, None] | (columns >= n_columns)[None, :]
     if SAME_BATCH:
         out = out | (rows[:, None] + offset == columns[None, :])
@@ -344,7 +344,7 @@ def sums(
     both: bool = True,
     kept: Kept | None = None,
 ) -> tuple[Sums, Sums]:
-    """As `tiles.sums`."""
+    """The same as `tiles.sums`."""
     of_rows, of_columns = (Sums.empty(len(side), side.features.device) for side in (rows, columns))
     without_normaliser = regulation.even or kept is not None
     for piece in _pieces(rows, columns, kept, _SUM_PIECE):
@@ -380,7 +380,7 @@ def gradients(
     into: tuple[Tensor, Tensor | None],
     kept: Kept | None = None,
 ) -> None:
-    """As `tiles.gradients`."""
+    """The same as `tiles.gradients`."""
     row_shift, own = shifts[0].float(), own.float()
     both = shifts[1] is not None
     column_shift = row_shift.new_empty(0) if shifts[1] is None else shifts[1].float()

@@ -35,8 +35,10 @@ def drawn(seed: int, n: int) -> Tensor:
     return normalize(torch.randn(n, D, generator=generator, dtype=torch.float64), dim=1)
 
 
-def gradients(backend: str, part: slice, dtype: torch.dtype, soft_weight: float | None, **options) -> list[Tensor]:
-    """Gradients of the pairs in `part`, and of the scale; soft_weight: None without keys."""
+def gradients(
+    backend: str, part: slice, dtype: torch.dtype, soft_weight: float | None, **options
+) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+    """Gradients of the pairs in `part`, and of the scale; and what drop_below keeps. soft_weight: None without keys."""
     image, text = (drawn(seed, N)[part].to(dtype).requires_grad_() for seed in (0, 1))
     teacher = [drawn(seed, N)[part].to(dtype) if options.get("alpha") else None for seed in (2, 3)]
     scale = torch.tensor(14.0, dtype=dtype, requires_grad=True)
@@ -47,8 +49,9 @@ def gradients(backend: str, part: slice, dtype: torch.dtype, soft_weight: float 
         momentum = (drawn(seed, N)[part].to(dtype) for seed in (4, 5))
         keys = Keys(*momentum, *old, queue_ids=torch.tensor([1, 20, 21, 22, 23]))
     options |= {"keys": keys, "soft_weight": soft_weight or 0.0, "backend": backend}
-    similarity_regulated_loss(image, text, scale, *teacher, pair_ids=ids[part], **options).loss.backward()
-    return [image.grad, text.grad, scale.grad]
+    out = similarity_regulated_loss(image, text, scale, *teacher, pair_ids=ids[part], **options)
+    out.loss.backward()
+    return [image.grad, text.grad, scale.grad], out.least_kept
 
 
 def on_each_rank(rank: int, world: int, folder: Path) -> None:
@@ -60,9 +63,9 @@ def on_each_rank(rank: int, world: int, folder: Path) -> None:
         for option, values in OPTIONS.items():
             values = values | ({"counts": COUNTS[world]} if option in TOLD else {})  # else the ranks ask each other
             for soft_weight in (None, 0.0, 0.4):
-                of_image, of_text, of_scale = gradients(name.split(",")[0], part, dtype, soft_weight, **values)
-                dist.all_reduce(of_scale)
-                found[name, option, soft_weight] = [of_image / world, of_text / world, of_scale / world]
+                of_pairs, least = gradients(name.split(",")[0], part, dtype, soft_weight, **values)
+                dist.all_reduce(of_pairs[2])
+                found[name, option, soft_weight] = [gradient / world for gradient in of_pairs], least
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -74,8 +77,12 @@ def test_gradients_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     for name, (_, tolerance) in BACKENDS.items():
         for option, values in OPTIONS.items():
             for soft_weight in (None, 0.0, 0.4):
-                expected = gradients("reference", slice(None), torch.float64, soft_weight, **values)
-                ranks = [of_rank[name, option, soft_weight] for of_rank in found]
+                expected, bounds = gradients("reference", slice(None), torch.float64, soft_weight, **values)
+                ranks, least = zip(*(of_rank[name, option, soft_weight] for of_rank in found), strict=True)
+                assert (bounds is not None) == ("drop_below" in values)
+                if bounds is not None:
+                    for of_ranks, bound in zip(zip(*least, strict=True), bounds, strict=True):
+                        torch.testing.assert_close(torch.cat(of_ranks), bound, rtol=tolerance, atol=tolerance)
                 got = [torch.cat([r[0] for r in ranks]), torch.cat([r[1] for r in ranks]), ranks[0][2]]
                 for a, b in zip(got, expected, strict=True):
                     error = (a.double() - b).abs().max() / b.abs().max()

@@ -3,11 +3,13 @@
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
+from dropped import kept_negatives, same_pairs
 from loss_cases import OPTIONS, assert_agree, features, ids_of, loss_and_gradients
 
-from sacl_ds.losses import Keys, similarity_regulated_loss, tiles
+from sacl_ds.losses import Keys, Regulation, similarity_regulated_loss, tiles
 
 IDS = {"none": 0, "column": 1, "columns": 2}
 
@@ -149,6 +151,33 @@ def test_statistics_do_not_depend_on_the_backend(backend: str) -> None:
     assert figures[0].keys() == figures[1].keys()
     for name, value in figures[1].items():
         assert figures[0][name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["sharp", "dropped", "infonce, dropped"])
+@pytest.mark.parametrize("queue", [None, 0, 29])
+@pytest.mark.parametrize("backend", ["reference", "streaming", "triton"])
+def test_the_least_that_is_kept(backend: str, queue: int | None, name: str) -> None:
+    """Of the negative that drop_below just keeps, from the weights of the whole batch and queue in numpy."""
+    n, options, m = 21, OPTIONS[name], queue or 0
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    pairs, momentum, earlier = ([x.to(dtype) for x in features(*shape)] for shape in ((n, 7, 1), (n, 7, 2), (m, 7, 3)))
+    ids, keys = ids_of(n + m, 2), None
+    if queue is not None:
+        keys = Keys(*momentum[:2], *(earlier if queue else [None] * 4), queue_ids=ids[n:] if queue else None)
+    out = similarity_regulated_loss(
+        *pairs[:2], torch.tensor(14.0), *pairs[2:], pair_ids=ids[:n], backend=backend, keys=keys, **options
+    )
+    if "drop_below" not in options:
+        assert out.least_kept is None
+        return
+    regulation = Regulation(**options, teacher_sharpness=options["sharpness"])
+    compared = pairs[:2] if keys is None else momentum[:2]
+    for bounds, anchor, key in zip(out.least_kept, (0, 1), (1, 0), strict=True):
+        assert (bounds.shape, bounds.dtype) == ((n,), torch.float64)
+        columns = torch.cat([compared[key], earlier[key]])
+        teacher = pairs[2 + anchor], torch.cat([pairs[2 + key], earlier[2 + key]])
+        expected = kept_negatives(pairs[anchor], columns, teacher, same_pairs(ids, n, m), regulation).least
+        np.testing.assert_allclose(bounds.numpy(), expected, rtol=0, atol=1e-5 if backend == "triton" else 1e-12)
 
 
 def test_what_does_not_fit_is_said() -> None:
