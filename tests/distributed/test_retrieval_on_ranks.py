@@ -47,7 +47,7 @@ def on_rank(rank: int, folder: Path) -> None:
             encoded = encode(model, data, seen, retrieving.CPU, BATCH, True, lambda *_: None)
             tops = [rank_candidates(*each, {}, 4).top for each in (
                 (encoded.text, encoded.image), (encoded.image, encoded.text))]  # fmt: skip
-            pairs = match_scores(model, data, seen, retrieving.CPU, encoded, tops[0], tops[1], BATCH)
+            pairs = match_scores(model, data, seen, retrieving.CPU, encoded, (tops[0], tops[1]), BATCH)
         found[name] = {
             "figures": result.figures, "passes": counted, "image": encoded.image, "text": encoded.text, "tops": tops,
             "keys": pairs.keys, "values": pairs.values, "ranking": result.ranking, "captions": encoded.captions,

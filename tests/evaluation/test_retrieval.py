@@ -147,9 +147,8 @@ def test_scores_are_those_of_a_double_loop(selection: dict[str, object]) -> None
             rank_candidates(encoded.image, encoded.text, {}, 5),
         )
         told: list[tuple[str, int, int]] = []
-        pairs = match_scores(
-            model, data, VIEW, retrieving.CPU, encoded, ranked[0].top, ranked[1].top, 4, lambda *x: told.append(x)
-        )
+        candidates = ranked[0].top, ranked[1].top
+        pairs = match_scores(model, data, VIEW, retrieving.CPU, encoded, candidates, 4, lambda *x: told.append(x))
     cosines, matches = retrieving.by_hand(model, VIEW, 11)
     np.testing.assert_allclose(encoded.text @ encoded.image.T, cosines, atol=1e-6)
     wanted = {(text, int(image)) for text in range(44) for image in ranked[0].top[text]}

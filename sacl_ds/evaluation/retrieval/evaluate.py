@@ -71,7 +71,7 @@ def evaluate_retrieval(
         second: tuple[Ranked, Ranked] | None = None
         if rerank > 0:
             images_of, texts_of = to_image.top[:, :rerank], to_text.top[:, :rerank]
-            pairs = match_scores(model, data, view, device, encoded, images_of, texts_of, batch_size, done)
+            pairs = match_scores(model, data, view, device, encoded, (images_of, texts_of), batch_size, done)
             if similarity:
                 pairs = with_similarity(pairs, encoded, similarity * float(model.logit_scale().detach()))
             scores = list(candidate_scores(pairs, images_of, texts_of))

@@ -45,20 +45,20 @@ def match_scores(
     view: View,
     device: torch.device,
     encoded: Encoded,
-    images_of: np.ndarray,
-    texts_of: np.ndarray,
+    candidates: tuple[np.ndarray, np.ndarray],
     batch_size: int,
     done: Done = unseen,
 ) -> PairScores:
-    """Of the candidates of both directions, each pair once; every rank calls it and gets all scores.
+    """Score the candidates of both directions, each pair once; every rank calls it and gets all scores.
 
-    images_of: (m, k) places of images for each text; texts_of: (n, k') for each image. A rank goes through its own
+    candidates: (m, k) indices of images for each text, and (n, k') of texts for each image. A rank goes through its own
     images once more, encodes at most batch_size at a time, and scores at most batch_size of their pairs at a time; all
     ranks run equally many passes. Raises UserError where an image that was there can no longer be read.
     """
     states = encoded.states
     assert states is not None
     m = len(states.lengths)
+    images_of, texts_of = candidates
     for_texts, for_images = images_of * m + np.arange(m)[:, None], np.arange(len(texts_of))[:, None] * m + texts_of
     keys = np.unique(np.concatenate([for_texts.ravel(), for_images.ravel()]))
     bounds = np.searchsorted(keys, np.arange(len(texts_of) + 1) * m)  # where the pairs of each image begin
