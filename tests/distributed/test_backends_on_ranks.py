@@ -69,7 +69,7 @@ def on_each_rank(rank: int, world: int, folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))])
 def test_gradients_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     """An engine averages over ranks: the features' gradients reach the parameters divided by the world."""
     on_ranks(world, on_each_rank, world, tmp_path)

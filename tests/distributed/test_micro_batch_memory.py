@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from ranks import on_ranks
@@ -58,6 +59,7 @@ def measuring(rank: int, pairs: int, file: Path) -> None:
     file.write_text(json.dumps(resident("VmHWM") - before))
 
 
+@pytest.mark.slow
 def test_eight_micro_batches_need_the_memory_of_one(tmp_path: Path) -> None:
     peaks = {1: math.inf, 8: math.inf}
     for _ in range(GOES):

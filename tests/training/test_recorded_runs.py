@@ -1,5 +1,6 @@
 """Records of real runs equal what numpy makes of the same features; they cost no bit of the training itself."""
 
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from sacl_ds.data.sources import training_data
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.losses import Regulation, similarity_regulated_loss
 from sacl_ds.losses.distribution import EDGES
+from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import load_model
-from sacl_ds.model.teacher import load_teacher, teacher_features
+from sacl_ds.model.teacher import Teacher, load_teacher, teacher_features
 from sacl_ds.telemetry.metrics import read
 from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES, read_figures, read_lowest
 
@@ -35,14 +37,19 @@ def batch_of(run: RunConfig, folder: Path, step: int) -> Batch:
     return next(islice(iter(loader), 1))
 
 
+@cache
+def models_of(folder: Path) -> tuple[SaclModel, RunConfig, Teacher]:
+    model, run, _ = load_model(folder, "output_dir")
+    return model.eval(), run, load_teacher(str(folder / "teacher"), torch.device("cpu"))
+
+
 @torch.no_grad()
 def features_of(folder: Path, step: int) -> tuple[dict[str, np.ndarray], Batch]:
-    model, run, _ = load_model(folder, "output_dir")
-    model.eval()
+    model, run, teacher = models_of(folder)
     batch = batch_of(run, folder, step)
     _, image = model.encode_image(batch.images)
     _, text = model.encode_text(batch.input_ids, batch.attention_mask)
-    teacher_image, teacher_text = teacher_features(load_teacher(str(folder / "teacher"), torch.device("cpu")), batch)
+    teacher_image, teacher_text = teacher_features(teacher, batch)
     named = {"image": image, "text": text, "teacher_image": teacher_image, "teacher_text": teacher_text}
     return {name: x.numpy() for name, x in named.items()} | {"ids": batch.pair_ids.numpy()}, batch
 
