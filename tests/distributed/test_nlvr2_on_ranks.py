@@ -132,7 +132,7 @@ def test_through_deepspeed(world: int, tmp_path: Path) -> None:
     states = {}
     for path in sorted(tmp_path.glob("*.pt")):
         gradients, states[path.stem] = torch.load(path, weights_only=True)
-        assert_gradients(gradients, expected_of(path.stem[:-1])[0], 1e-4)
+        assert_gradients(gradients, expected_of(path.stem[:-1])[0], 2e-4)
     assert states.keys() == {"none0", "none1", "none2", "none3", "output3", "tower3"}
     start = objective("none").model.state_dict()
     for stage in range(4):

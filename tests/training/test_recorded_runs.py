@@ -154,7 +154,7 @@ def test_a_resumed_run_has_the_records_of_one_that_never_stopped(tmp_path: Path)
 def test_a_hardly_noticeable_share_of_a_steep_teacher_trains(tmp_path: Path) -> None:
     """Without the student's term: weights are flat up to a similarity, here 0.23, and fall steeply from there."""
     settings = ["loss.sharpness=0", "loss.teacher_sharpness=200", "loss.alpha_start=1e-20", "loss.alpha_end=1e-20"]
-    start(tmp_path / "run", *CONTRASTIVE_ONLY, *settings, "train.steps=12")
+    start(tmp_path / "run", *CONTRASTIVE_ONLY, *settings, "train.steps=12", "data.scenes.count=3000")
     assert (tmp_path / "run/teacher/model.safetensors").exists()
     rows = read_figures(tmp_path / "run")
     assert {(row["alpha"], row["sharpness"], row["teacher_sharpness"]) for row in rows} == {(1e-20, 0.0, 200.0)}
