@@ -6,6 +6,7 @@ which samples a global batch holds depends on `GlobalOrder` alone, with any numb
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,9 @@ class BatchLoader(Generic[Made]):
         """End the workers, which would else only do so when they are next asked for something."""
         begun: Any = self._loader._iterator
         if begun is not None and self._loader.num_workers:
-            begun._shutdown_workers()
+            # a worker that was killed is ended as well: torch raises this wherever the process is when it hears of it
+            with contextlib.suppress(RuntimeError):
+                begun._shutdown_workers()
             for worker in begun._workers:
                 worker.kill()
 

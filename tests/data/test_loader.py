@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import signal
 import tarfile
 import time
 from collections import Counter
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tars import batches, global_keys, jpeg, sample, write_tar, write_tars
+from tars import batches, global_keys, jpeg, loader, sample, write_tar, write_tars
 from webdataset import TarWriter
 
 from sacl_ds.data.batch import Batch, duplicates
@@ -265,3 +267,25 @@ def test_filters_leave_the_other_captions_of_a_sample(tmp_path: Path) -> None:
     captions = Counter(int(caption) for batch in served for caption in batch.pair_ids[:, 1])
     assert len(captions) == 2
     assert min(captions.values()) > 5
+
+
+def test_a_worker_that_is_killed_while_the_loader_closes(uneven: str) -> None:
+    """What torch raises on its SIGCHLD takes the place of no error that is under way."""
+    made = loader(uneven, workers=2)
+    next(iter(made))
+    begun = made._loader._iterator
+    shut_down = begun._shutdown_workers
+    killed = begun._workers[0]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    killed.kill()
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+
+    def heard() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        shut_down()
+
+    begun._shutdown_workers = heard
+    made.close()
+    for worker in begun._workers:
+        worker.join(10)
+        assert not worker.is_alive()

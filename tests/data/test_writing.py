@@ -13,6 +13,7 @@ import pyarrow as arrow
 import pytest
 import sources
 from pyarrow import parquet
+from starting import ROOT
 
 from sacl_ds.data.making.record import BrokenSample, Record
 from sacl_ds.data.making.record_lists import table_records
@@ -69,8 +70,8 @@ def test_another_list_of_the_same_length_is_refused(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     arguments = pairs(tmp_path / "in", 300)
-    tool = [sys.executable, str(sources.ROOT / "tools/make_shards.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(sources.ROOT)}
+    tool = [sys.executable, str(ROOT / "tools/make_shards.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.Popen([*tool, "--out", str(tmp_path / "out")], env=environment, stderr=subprocess.DEVNULL)
     while killed.poll() is None and len(list((tmp_path / "out").glob("*.tar"))) < 3:
         time.sleep(0.002)
@@ -213,7 +214,7 @@ def peak_memory(folder: Path, count: int, caption: str) -> int:
             columns = {"path": [f"{n % 4}.jpg" for n in numbers], "caption": [f"{n} {caption}" for n in numbers]}
             writer.write_table(arrow.table(columns))
     arguments = ["--table", folder / "t.parquet", "--images", folder, "--out", folder / "out", "--per-shard", "10000"]
-    tool = [sys.executable, str(sources.ROOT / "tools/make_shards.py"), "table", *map(str, arguments)]
+    tool = [sys.executable, str(ROOT / "tools/make_shards.py"), "table", *map(str, arguments)]
     # a child starts with the peak of whoever starts it: here a small process, not this one
     starter = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
@@ -221,7 +222,7 @@ def peak_memory(folder: Path, count: int, caption: str) -> int:
     )
     # what threads' arenas and pools happen to keep is no growth
     steady = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    environment = {**os.environ, "PYTHONPATH": str(sources.ROOT), **steady}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **steady}
     done = subprocess.run([sys.executable, "-c", starter, *tool], env=environment, check=True, stdout=subprocess.PIPE)
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
