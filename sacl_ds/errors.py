@@ -40,6 +40,24 @@ class SharedError(UserError):
     """One that every rank raises alike, so that one of them is enough to say it."""
 
 
+class CannotLoad(UserError):
+    """A model or tokenizer, by hub name or folder, that a library failed to load."""
+
+    def __init__(self, setting: str, name: str, error: Exception) -> None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        if _exists(Path(name)):
+            message = f"{setting}={name} cannot be loaded: {reason}"
+        elif name.startswith(("/", ".", "~")):
+            message = f"{setting}={name}: no such folder; correct the path"
+        else:
+            message = (
+                f"{setting}={name}: no folder of that name, and the hub cannot be reached or lacks it; without "
+                f"network, fetch it elsewhere and give the local folder ({reason[:120]})"
+            )
+        super().__init__(message)
+
+
 class Fault(RuntimeError):
     """Of the machine, the network or another process, in one line: nothing that the user wrote, so that a restart may
     help."""
@@ -47,20 +65,6 @@ class Fault(RuntimeError):
 
 class Stopped(Exception):
     """The run was asked to stop and has, behind a checkpoint. The message says what asked, and where it stands."""
-
-
-def cannot_load(setting: str, name: str, error: Exception) -> UserError:
-    """For a model or tokenizer, by hub name or folder, that a library failed to load."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0].rstrip(".") if lines else type(error).__name__
-    if _exists(Path(name)):
-        return UserError(f"{setting}={name} cannot be loaded: {reason}")
-    if name.startswith(("/", ".", "~")):
-        return UserError(f"{setting}={name}: no such folder; correct the path")
-    return UserError(
-        f"{setting}={name}: no folder of that name, and the hub cannot be reached or lacks it; without network, "
-        f"fetch it elsewhere and give the local folder ({reason[:120]})"
-    )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sacl_ds.data.draws import words
-from sacl_ds.errors import UserError, cannot_load
+from sacl_ds.errors import CannotLoad, UserError
 
 # loader workers are the parallelism; threads inside a forked one would only warn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -97,7 +97,7 @@ class Tokenizer:
         try:
             fast = AutoTokenizer.from_pretrained(str(name_or_folder), use_fast=True, trust_remote_code=False)
         except Exception as error:  # the library's own, of which some are plain Exceptions
-            raise cannot_load(setting, str(name_or_folder), error) from None
+            raise CannotLoad(setting, str(name_or_folder), error) from None
         missing = [name for name in SPECIAL if getattr(fast, name, None) is None]
         if missing:
             raise UserError(

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from sacl_ds.distributed import Group, gather_rows, rank, row_counts, world_size
 from sacl_ds.losses.regulated import (
     ContrastiveOutput,
     Regulation,
@@ -33,7 +32,7 @@ from sacl_ds.losses.regulated import (
     log_weights_of,
     negatives_in_batch,
 )
-from sacl_ds.losses.streaming import TileJob, least_kept, normalised, row_products, without_autocast
+from sacl_ds.losses.streaming import GlobalBatch, TileJob, least_kept, normalised, row_products, without_autocast
 from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, tiles_of, wide
 
 
@@ -82,61 +81,52 @@ class Keys:
 
 class Modality(NamedTuple):
     """The images of all pairs, or their texts. features, momentum: (b, d) this rank's, of the trained model and of the
-    momentum model; queue: (m, d); teacher: (b, d_t); queue_teacher: (m, d_t)."""
+    momentum model; teacher: (b, d_t). keys: (N, d) of the momentum model, of all ranks; teacher_keys: (N, d_t) of the
+    teacher. queue: (m, d); queue_teacher: (m, d_t)."""
 
     features: Tensor
     momentum: Tensor
-    queue: Tensor | None
     teacher: Tensor | None
+    keys: Tensor
+    teacher_keys: Tensor | None
+    queue: Tensor | None
     queue_teacher: Tensor | None
 
 
-def modalities(
-    features: tuple[Tensor, Tensor], keys: Keys, teacher: tuple[Tensor, Tensor] | None
-) -> tuple[Modality, Modality]:
-    """Images and texts."""
-    t_image, t_text = teacher or (None, None)
+def modalities(batch: GlobalBatch, keys: Keys) -> tuple[Modality, Modality]:
+    """Images and texts. batch: which has sent `key_image`, `key_text`, `teacher_image`, `teacher_text`."""
+    image, text = batch.teacher or (None, None)
+    images, texts = (batch["key_image"], batch.get("teacher_image")), (batch["key_text"], batch.get("teacher_text"))
     return (
-        Modality(features[0], keys.image, keys.queue_image, t_image, keys.queue_teacher_image),
-        Modality(features[1], keys.text, keys.queue_text, t_text, keys.queue_teacher_text),
+        Modality(batch.image, keys.image, image, *images, keys.queue_image, keys.queue_teacher_image),
+        Modality(batch.text, keys.text, text, *texts, keys.queue_text, keys.queue_teacher_text),
     )
 
 
 def dense_keys_loss(
-    features: tuple[Tensor, Tensor],
-    logit_scale: Tensor,
-    teacher: tuple[Tensor, Tensor] | None,
-    pair_ids: Tensor | None,
-    keys: Keys,
-    soft_weight: float,
-    regulation: Regulation,
-    group: Group,
+    batch: GlobalBatch, logit_scale: Tensor, keys: Keys, soft_weight: float, regulation: Regulation
 ) -> ContrastiveOutput:
     """`regulated.dense_loss` against separate keys, and with soft targets: the specification of `keys_loss`."""
-    b, device = len(features[0]), features[0].device
-    dtype = wide(features[0])
-    counts = row_counts(features[0], group)
-    start = sum(counts[: rank(group)])
-    negatives = negatives_in_batch(b, start, pair_ids, counts, group, device)
-    n = negatives.shape[1]
+    dtype, start = batch.image.dtype, batch.start
+    negatives = negatives_in_batch(batch)
+    b, n = negatives.shape
     if keys.queue_text is not None:
         earlier = negatives.new_ones(b, len(keys.queue_text))
-        if pair_ids is not None and keys.queue_ids is not None:
-            mine, theirs = pair_ids.view(b, -1), keys.queue_ids.view(len(keys.queue_text), -1)
+        if batch.ids is not None and keys.queue_ids is not None:
+            mine, theirs = batch.ids[start : start + b], keys.queue_ids.view(len(keys.queue_text), -1)
             earlier = ~(mine[:, None] == theirs[None]).any(-1)
         negatives = torch.cat([negatives, earlier], 1)
 
     def losses(anchor: Modality, key: Modality) -> tuple[Tensor, Tensor]:
-        every_key = [gather_rows(key.momentum, counts, group)] + ([] if key.queue is None else [key.queue])
-        columns = torch.cat(every_key).detach().to(dtype)
-        cosine = anchor.features.to(dtype) @ columns.T
+        columns = torch.cat([key.keys] + ([] if key.queue is None else [key.queue])).detach().to(dtype)
+        cosine = anchor.features @ columns.T
         of_teacher = None
-        if anchor.teacher is not None and key.teacher is not None:
-            theirs = [gather_rows(key.teacher, counts, group)]
+        if anchor.teacher is not None and key.teacher_keys is not None:
+            theirs = [key.teacher_keys]
             if key.queue is not None:  # an unregulated queue needs no teacher: any similarity does
-                blank = key.teacher.new_zeros(len(key.queue), key.teacher.shape[1])
+                blank = key.teacher_keys.new_zeros(len(key.queue), key.teacher_keys.shape[1])
                 theirs.append(blank if key.queue_teacher is None else key.queue_teacher)
-            of_teacher = anchor.teacher.to(dtype) @ torch.cat(theirs).to(dtype).T
+            of_teacher = anchor.teacher @ torch.cat(theirs).to(dtype).T
         log_similarity = regulation.log_similarity(cosine.detach(), of_teacher)
         together = [negatives] if keys.regulate_queue else list(negatives.split([n, negatives.shape[1] - n], 1))
         regulated, least = log_weights_of(log_similarity[:, : together[0].shape[1]], together[0], regulation)
@@ -151,11 +141,10 @@ def dense_keys_loss(
         believed = anchor.momentum.detach().to(dtype) @ columns.T * logit_scale.detach().to(dtype)
         return (1 - soft_weight) * hard + soft_weight * _dense_soft_losses(logits, believed, negatives, start), least
 
-    image, text = modalities(features, keys, teacher)
+    image, text = modalities(batch, keys)
     (of_images, least_images), (of_texts, least_texts) = losses(image, text), losses(text, image)
-    own = 0.5 * (of_images + of_texts).sum()
     return ContrastiveOutput(
-        own * (world_size(group) / sum(counts)),
+        (of_images + of_texts).sum() * batch.share,
         of_images.detach(),
         of_texts.detach(),
         None if regulation.drop_below is None else (least_images, least_texts),
@@ -172,15 +161,8 @@ def _dense_soft_losses(logits: Tensor, believed: Tensor, negatives: Tensor, star
     return -(q * log_p.masked_fill(~candidates, 0.0)).sum(1)
 
 
-def keys_loss(
-    features: tuple[Tensor, Tensor],
-    logit_scale: Tensor,
-    teacher: tuple[Tensor, Tensor] | None,
-    keys: Keys,
-    soft_weight: float,
-    job: TileJob,
-) -> ContrastiveOutput:
-    """The differentiable loss. features: (image, text) as in `similarity_regulated_loss`; job: with the queue's ids."""
+def keys_loss(logit_scale: Tensor, keys: Keys, soft_weight: float, job: TileJob) -> ContrastiveOutput:
+    """The differentiable loss. job: with the queue's ids, and a batch as in `modalities`."""
 
     def losses(anchor: Modality, key: Modality) -> tuple[Tensor, Tensor | None]:
         direction = _direction(anchor, key, job)
@@ -194,10 +176,12 @@ def keys_loss(
         soft = _soft_losses(even, anchor, logit_scale, direction)
         return (1 - soft_weight) * hard + soft_weight * soft, least
 
-    image, text = modalities(features, keys, teacher)
+    image, text = modalities(job.batch, keys)
     (of_images, least_images), (of_texts, least_texts) = losses(image, text), losses(text, image)
     least = None if least_images is None or least_texts is None else (least_images, least_texts)
-    return ContrastiveOutput((of_images + of_texts).sum() * job.share, of_images.detach(), of_texts.detach(), least)
+    return ContrastiveOutput(
+        (of_images + of_texts).sum() * job.batch.share, of_images.detach(), of_texts.detach(), least
+    )
 
 
 @dataclass(frozen=True)
@@ -228,15 +212,10 @@ def _direction(anchor: Modality, key: Modality, job: TileJob) -> Direction:
         theirs = None if of_teacher is None else of_teacher.detach()
         return Side(features.detach(), theirs, *job.ids_of(begin, len(features)), first)
 
-    everyones_teacher = None if key.teacher is None else gather_rows(key.teacher, job.counts, job.group)
-    queue = None
+    start, queue = job.batch.start, None
     if key.queue is not None:
-        queue = side(key.queue, None if key.teacher is None else key.queue_teacher, sum(job.counts), None)
-    return Direction(
-        side(anchor.features, anchor.teacher, job.start, job.start),
-        side(gather_rows(key.momentum, job.counts, job.group), everyones_teacher, 0, 0),
-        queue,
-    )
+        queue = side(key.queue, None if key.teacher is None else key.queue_teacher, len(key.keys), None)
+    return Direction(side(anchor.features, anchor.teacher, start, start), side(key.keys, key.teacher_keys, 0, 0), queue)
 
 
 def _row_losses(

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sacl_ds.distributed import Group, gather_rows, gather_rows_with_grad, rank, row_counts, world_size
+from sacl_ds.distributed import Group, rank, world_size
 
 if TYPE_CHECKING:  # these build on Regulation
     from sacl_ds.losses.queue import Keys
-    from sacl_ds.losses.streaming import Tiles
+    from sacl_ds.losses.streaming import GlobalBatch, Tiles
 
 BACKENDS = ("auto", "reference", "streaming", "triton")
 
@@ -131,59 +131,43 @@ class ContrastiveOutput:
     statistics: dict[str, Tensor] | None = None
 
 
-def dense_loss(
-    features: tuple[Tensor, Tensor],
-    logit_scale: Tensor,
-    teacher: tuple[Tensor, Tensor] | None,
-    pair_ids: Tensor | None,
-    regulation: Regulation,
-    group: Group,
-) -> ContrastiveOutput:
-    """The loss as its equations read; features: (image, text); arguments as in `similarity_regulated_loss`."""
-    image, text = features
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    counts = row_counts(image, group)
-    start = sum(counts[: rank(group)])
-    image, text = image.to(dtype), text.to(dtype)
-    both = gather_rows_with_grad(torch.cat([image, text], 1), counts, group)
-    all_image, all_text = both.split(image.shape[1], 1)
-    negatives = negatives_in_batch(len(image), start, pair_ids, counts, group, image.device)
+def dense_loss(batch: GlobalBatch, logit_scale: Tensor, regulation: Regulation) -> ContrastiveOutput:
+    """The loss as its equations read.
 
+    batch: of float32 or float64 features, whose `image`, `text` and, where there is a teacher, `teacher_image` and
+    `teacher_text` have been sent with gradient.
+    """
+    image, text = batch.image, batch.text
+    every_teacher = batch.get("teacher_image"), batch.get("teacher_text")
+    negatives = negatives_in_batch(batch)
     teacher_cosines: tuple[Tensor | None, Tensor | None] = (None, None)
-    if teacher is not None:
-        t_image, t_text = (side.detach().to(dtype) for side in teacher)
-        all_t = gather_rows(torch.cat([t_image, t_text], 1), counts, group)
-        all_t_image, all_t_text = all_t.split(t_image.shape[1], 1)
-        teacher_cosines = (t_image @ all_t_text.T, t_text @ all_t_image.T)
+    if batch.teacher is not None and every_teacher[0] is not None and every_teacher[1] is not None:
+        t_image, t_text = batch.teacher
+        teacher_cosines = (t_image @ every_teacher[1].T, t_text @ every_teacher[0].T)
 
     losses, least = [], []
-    for cosine, teacher_cosine in zip((image @ all_text.T, text @ all_image.T), teacher_cosines, strict=True):
+    for cosine, teacher_cosine in zip((image @ batch["text"].T, text @ batch["image"].T), teacher_cosines, strict=True):
         log_similarity = regulation.log_similarity(cosine.detach(), teacher_cosine)
         log_weights, bound = log_weights_of(log_similarity, negatives, regulation)
         log_weights = log_weights + math.log(regulation.negative_mass)
-        losses.append(anchor_losses(cosine * logit_scale.to(dtype), log_weights, start))
+        losses.append(anchor_losses(cosine * logit_scale.to(image.dtype), log_weights, batch.start))
         least.append(bound)
-    own = 0.5 * (losses[0] + losses[1]).sum()
     return ContrastiveOutput(
-        own * (world_size(group) / sum(counts)),
+        (losses[0] + losses[1]).sum() * batch.share,
         losses[0].detach(),
         losses[1].detach(),
         None if regulation.drop_below is None else (least[0], least[1]),
     )
 
 
-def negatives_in_batch(
-    rows: int, start: int, pair_ids: Tensor | None, counts: list[int], group: Group, device: torch.device
-) -> Tensor:
-    """(rows, global batch) bool: which pairs are negatives of this rank's, whose first is pair `start`."""
-    columns = torch.arange(sum(counts), device=device)
-    mask = columns[None, :] != (start + columns[:rows])[:, None]
-    if pair_ids is None:
-        return mask
-    ids = pair_ids.view(rows, -1)
-    everyone = gather_rows(ids, counts, group)
-    for column in range(ids.shape[1]):
-        mask &= ids[:, column, None] != everyone[None, :, column]
+def negatives_in_batch(batch: GlobalBatch) -> Tensor:
+    """(b, N) bool: which of all pairs are negatives of this rank's."""
+    mine = slice(batch.start, batch.start + len(batch.image))
+    columns = torch.arange(sum(batch.counts), device=batch.image.device)
+    mask = columns[None, :] != columns[mine, None]
+    if batch.ids is not None:
+        for ids in batch.ids.unbind(1):
+            mask &= ids[mine, None] != ids[None, :]
     return mask
 
 
@@ -264,7 +248,8 @@ def similarity_regulated_loss(
     ranks, as under every engine that averages gradients. Raises ValueError for shapes or settings that do not fit.
     """
     from sacl_ds.losses.queue import dense_keys_loss, keys_loss
-    from sacl_ds.losses.streaming import TileJob, joint_loss
+    from sacl_ds.losses.streaming import GlobalBatch, TileJob, joint_loss, row_products
+    from sacl_ds.losses.tiles import wide
     from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
 
     regulation = Regulation(
@@ -277,25 +262,35 @@ def similarity_regulated_loss(
         raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
     known = _checked_counts(counts, image, group)
     tiles = _tiles(backend, image)
-    features, joint = (image, text), None
     with torch.autocast(image.device.type, enabled=False):
-        if keys is not None and tiles is None:
-            out = dense_keys_loss(features, logit_scale, teacher, pair_ids, keys, soft_weight, regulation, group)
-        elif keys is not None and tiles is not None:
-            job = TileJob.of(image, pair_ids, regulation, tiles, group, known, keys.queue_ids)
-            out = keys_loss(features, logit_scale, teacher, keys, soft_weight, job)
+        if tiles is None:
+            image, text = image.to(wide(image)), text.to(wide(image))
+            teacher = teacher and (teacher[0].to(image), teacher[1].to(image))
+        # what all ranks have to know of this one's pairs
+        of_images, of_texts = teacher or (None, None)
+        rows: dict[str, Tensor | None] = {"text": text, "teacher_text": of_texts}
+        if keys is not None:
+            rows |= {"text": text if statistics else None, "teacher_image": of_images}
+            rows |= {"key_image": keys.image, "key_text": keys.text}
         elif tiles is None:
-            out = dense_loss(features, logit_scale, teacher, pair_ids, regulation, group)
+            rows |= {"image": image, "teacher_image": of_images}
         else:
-            job = TileJob.of(image, pair_ids, regulation, tiles, group, known)
-            out, joint = joint_loss(features, logit_scale, teacher, job)
+            dtype = tiles.feature_dtype(image)
+            rows["cosine"] = row_products(image.detach().to(dtype), text.detach().to(dtype))
+        batch = GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, known, with_grad=tiles is None)
+        joint = None
+        if keys is not None and tiles is None:
+            out = dense_keys_loss(batch, logit_scale, keys, soft_weight, regulation)
+        elif keys is not None and tiles is not None:
+            out = keys_loss(logit_scale, keys, soft_weight, TileJob.of(batch, regulation, tiles, keys.queue_ids))
+        elif tiles is None:
+            out = dense_loss(batch, logit_scale, regulation)
+        else:
+            out, joint = joint_loss(logit_scale, TileJob.of(batch, regulation, tiles))
         if statistics:
-            if joint is None:
-                contrast = Contrast.of_batch(image, text, teacher, pair_ids, group)
-            else:
-                contrast = Contrast(joint.images, joint.texts, group)
-            figures = mutual_information(WeightTiles(contrast, regulation), float(logit_scale.detach()))
-            out = replace(out, statistics=figures)
+            contrast = Contrast.of(batch) if joint is None else Contrast(joint.images, joint.texts, group)
+            weights = WeightTiles(contrast, regulation)
+            out = replace(out, statistics=mutual_information(weights, float(logit_scale.detach())))
     return out
 
 

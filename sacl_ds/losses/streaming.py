@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, wraps
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid, pad, softplus
 from sacl_ds.distributed import (
     Group,
     gather_rows,
+    gather_rows_with_grad,
     max_over_ranks,
     rank,
     row_counts,
@@ -69,48 +70,73 @@ class Tiles(Protocol):
 
 
 @dataclass(frozen=True)
-class TileJob:
-    """Settings and ids that every pass over the tiles shares.
+class GlobalBatch:
+    """This rank's b pairs, and what is known of the N pairs of all ranks. Losses gather features here alone.
 
-    counts: pairs per rank; ids, shared: of the pairs of all ranks and then of a queue, from `shared_ids`.
+    image, text: (b, d) this rank's features; teacher: its (b, d_t) features of both. counts: pairs of each rank; start:
+    position of this rank's first. ids: (N, k) int64, or None. Further rows of all ranks, (N, ...) in rank order, by
+    the name under which they were sent: `batch["text"]` waits for them, `batch.get` gives None for what was not sent.
     """
 
+    image: Tensor
+    text: Tensor
+    teacher: tuple[Tensor, Tensor] | None
     counts: list[int]
+    start: int
+    group: Group
+    ids: Tensor | None
+    sent: dict[str, Tensor | Callable[[], Tensor]]
+
+    @classmethod
+    def gather(
+        cls,
+        features: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor] | None,
+        pair_ids: Tensor | None,
+        group: Group,
+        rows: dict[str, Tensor | None],
+        counts: list[int] | None = None,
+        with_grad: bool = False,
+    ) -> GlobalBatch:
+        """Ask all ranks of `group`, which all call it. rows: (b, ...) to be sent by name; with_grad: and sent back."""
+        image, text = features
+        counts = row_counts(image, group) if counts is None else counts
+        ids = None if pair_ids is None else gather_rows(pair_ids.view(len(image), -1), counts, group)
+        send = gather_rows_with_grad if with_grad else start_gather_rows
+        sent = {name: send(each, counts, group) for name, each in rows.items() if each is not None}
+        return cls(image, text, teacher, counts, sum(counts[: rank(group)]), group, ids, sent)
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = self.sent[name]
+        return rows if isinstance(rows, Tensor) else rows()
+
+    def get(self, name: str) -> Tensor | None:
+        return self[name] if name in self.sent else None
+
+    @property
+    def share(self) -> float:
+        """Loss scale 0.5 * world / global batch; data-parallel averaging then gives the mean over the global batch."""
+        return 0.5 * len(self.counts) / sum(self.counts)
+
+
+@dataclass(frozen=True)
+class TileJob:
+    """What every pass over the tiles shares. ids, shared: of the batch and then of a queue, from `shared_ids`."""
+
+    batch: GlobalBatch
     regulation: Regulation
     tiles: Tiles
-    group: Group
     ids: Tensor | None = None
     shared: Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        image: Tensor,
-        pair_ids: Tensor | None,
-        regulation: Regulation,
-        tiles: Tiles,
-        group: Group,
-        counts: list[int] | None = None,
-        queue_ids: Tensor | None = None,
-    ) -> TileJob:
-        """Gather the ids of all ranks, and the counts where they are not known."""
-        counts = row_counts(image, group) if counts is None else counts
-        if pair_ids is None:
-            return cls(counts, regulation, tiles, group)
-        ids = gather_rows(pair_ids.view(len(image), -1), counts, group)
+    def of(cls, batch: GlobalBatch, regulation: Regulation, tiles: Tiles, queue_ids: Tensor | None = None) -> TileJob:
+        ids = batch.ids
+        if ids is None:
+            return cls(batch, regulation, tiles)
         if queue_ids is not None:
             ids = torch.cat([ids, queue_ids.view(-1, ids.shape[1])])
-        return cls(counts, regulation, tiles, group, *shared_ids(ids))
-
-    @cached_property
-    def start(self) -> int:
-        """Position of this rank's first pair in the global batch."""
-        return sum(self.counts[: rank(self.group)])
-
-    @cached_property
-    def share(self) -> float:
-        """Loss scale 0.5 * world / global batch; data-parallel averaging then gives the mean over the global batch."""
-        return 0.5 * world_size(self.group) / sum(self.counts)
+        return cls(batch, regulation, tiles, *shared_ids(ids))
 
     def ids_of(self, start: int, length: int) -> tuple[Tensor | None, Tensor | None]:
         """Ids and shared of `length` pairs from `start` on."""
@@ -128,8 +154,8 @@ class TileJob:
 class Joint:
     """Results of the forward pass of the joint form that its backward pass needs.
 
-    images: this rank's pairs; texts: those of all ranks, in rank order. kept: the bounds of drop_below, for both.
-    image_anchors, text_anchors: this rank's. text_shift: (N,), of all ranks' texts.
+    images, image_anchors: this rank's; texts, text_anchors: those of all ranks, in rank order. kept: the bounds of
+    drop_below, for both.
     """
 
     job: TileJob
@@ -139,24 +165,27 @@ class Joint:
     kept: Kept | None
     image_anchors: Anchors
     text_anchors: Anchors
-    text_shift: Tensor
+
+    @property
+    def own(self) -> Anchors:
+        """This rank's texts as anchors."""
+        return self.text_anchors.part(self.job.batch.start, len(self.images))
 
 
-def joint_loss(
-    features: tuple[Tensor, Tensor], logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: TileJob
-) -> tuple[ContrastiveOutput, Joint]:
-    """The differentiable loss, and its forward pass; features: (image, text) as in `similarity_regulated_loss`.
+def joint_loss(logit_scale: Tensor, job: TileJob) -> tuple[ContrastiveOutput, Joint]:
+    """The differentiable loss, and its forward pass.
 
-    The gradient that comes into the loss must be the same on all ranks.
+    job: whose batch has sent `text`, `teacher_text` where there is a teacher, and `cosine`, of each image with its
+    text, (b,) float64. The gradient that comes into the loss must be the same on all ranks.
     """
-    image, text = features
+    batch = job.batch
     with torch.no_grad():
-        joint = _measure(image.detach(), text.detach(), logit_scale.detach(), teacher, job)
-    loss = _JointLoss.apply(image, text, logit_scale, joint)
-    of_images, of_texts = (anchors.loss.to(loss.dtype) for anchors in (joint.image_anchors, joint.text_anchors))
+        joint = _measure(logit_scale.detach(), job)
+    loss = _JointLoss.apply(batch.image, batch.text, logit_scale, joint)
+    of_images, of_texts = (anchors.loss.to(loss.dtype) for anchors in (joint.image_anchors, joint.own))
     least = None
     if joint.kept is not None:
-        least = joint.kept.rows, joint.kept.columns[job.start : job.start + len(text)]
+        least = joint.kept.rows, joint.kept.columns[batch.start : batch.start + len(batch.text)]
     return ContrastiveOutput(loss, of_images, of_texts, least), joint
 
 
@@ -194,6 +223,9 @@ class Anchors:
         shift = (logsigmoid(margin) - sums.weighted).masked_fill(alone, -torch.inf)
         return cls(margin, softplus(margin, threshold=80.0), margin.sigmoid(), shift)
 
+    def part(self, start: int, length: int) -> Anchors:
+        return Anchors(*(x[start : start + length] for x in (self.margin, self.loss, self.pull, self.shift)))
+
 
 def normalised(logs: Tensor | float, sums: Sums, regulation: Regulation) -> Tensor:
     """Divide by the mean of 1 / s_ij over each anchor's negatives: (n,) float64 log w_ij where `logs` is r_ij.
@@ -217,33 +249,38 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(x.to(dtype) * y.to(dtype)).sum(1).double() for x, y in parts])
 
 
-def _measure(
-    image: Tensor, text: Tensor, logit_scale: Tensor, teacher: tuple[Tensor, Tensor] | None, job: TileJob
-) -> Joint:
-    """The forward pass: gather, sums over tiles, anchors."""
-    teacher_image, teacher_text = teacher or (None, None)
-    arriving = [None if t is None else start_gather_rows(t, job.counts, job.group) for t in (text, teacher_text)]
-    images, own_texts = job.side(image, teacher_image, job.start), job.side(text, teacher_text, job.start)
+def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
+    """The forward pass: sums over tiles, anchors. This rank's texts come first: the others' may be on their way."""
+    batch, regulation = job.batch, job.regulation
+    teacher_image, teacher_text = batch.teacher or (None, None)
+    images, own_texts = (
+        job.side(features.detach(), teacher, batch.start)
+        for features, teacher in ((batch.image, teacher_image), (batch.text, teacher_text))
+    )
 
     @cache
     def texts() -> Side:
-        features, theirs = (None if wait is None else wait() for wait in arriving)
-        assert features is not None
-        return job.side(features, theirs, 0)
+        return job.side(batch["text"], batch.get("teacher_text"), 0)
 
     def sums(kept: Kept | None = None) -> tuple[Sums, Sums]:
-        return _all_sums(images, _own_first(own_texts, texts, sum(job.counts)), logit_scale, job, kept)
+        return _all_sums(images, _own_first(own_texts, texts, sum(batch.counts)), logit_scale, job, kept)
 
-    own = row_products(images.features, own_texts.features) * logit_scale.double()
     of_images, of_texts = sums()
     kept = None
-    if job.regulation.drop_below is not None:
-        kept = Kept(least_kept(of_images, job.regulation), least_kept(of_texts, job.regulation))
+    if regulation.drop_below is not None:
+        kept = Kept(least_kept(of_images, regulation), least_kept(of_texts, regulation))
         of_images, of_texts = sums(kept)
-    of_texts = of_texts.part(job.start, len(text))
-    image_anchors, text_anchors = (Anchors.of(sums, own, job.regulation) for sums in (of_images, of_texts))
-    text_shift = gather_rows(text_anchors.shift.to(wide(image)), job.counts, job.group)
-    return Joint(job, images, texts(), logit_scale, kept, image_anchors, text_anchors, text_shift)
+    positive = batch["cosine"] * logit_scale.double()
+    mine = positive[batch.start : batch.start + len(images)]
+    return Joint(
+        job,
+        images,
+        texts(),
+        logit_scale,
+        kept,
+        Anchors.of(of_images, mine, regulation),
+        Anchors.of(of_texts, positive, regulation),
+    )
 
 
 def without_autocast(
@@ -264,7 +301,7 @@ class _JointLoss(torch.autograd.Function):
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, joint: Joint) -> Tensor:
         ctx.joint = joint
         ctx.save_for_backward(image, text, logit_scale)  # for their shapes, and to notice changes in place
-        total = (joint.image_anchors.loss + joint.text_anchors.loss).sum() * joint.job.share
+        total = (joint.image_anchors.loss + joint.own.loss).sum() * joint.job.batch.share
         return total.to(wide(image))
 
     @staticmethod
@@ -273,19 +310,20 @@ class _JointLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         joint: Joint = ctx.joint
         image, text, logit_scale = ctx.saved_tensors
-        own = -(joint.image_anchors.pull + joint.text_anchors.pull)
+        own = -(joint.image_anchors.pull + joint.own.pull)
         into_images = torch.zeros_like(image, dtype=wide(image))
+        text_shift = joint.text_anchors.shift.to(into_images.dtype)
 
         def gradients(start: int, stop: int, into_texts: Tensor) -> None:
             kept = None if joint.kept is None else joint.kept.part(slice(None), slice(start, stop))
-            shifts = joint.image_anchors.shift, joint.text_shift[start:stop]
+            shifts = joint.image_anchors.shift, text_shift[start:stop]
             columns, into = joint.texts.part(start, stop), (into_images, into_texts)
             joint.job.tiles.gradients(
                 joint.images, columns, joint.logit_scale, joint.job.regulation, shifts, own, into, kept
             )
 
-        share = upstream * joint.job.share
-        of_text = _sum_to_owners(gradients, joint.job, into_images.new_zeros, text, share * logit_scale)
+        share = upstream * joint.job.batch.share
+        of_text = _sum_to_owners(gradients, joint.job.batch, into_images.new_zeros, text, share * logit_scale)
         of_scale = (row_products(image, into_images).sum() * share).to(logit_scale.dtype)
         of_image = into_images.mul_(share * logit_scale).to(image.dtype)
         return of_image, of_text, of_scale.view_as(logit_scale), None
@@ -305,14 +343,14 @@ def _all_sums(
 ) -> tuple[Sums, Sums]:
     """Sums of this rank's images, and of the texts of all ranks."""
     of_images = Sums.empty(len(images), images.features.device)
-    of_texts = Sums.empty(sum(job.counts), images.features.device)
+    of_texts = Sums.empty(sum(job.batch.counts), images.features.device)
     for columns in pieces:
         assert columns.first is not None
         some = None if kept is None else kept.part(slice(None), slice(columns.first, columns.first + len(columns)))
         row_sums, column_sums = job.tiles.sums(images, columns, logit_scale, job.regulation, True, some)
         of_images.add(row_sums)
         of_texts.add(column_sums, columns.first)
-    return of_images, sums_over_ranks(of_texts, wide(images.features), job.group)
+    return of_images, sums_over_ranks(of_texts, wide(images.features), job.batch.group)
 
 
 def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:
@@ -329,7 +367,7 @@ def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:
 
 def _sum_to_owners(
     gradients: Callable[[int, int, Tensor], None],
-    job: TileJob,
+    batch: GlobalBatch,
     zeros: Callable[..., Tensor],
     own: Tensor,
     factor: Tensor,
@@ -339,7 +377,7 @@ def _sum_to_owners(
     gradients(start, stop, into) adds this rank's part for texts start..stop. A share of every rank's texts at a time:
     one share's sum over ranks travels while the next is computed, and only that much is held in float32.
     """
-    counts, world, width = job.counts, world_size(job.group), own.shape[1]
+    counts, world, width = batch.counts, len(batch.counts), own.shape[1]
     share = -(-max(counts) // _GRADIENT_PARTS)
     if world == 1 and own.dtype == factor.dtype:
         share = counts[0]
@@ -353,7 +391,7 @@ def _sum_to_owners(
                 gradients(start, start + length, into[owner, :length])
         if arriving is not None:
             sums.append(arriving())
-        arriving = start_sum_to_owners(into.mul_(factor).to(own.dtype), job.group)
+        arriving = start_sum_to_owners(into.mul_(factor).to(own.dtype), batch.group)
     assert arriving is not None
     sums.append(arriving())
-    return (sums[0] if len(sums) == 1 else torch.cat(sums))[: counts[rank(job.group)]]
+    return (sums[0] if len(sums) == 1 else torch.cat(sums))[: len(own)]

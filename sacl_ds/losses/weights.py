@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from sacl_ds.distributed import Group, gather_rows, rank, row_counts, sum_over_ranks
+from sacl_ds.distributed import Group, sum_over_ranks
 from sacl_ds.losses.regulated import Regulation, log_weights_of
-from sacl_ds.losses.streaming import normalised, row_products, shared_ids, sums_over_ranks
+from sacl_ds.losses.streaming import GlobalBatch, normalised, row_products, shared_ids, sums_over_ranks
 from sacl_ds.losses.tiles import Excluded, Side, Sums, wide
 
 # |log s| up to which e^r of all pairs, and sums of it, stay within the range of the type
@@ -69,18 +69,21 @@ class Contrast:
         image, text: (b, d) this rank's unit features; b may differ between ranks. teacher: its (b, d_t) unit features.
         pair_ids: (b,) or (b, k) int64; a match in any column means that two pairs are no negatives of each other.
         """
-        counts = row_counts(image, group)
-        start = sum(counts[: rank(group)])
-        mine = slice(start, start + len(image))
+        rows = {"text": text, "teacher_text": None if teacher is None else teacher[1]}
+        return cls.of(GlobalBatch.gather((image, text), teacher, pair_ids, group, rows))
+
+    @classmethod
+    def of(cls, batch: GlobalBatch) -> Contrast:
+        """batch: which has sent `text` and, where there is a teacher, `teacher_text`."""
+        mine = slice(batch.start, batch.start + len(batch.image))
         ids = shared = own_ids = own_shared = None
-        if pair_ids is not None:
-            ids, shared = shared_ids(gather_rows(pair_ids.view(len(image), -1), counts, group))
+        if batch.ids is not None:
+            ids, shared = shared_ids(batch.ids)
             own_ids, own_shared = ids[mine], shared[mine]
-        teacher_image = teacher_text = None
-        if teacher is not None:
-            teacher_image, teacher_text = teacher[0].detach(), gather_rows(teacher[1], counts, group)
-        images = Side(image.detach(), teacher_image, own_ids, own_shared, start)
-        return cls(images, Side(gather_rows(text, counts, group), teacher_text, ids, shared, 0), group)
+        teacher_image = None if batch.teacher is None else batch.teacher[0].detach()
+        images = Side(batch.image.detach(), teacher_image, own_ids, own_shared, batch.start)
+        texts = Side(batch["text"].detach(), batch.get("teacher_text"), ids, shared, 0)
+        return cls(images, texts, batch.group)
 
     @property
     def start(self) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ChineseC
 
 from sacl_ds.data.batch import View
 from sacl_ds.data.pictures import Picture
-from sacl_ds.errors import UserError, cannot_load
+from sacl_ds.errors import CannotLoad, UserError
 from sacl_ds.model.saved import identity_of
 
 _MODELS = {"clip": CLIPModel, "chinese_clip": ChineseCLIPModel}
@@ -76,7 +76,7 @@ class ClipTeacher:
         except UserError:
             raise
         except Exception as error:  # as in `Tokenizer.load`
-            raise cannot_load(setting, name_or_folder, error) from None
+            raise CannotLoad(setting, name_or_folder, error) from None
         crop = processor.crop_size if processor.do_center_crop else processor.size
         if not crop or crop.get("height") != crop.get("width"):
             raise UserError(f"{setting}={name_or_folder}: its preprocessing does not end in square images")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sacl_ds.config import MomentumConfig
+from sacl_ds.data.batch import Batch
 from sacl_ds.distributed import gather_rows, row_counts
 from sacl_ds.errors import UserError
-from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.sacl import SaclModel, autocast, predicted_tokens
 
 _AVERAGE, _QUEUE, _SIZE, _TEACHER = "average.", "queue.", "size", "teacher"
 _BYTES, _BYTES_IDS = 4, 3 * 8  # of a float32; of image, caption and group
@@ -35,6 +36,16 @@ class Momentum:
         self.settings, self.teacher = settings, teacher
         self.average = copy.deepcopy(model).requires_grad_(False).eval().to(device)
         self.queue = Queue(settings.queue_size)
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch, tokens: bool, precision: str) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """The average's (b, d) features of images and captions, and, where `tokens`, its (n, vocabulary) logits of the
+        masked tokens, whose images are as it sees them. precision: of the products, as `train.precision` names it."""
+        model = self.average
+        with autocast(batch.images.device, precision):
+            text_states, text = model.encode_text(batch.input_ids, batch.attention_mask, batch.token_places)
+            image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
+            return (image, text), predicted_tokens(model, image_states, batch) if tokens else None
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, Tensor]]) -> None:

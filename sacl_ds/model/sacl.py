@@ -1,4 +1,7 @@
-"""The model: image, text and fusion encoders with their heads (design of ALBEF; no loss, no state but parameters)."""
+"""The model: image, text and fusion encoders with their heads, and how a batch of pre-training goes through them.
+
+The design is ALBEF's. No loss, no state but parameters.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sacl_ds.config import ModelConfig
+from sacl_ds.data.batch import Batch, places_of
+from sacl_ds.data.text import IGNORED
 from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.errors import UserError
+from sacl_ds.model.indexing import take
 from sacl_ds.model.initialisation import initialise
-from sacl_ds.model.text import FusionEncoder, MaskedLanguageHead, TextEncoder, bert_config
+from sacl_ds.model.text import FusionEncoder, MaskedLanguageHead, Packing, TextEncoder, bert_config
 from sacl_ds.model.vision import ImageEncoder, ImageStates
 
 MAX_LOGIT_SCALE = 100.0
@@ -186,3 +192,76 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context for a pass that no engine runs (teacher, momentum model, evaluation): what `train.precision` means to
     the engine, products in half precision; parameters and sums stay float32."""
     return torch.autocast(device.type, _HALF.get(precision, torch.bfloat16), enabled=precision in _HALF)
+
+
+def encoded_texts(model: SaclModel, batch: Batch, masked: bool) -> Tensor:
+    """States of the captions, (b, L, width), followed, where `masked`, by those of the masked captions: (2b, L, width).
+
+    Padding is not computed where the batch says which tokens are real.
+    """
+    ids, mask, places = batch.input_ids, batch.attention_mask, batch.token_places
+    if masked:
+        assert batch.masked_ids is not None
+        ids, mask = torch.cat([ids, batch.masked_ids]), mask.repeat(2, 1)
+        places = _stacked([places, places], batch.input_ids)
+    return model.text_encoder(ids, mask, places)
+
+
+def masked_texts(model: SaclModel, batch: Batch) -> Tensor:
+    """(b, L, width) states of the masked captions."""
+    assert batch.masked_ids is not None
+    return model.text_encoder(batch.masked_ids, batch.attention_mask, batch.token_places)
+
+
+def fused_texts(
+    model: SaclModel, image_states: ImageStates, text_states: Tensor, hard: tuple[Tensor, Tensor] | None, batch: Batch
+) -> Tensor:
+    """All that ITM and MLM need of the fusion encoder, in one pass, so that it takes an image's keys and values once.
+
+    text_states: as from `encoded_texts`. hard: (b,) int64 places in the batch, of each image's hard text and of each
+    text's hard image. Returns (n, L, width), one after another: captions and each image's hard text, masked captions if
+    there are any, and captions with their hard image; the last b texts alone where hard is None. Where texts choose
+    patches, each chooses its own: a masked caption by itself, since the whole one would give away what is masked.
+    """
+    b, mask, real = len(batch), batch.attention_mask, batch.token_places
+    captions, masked = text_states[:b], [text_states[b:]] if len(text_states) > b else []
+    if hard is None:
+        states, repeats, places = text_states[-b:], 1, real
+    else:
+        states, repeats = torch.cat([captions, take(captions, hard[0]), *masked, captions]), 2 + len(masked)
+        mask = torch.cat([mask, mask[hard[0]], *[mask] * len(masked), mask])
+        # which texts are hard is known on the device alone, and so are their lengths
+        whole = None if real is None else torch.arange(mask.shape[1] * b, device=real.device)
+        places = _stacked([real, whole, *[real] * len(masked), real], batch.input_ids)
+    hard_images = None if hard is None else hard[1]
+    if image_states.scored is None:
+        return model.fuse(states, mask, image_states.tokens, repeats=repeats, images=hard_images, places=places)
+    looked_at = None
+    if hard_images is not None:
+        looked_at = torch.cat([torch.arange(b, device=hard_images.device).repeat(repeats), hard_images])
+    image_tokens = model.image_tokens(image_states, states[:, 0], looked_at)
+    return model.fuse(states, mask, image_tokens, places=places)
+
+
+def predictions(model: SaclModel, fused: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(n, vocabulary) logits of the masked tokens and (n,) labels, from the fused masked captions (b, L, width)."""
+    assert batch.mlm_labels is not None
+    places = batch.mlm_places
+    if places is None:
+        places = places_of(batch.mlm_labels != IGNORED)
+    masked = Packing.of(batch.mlm_labels, places)
+    return model.token_logits(masked.pack(fused)), masked.pack(batch.mlm_labels)
+
+
+def predicted_tokens(model: SaclModel, image_states: ImageStates, batch: Batch) -> Tensor:
+    """(n, vocabulary) logits of the batch's masked tokens, from the masked captions and the images."""
+    fused = fused_texts(model, image_states, masked_texts(model, batch), None, batch)
+    return predictions(model, fused, batch)[0]
+
+
+def _stacked(parts: list[Tensor | None], ids: Tensor) -> Tensor | None:
+    """Places of real tokens in several batches of texts like `ids`, (b, L), when these stand below each other."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    return torch.cat([part + number * ids.numel() for number, part in enumerate(known)])

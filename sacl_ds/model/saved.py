@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sacl_ds.config import ModelConfig, RunConfig, TrainingConfig
-from sacl_ds.config_file import load_config, read_yaml, resolve_layers
+from sacl_ds.config_file import read_yaml, resolve_layers
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel
@@ -70,18 +71,22 @@ def load_model(
 
 def saved_model_config(folder: Path) -> ModelConfig:
     """The room `model` of the run in `folder`, of whatever kind it is. Raises UserError."""
-    values = read_yaml(folder / CONFIG)
+    return _model_config(folder, read_yaml(folder / CONFIG))
+
+
+def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
     return resolve_layers([(f"in {folder / CONFIG}", {"model": values.get("model", {})})], TrainingConfig).model
 
 
 def _run_config(folder: Path, setting: str) -> RunConfig:
     """Of a pre-training run, or of one that was fine-tuned for retrieval, whose model is the same."""
-    task = read_yaml(folder / CONFIG).get("task")
+    values = read_yaml(folder / CONFIG)
+    task = values.get("task")
     if task is None:
-        return load_config(folder / CONFIG, [])
+        return resolve_layers([(f"in {folder / CONFIG}", values)], RunConfig)
     if task != "retrieval":
         raise UserError(f"{setting}={folder}: a run fine-tuned for {task}; give one of pre-training or retrieval")
-    return RunConfig(model=saved_model_config(folder))
+    return RunConfig(model=_model_config(folder, values))
 
 
 def identity_of(model: nn.Module, *more: str) -> str:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sacl_ds.config import PatchSelectionConfig
-from sacl_ds.errors import UserError, cannot_load
+from sacl_ds.errors import CannotLoad, UserError
 from sacl_ds.model.indexing import take
 from sacl_ds.model.patch_selection import Scored, attention_scores, kept_count, select, token_scores
 
@@ -77,7 +77,7 @@ class ImageEncoder(nn.Module):
                 name, pretrained=pretrained, img_size=image_size, num_classes=0, **(arguments or {})
             )
         except OSError as error:  # what fetching weights raises
-            raise cannot_load("model.image_encoder", name.removeprefix("local-dir:"), error) from None
+            raise CannotLoad("model.image_encoder", name.removeprefix("local-dir:"), error) from None
         except Exception as error:  # of arguments that the architecture does not take
             raise UserError(f"model.image_encoder={name!r}: {error}") from error
         if getattr(self.vit, "num_prefix_tokens", 0) != 1 or not hasattr(self.vit, "forward_features"):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sacl_ds.config import LossConfig
-from sacl_ds.data.batch import Batch, places_of
-from sacl_ds.data.text import IGNORED
+from sacl_ds.data.batch import Batch
 from sacl_ds.distributed import sum_over_ranks, world_size
 from sacl_ds.losses import (
     ContrastiveOutput,
@@ -23,9 +22,7 @@ from sacl_ds.losses import (
     matching_loss,
     similarity_regulated_loss,
 )
-from sacl_ds.model.indexing import take
-from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.text import Packing
+from sacl_ds.model.sacl import SaclModel, encoded_texts, fused_texts, masked_texts, predictions
 from sacl_ds.model.vision import ImageStates
 
 Features = tuple[Tensor, Tensor]  # (b, d) of images and of texts
@@ -199,7 +196,8 @@ class PretrainObjective(nn.Module):
             return losses
         b = len(batch)
         pairings, tokens = (targets.pairings, targets.tokens) if isinstance(targets, CachedGradients) else (None, None)
-        fused = fused_texts(self.model, image_states, text_states, negatives, batch)
+        hard = None if negatives is None else (negatives.text, negatives.image)
+        fused = fused_texts(self.model, image_states, text_states, hard, batch)
         if negatives is not None:
             losses |= self._matching(fused, negatives, pairings)
         if self.settings.mlm_weight:
@@ -224,77 +222,3 @@ class PretrainObjective(nn.Module):
         right = (logits.detach().argmax(1).bool() == matched).to(logits.dtype)
         accuracy = global_mean(right, valid.to(logits.dtype), total=total)
         return {"itm": matching_loss(logits, matched, valid, total=total), "itm_accuracy": accuracy}
-
-
-def encoded_texts(model: SaclModel, batch: Batch, masked: bool) -> Tensor:
-    """States of the captions, (b, L, width), followed, where `masked`, by those of the masked captions: (2b, L, width).
-
-    Padding is not computed where the batch says which tokens are real.
-    """
-    ids, mask, places = batch.input_ids, batch.attention_mask, batch.token_places
-    if masked:
-        assert batch.masked_ids is not None
-        ids, mask = torch.cat([ids, batch.masked_ids]), mask.repeat(2, 1)
-        places = _stacked([places, places], batch.input_ids)
-    return model.text_encoder(ids, mask, places)
-
-
-def masked_texts(model: SaclModel, batch: Batch) -> Tensor:
-    """(b, L, width) states of the masked captions."""
-    assert batch.masked_ids is not None
-    return model.text_encoder(batch.masked_ids, batch.attention_mask, batch.token_places)
-
-
-def fused_texts(
-    model: SaclModel, image_states: ImageStates, text_states: Tensor, negatives: HardNegatives | None, batch: Batch
-) -> Tensor:
-    """All that ITM and MLM need of the fusion encoder, in one pass, so that it takes an image's keys and values once.
-
-    text_states: as from `encoded_texts`. Returns (n, L, width), one after another: captions and each image's hard text,
-    masked captions if there are any, and captions with their hard image; the last b texts alone where negatives is
-    None. Where texts choose patches, each chooses its own: a masked caption by itself, since the whole one would give
-    away what is masked.
-    """
-    b, mask, real = len(batch), batch.attention_mask, batch.token_places
-    captions, masked = text_states[:b], [text_states[b:]] if len(text_states) > b else []
-    if negatives is None:
-        states, repeats, places = text_states[-b:], 1, real
-    else:
-        hard = take(captions, negatives.text)
-        states, repeats = torch.cat([captions, hard, *masked, captions]), 2 + len(masked)
-        mask = torch.cat([mask, mask[negatives.text], *[mask] * len(masked), mask])
-        # which texts are hard is known on the device alone, and so are their lengths
-        whole = None if real is None else torch.arange(mask.shape[1] * b, device=real.device)
-        places = _stacked([real, whole, *[real] * len(masked), real], batch.input_ids)
-    hard_images = None if negatives is None else negatives.image
-    if image_states.scored is None:
-        return model.fuse(states, mask, image_states.tokens, repeats=repeats, images=hard_images, places=places)
-    looked_at = None
-    if hard_images is not None:
-        looked_at = torch.cat([torch.arange(b, device=hard_images.device).repeat(repeats), hard_images])
-    image_tokens = model.image_tokens(image_states, states[:, 0], looked_at)
-    return model.fuse(states, mask, image_tokens, places=places)
-
-
-def predictions(model: SaclModel, fused: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(n, vocabulary) logits of the masked tokens and (n,) labels, from the fused masked captions (b, L, width)."""
-    assert batch.mlm_labels is not None
-    places = batch.mlm_places
-    if places is None:
-        places = places_of(batch.mlm_labels != IGNORED)
-    masked = Packing.of(batch.mlm_labels, places)
-    return model.token_logits(masked.pack(fused)), masked.pack(batch.mlm_labels)
-
-
-def predicted_tokens(model: SaclModel, image_states: ImageStates, batch: Batch) -> Tensor:
-    """(n, vocabulary) logits of the batch's masked tokens, from the masked captions and the images."""
-    fused = fused_texts(model, image_states, masked_texts(model, batch), None, batch)
-    return predictions(model, fused, batch)[0]
-
-
-def _stacked(parts: list[Tensor | None], ids: Tensor) -> Tensor | None:
-    """Places of real tokens in several batches of texts like `ids`, (b, L), when these stand below each other."""
-    known = [part for part in parts if part is not None]
-    if not known:
-        return None
-    return torch.cat([part + number * ids.numel() for number, part in enumerate(known)])

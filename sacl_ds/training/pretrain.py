@@ -149,8 +149,16 @@ def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
 def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, guard: Guard) -> None:
     """The teacher phase where asked for, then the run."""
     started = time.monotonic()
-    index = _index(run)
     trains_teacher = run.uses_teacher and run.teacher.checkpoint is None
+    # nodes may not see the same files at once
+    trained = trains_teacher and broadcast_object((folder / TEACHER / WEIGHTS).exists())
+    teacher = str(folder / TEACHER) if trains_teacher else run.teacher.checkpoint if run.uses_teacher else None
+    index = _index(run)
+    phases = [Phase(run, folder, "training", index, teacher)]
+    if trains_teacher and not trained:
+        first = teacher_phase(run)
+        own = _index(first) if run.teacher.shards else index
+        phases.insert(0, Phase(first, folder / TEACHER, "teacher", own))
     with same_error():
         if rank() == 0:
             if not job.resume:
@@ -158,14 +166,8 @@ def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, g
             _keep_tokenizer(run, folder, index)
             if trains_teacher:
                 shutil.copytree(folder / TOKENIZER, folder / TEACHER / TOKENIZER, dirs_exist_ok=True)
-    teacher = run.teacher.checkpoint if run.uses_teacher else None
-    if trains_teacher:
-        teacher = str(folder / TEACHER)
-        if not broadcast_object((folder / TEACHER / WEIGHTS).exists()):  # nodes may not see the same files at once
-            first = teacher_phase(run)
-            own = _index(first) if run.teacher.shards else index
-            _phase(Phase(first, folder / TEACHER, "teacher", own), job, evaluators, guard)
-    result, progress = _phase(Phase(run, folder, "training", index, teacher), job, evaluators, guard)
+    for phase in phases:
+        result, progress = _phase(phase, job, evaluators, guard)
     if rank() == 0:
         from sacl_ds.telemetry.plots import plot_run
 
@@ -216,10 +218,10 @@ def _build(phase: Phase, job: Job, evaluators: Evaluators, progress: RunProgress
     with same_error():
         engine_config = job.engine_config(run, folder)
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
+        model, begun = _model(run, tokenizer, resume)
         teacher = load_teacher(phase.teacher, job.device) if phase.teacher else None
         seen = (teacher.view, teacher.identity if run.teacher.features else "") if teacher else None
         data = training_data(run, phase.index, tokenizer, seen, rank() == 0)
-        model, begun = _model(run, tokenizer, resume)
         evaluator = evaluators(run)
         if rank() == 0:
             _announce(run, folder, model, begun, progress)

@@ -46,7 +46,8 @@ class Job:
     def resumes(self, folder: Path) -> bool:
         """Whether this start continues from a checkpoint in `folder`; the same on every rank, though nodes may not see
         the same files at once."""
-        return bool(broadcast_object(self.resume and latest(folder) is not None))
+        there = self.resume and latest(folder) is not None
+        return bool(broadcast_object(there))
 
     def workers(self, asked: int | None) -> int:
         """Loader processes of a rank: `asked`, or what suits the cores: on a CPU with two a rank, one only stalls the
@@ -90,7 +91,7 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
 
     Raises UserError, the same on every rank, and Stopped where the run was asked to stop.
     """
-    run, folder, task = training.run, training.folder, training.task
+    run, folder, task, workers = training.run, training.folder, training.task, job.workers(training.workers)
     engine = build_engine(training.objective, training.engine_config, run.optim)
     start, note = 0, None
     with same_error():
@@ -106,7 +107,7 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
         training.collator,
         rank=rank(),
         world=world_size(),
-        workers=job.workers(training.workers),
+        workers=workers,
         start_step=start,
         pin_memory=not job.machine.on_cpu,
     )

@@ -23,10 +23,9 @@ from sacl_ds.data.loader import Loadable
 from sacl_ds.data.text import IGNORED
 from sacl_ds.distributed import sum_over_ranks
 from sacl_ds.losses import HardNegatives, Keys
-from sacl_ds.model.sacl import autocast
 from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.training.engine import forget_order
-from sacl_ds.training.objective import CachedGradients, Features, PretrainObjective, Targets, predicted_tokens
+from sacl_ds.training.objective import CachedGradients, Features, PretrainObjective, Targets
 
 if TYPE_CHECKING:  # not every run has one
     from sacl_ds.model.momentum import Momentum
@@ -74,17 +73,6 @@ class FrozenModels:
         known = self.teacher or batch.teacher_features is not None
         return teacher_features(self.teacher, batch, self.precision) if known else None
 
-    @torch.no_grad()
-    def momentum_outputs(self, batch: Batch, tokens: bool) -> tuple[Features, Tensor | None]:
-        """The momentum model's (b, d) features and, where `tokens`, its (n, vocabulary) logits of the masked tokens,
-        whose images are as the momentum model sees them."""
-        assert self.momentum is not None
-        model = self.momentum.average
-        with autocast(batch.images.device, self.precision):
-            text_states, text = model.encode_text(batch.input_ids, batch.attention_mask, batch.token_places)
-            image_states, image = model.encode_image(batch.images, text_states[:, 0] if model.captions_choose else None)
-            return (image, text), predicted_tokens(model, image_states, batch) if tokens else None
-
     def targets(
         self, step: Step, teacher: Features | None, momentum: Features | None, tokens: Tensor | None
     ) -> Targets:
@@ -115,7 +103,7 @@ def contrastive_step(
     teacher, momentum, token_logits = frozen.teacher_features(batch), None, None
     if frozen.momentum:
         wants_tokens = step.soft_weight > 0 and objective.settings.mlm_weight > 0
-        momentum, token_logits = frozen.momentum_outputs(batch, wants_tokens)
+        momentum, token_logits = frozen.momentum.outputs(batch, wants_tokens, frozen.precision)
     targets = frozen.targets(step, teacher, momentum, token_logits)
     losses = engine(batch, targets)
     engine.backward(losses["loss"])
@@ -128,8 +116,8 @@ def _gradient_cache_step(
 ) -> tuple[Losses, Features, Targets]:
     """`contrastive_step` in micro-batches."""
     objective: PretrainObjective = engine.module
-    settings, parts = objective.settings, batch.parts(step.rows)
-    wants_tokens = frozen.momentum is not None and step.soft_weight > 0 and settings.mlm_weight > 0
+    settings, parts, averaged = objective.settings, batch.parts(step.rows), frozen.momentum
+    wants_tokens = step.soft_weight > 0 and settings.mlm_weight > 0
 
     # 1. every micro-batch without graph: its features, and what the frozen models say of it
     seen, of_teacher, of_momentum = [], [], []
@@ -139,7 +127,7 @@ def _gradient_cache_step(
             seen.append(engine(part, None) | {"pair_ids": part.pair_ids})
             forget_order(engine)
             of_teacher.append(frozen.teacher_features(part))
-            of_momentum.append(frozen.momentum_outputs(part, tokens=False)[0] if frozen.momentum else None)
+            of_momentum.append(averaged.outputs(part, False, frozen.precision)[0] if averaged else None)
     targets = frozen.targets(step, _joined(of_teacher), _joined(of_momentum), None)
 
     # 2. the contrastive loss of all pairs of all ranks, and its gradient in each feature and in the logit scale
@@ -168,7 +156,7 @@ def _gradient_cache_step(
     gradients = zip(d_image.split(step.rows), d_text.split(step.rows), strict=True)
     with _reduction(engine, step.coalesce):
         for number, (part, into, drawn) in enumerate(zip(ahead(parts, step.device), gradients, negatives, strict=True)):
-            believed = frozen.momentum_outputs(part, tokens=True)[1] if wants_tokens else None
+            believed = averaged.outputs(part, True, frozen.precision)[1] if averaged and wants_tokens else None
             torch.manual_seed(step.seed_of(number))  # as in the first pass, right before the engine's
             engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
             cached = CachedGradients(*into, d_scale, drawn, pairings, tokens, step.soft_weight, believed)

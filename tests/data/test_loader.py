@@ -35,6 +35,15 @@ def whole(pattern: str) -> tuple[Batch, ...]:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2, 3])
+def test_the_first_global_batches(uneven: str, world: int, workers: int) -> None:
+    """200, or, of loaders whose processes have each to be started and heard, 40: ten epochs."""
+    steps = 40 if workers else 200
+    assert global_keys(uneven, steps, world, workers=workers) == [batch.keys for batch in whole(uneven)[:steps]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [2, 3])
 def test_the_first_200_global_batches(uneven: str, world: int, workers: int) -> None:
     assert global_keys(uneven, 200, world, workers=workers) == [batch.keys for batch in whole(uneven)]
 

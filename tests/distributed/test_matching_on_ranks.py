@@ -72,7 +72,7 @@ def drawing(rank: int, world: int, folder: Path) -> None:
             momentum = Momentum(tiny.varied(tiny.objective(run).model), run.momentum, teacher="some")
             if queue:
                 earlier, old_teacher = tiny.batch(queue, seed=7)
-                features = FrozenModels(momentum=momentum).momentum_outputs(earlier, tokens=False)[0]
+                features = momentum.outputs(earlier, False, "fp32")[0]
                 momentum.push(*features, 100 + earlier.pair_ids, tuple(side.float() for side in old_teacher))
         settings = resolve({"zero_optimization": {"stage": 1}}, run, world, this_machine("cpu"))
         engine = build_engine(tiny.objective(run), settings, run.optim)

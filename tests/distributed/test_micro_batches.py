@@ -184,7 +184,7 @@ def believing(rank: int, folder: Path) -> None:
         engine = engine_of(run, 2, 1, rows)
         momentum = Momentum(tiny.varied(tiny.objective(run).model), run.momentum)
         frozen = FrozenModels(momentum=momentum)
-        seen = frozen.momentum_outputs(tiny.batch(PAIRS, seed=4)[0], tokens=False)[0]
+        seen = momentum.outputs(tiny.batch(PAIRS, seed=4)[0], False, "fp32")[0]
         momentum.push(*seen, 100 + whole.pair_ids)
         step = replace(step_of(rows), soft_weight=run.momentum.distill_weight)
         losses = contrastive_step(engine, whole, step, frozen)[0]

@@ -49,7 +49,7 @@ def step_of(engine, momentum: Momentum, step: int, rank: int, world: int) -> Non
     batch, teacher = tiny.rows(replace(whole, pair_ids=ids), teacher, rank * block, (rank + 1) * block)
     teacher = (teacher[0].float(), teacher[1].float())
     frozen = FrozenModels(momentum=momentum)
-    features, token_logits = frozen.momentum_outputs(batch, tokens=True)
+    features, token_logits = momentum.outputs(batch, True, "fp32")
     now = Step(step, 0, torch.Generator(), torch.device("cpu"), block, alpha=0.6, soft_weight=0.4)
     targets = frozen.targets(now, teacher, features, token_logits)
     engine.backward(engine(batch, targets)["loss"])

@@ -70,7 +70,7 @@ def ours_on_ranks(rank: int, world: int, folder: Path) -> None:
             batch, teacher = tiny.rows(*batch_of(step), part.start, part.stop)
             weight = soft_weight(step, run, EPOCH)
             frozen = FrozenModels(momentum=momentum)
-            features, token_logits = frozen.momentum_outputs(batch, weight > 0)
+            features, token_logits = momentum.outputs(batch, weight > 0, "fp32")
             now = Step(step, 0, torch.Generator(), torch.device("cpu"), PAIRS, alpha=ALPHA, soft_weight=weight)
             targets = frozen.targets(now, teacher, features, token_logits)
             out = objective(batch, targets)

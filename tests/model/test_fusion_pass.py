@@ -18,9 +18,9 @@ from sacl_ds.data.batch import Batch, concatenate
 from sacl_ds.data.text import IGNORED
 from sacl_ds.losses import hard_negatives
 from sacl_ds.losses.streaming import shared_ids
-from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.sacl import SaclModel, predicted_tokens
 from sacl_ds.model.text import Packing
-from sacl_ds.training.objective import PretrainObjective, Targets, predicted_tokens
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 SELECTIONS = {
     "none": None,

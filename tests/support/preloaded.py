@@ -7,6 +7,7 @@ pandas.
 from __future__ import annotations
 
 import gc
+import sys
 from importlib import import_module
 
 for _name in (
@@ -32,5 +33,7 @@ for _name in (
     "tiny",
 ):
     import_module(_name)
+# what `engine.start_process` does before DeepSpeed joins: it would compile for a minute where a test calls it itself
+sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
 gc.collect()
 gc.freeze()  # a collection in a forked process would walk all of it, and copy its pages

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from transformers import AutoConfig, ChineseCLIPModel, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from sacl_ds.errors import UserError, cannot_load
+from sacl_ds.errors import CannotLoad, UserError
 from sacl_ds.model.starts.placing import place, require_shapes
 from sacl_ds.model.starts.quiet import quiet
 from sacl_ds.model.starts.report import SourceReport
@@ -237,7 +237,7 @@ def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
     except UserError:
         raise
     except Exception as error:  # a damaged config.json makes the library raise anything
-        raise cannot_load(SETTING, name, error) from None
+        raise CannotLoad(SETTING, name, error) from None
     vision = getattr(config, "vision_config", config)
     act = str(vision.hidden_act)
     computation = Computation(_ACTIVATIONS.get(act, act), vision.num_attention_heads, vision.layer_norm_eps)

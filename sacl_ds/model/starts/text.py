@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertForMaskedLM
 
-from sacl_ds.errors import UserError, cannot_load
+from sacl_ds.errors import CannotLoad, UserError
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.starts.placing import place, require_shapes
 from sacl_ds.model.starts.quiet import quiet
@@ -49,7 +49,7 @@ def load_bert(model: SaclModel, name: str) -> SourceReport:
         with quiet():
             bert, info = BertForMaskedLM.from_pretrained(name, output_loading_info=True, attn_implementation="sdpa")
     except Exception as error:  # a damaged config.json makes the library raise anything
-        raise cannot_load(SETTING, name, error) from None
+        raise CannotLoad(SETTING, name, error) from None
     missing = set(info["missing_keys"])  # transformers fills them with chance
     state = {key.removeprefix("bert."): value for key, value in bert.state_dict().items() if key not in missing}
     if WORDS not in state:
@@ -142,7 +142,7 @@ def _config(name: str):  # type: ignore[no-untyped-def]
         with quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # as above
-        raise cannot_load(SETTING, name, error) from None
+        raise CannotLoad(SETTING, name, error) from None
     if config.model_type != "bert":
         raise UserError(f"{SETTING}={name} holds a model of type {config.model_type!r}; give a BERT")
     return config

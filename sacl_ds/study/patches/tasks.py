@@ -18,11 +18,11 @@ from sacl_ds.data.scene_language import COLOUR, COLOURS, PLACE, SHAPE, SHAPES, S
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, pad, train_wordpiece
 from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
-from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.sacl import SaclModel, predicted_tokens
 from sacl_ds.model.vision import ImageStates
 from sacl_ds.study.patches.plan import Arm, Sizes
 from sacl_ds.study.patches.start import cells_of_patches, image_start, pictures
-from sacl_ds.training.objective import PretrainObjective, Targets, predicted_tokens
+from sacl_ds.training.objective import PretrainObjective, Targets
 
 HELD_OUT = 1001  # seed of the held-out scenes, the same for all arms and seeds
 _TRAINING = 10  # plus the trial's: no two pools share a scene
