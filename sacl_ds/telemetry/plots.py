@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from sacl_ds.telemetry.metrics import read
 
@@ -32,8 +31,7 @@ def _losses(lines: list[dict[str, Any]], path: Path) -> Path:
     shown = [term for term in _TERMS if any(term[0] in line for line in lines)] or [("loss", "loss")]
     informed = [each for each in _INFORMATION if each[0] in lines[0]]
     panels = len(shown) + bool(informed)
-    figure, grid = plt.subplots(1, panels, figsize=(3.4 * panels, 3.0), layout="constrained", squeeze=False)
-    axes = grid[0]
+    figure, axes = _panels(panels, 2.8, 2.3, 1.6 if informed else 0.0)
     steps = [line["step"] for line in lines]
     for axis, (name, label) in zip(axes, shown, strict=False):
         values = [float(line[name]) for line in lines]
@@ -41,7 +39,7 @@ def _losses(lines: list[dict[str, Any]], path: Path) -> Path:
         axis.plot(steps, _smooth(values), color="tab:blue")
         axis.set(title=label, xlabel="step")
     for axis in axes:
-        axis.locator_params(nbins=5)  # a panel is narrow, and each label of a tick takes its time to lay out
+        axis.locator_params(nbins=5)  # a panel is narrow
     if informed:
         axis = axes[-1]
         for name, label in informed:
@@ -50,7 +48,6 @@ def _losses(lines: list[dict[str, Any]], path: Path) -> Path:
         axis.set(title="mutual information (nats)", xlabel="step")
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
@@ -64,10 +61,10 @@ _INFORMATION = (
 
 
 def _held_out(lines: list[dict[str, Any]], path: Path) -> Path:
-    figure, axis = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
+    figure, (axis,) = _panels(1, 4.8, 2.8, 1.7)
     names = [name for name in lines[-1]["evaluation"] if not name.endswith("R@5")]
     for number, name in enumerate(names):
-        colour = f"C{number}" if len(names) <= 10 else plt.get_cmap("tab20")(number % 20)
+        colour = f"C{number}" if len(names) <= 10 else colormaps["tab20"](number % 20)
         label = name.replace("_to_", "→").replace("_", " ")
         known = [line for line in lines if name in line["evaluation"]]  # an older version may have begun the run
         values = [100 * line["evaluation"][name] for line in known]
@@ -77,8 +74,21 @@ def _held_out(lines: list[dict[str, Any]], path: Path) -> Path:
     axis.set(xlabel="step", ylabel="%  (dotted: chance)", title=f"held-out {path.stem}")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
+
+
+def _panels(count: int, width: float, height: float, beside: float) -> tuple[Figure, list[Axes]]:
+    """Panels of `width` by `height` inches in a row, with room `beside` the last one for its legend.
+
+    The places are given: to find them, a layout engine draws all of it several times.
+    """
+    left, right, bottom, top = 0.6, 0.1, 0.5, 0.35
+    pitch = left + width + right
+    size = (count * pitch + beside, bottom + height + top)
+    figure = Figure(figsize=size)
+    inside = [(number * pitch + left, bottom, width, height) for number in range(count)]
+    axes = [figure.add_axes((x / size[0], y / size[1], w / size[0], h / size[1])) for x, y, w, h in inside]
+    return figure, axes
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:

@@ -32,7 +32,7 @@ def command(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return program("tools/benchmark_step.py", *SMALL, *words, ranks=ranks, check=False)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_command(tmp_path: Path, ranks: int) -> None:
     steps = STEPS if ranks > 1 else ["ITC, SACL", *peers()[:1]]  # each asks for a process of its own
     memory = ["--no-memory"] if ranks > 1 else []

@@ -42,10 +42,8 @@ def test_the_first_global_batches(uneven: str, world: int, workers: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("workers", [2, 3])
-def test_the_first_200_global_batches(uneven: str, world: int, workers: int) -> None:
-    assert global_keys(uneven, 200, world, workers=workers) == [batch.keys for batch in whole(uneven)]
+def test_the_first_200_global_batches(uneven: str) -> None:
+    assert global_keys(uneven, 200, 4, workers=3) == [batch.keys for batch in whole(uneven)]
 
 
 def test_crops_captions_and_masks_are_the_same_too(uneven: str) -> None:

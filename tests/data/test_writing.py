@@ -227,6 +227,7 @@ def peak_memory(folder: Path, count: int, caption: str) -> int:
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
     """24,000 more captions of 2 kB would be 48 MB more in a list, without their records."""
     small, large = (peak_memory(tmp_path / str(n), n, "word " * 400) for n in (6_000, 30_000))

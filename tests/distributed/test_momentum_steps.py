@@ -176,7 +176,7 @@ def expected() -> dict[str, dict]:
     return {case: simulated(case) for case in CASES}
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_twenty_steps_are_those_of_the_simulation(world: int, expected: dict[str, dict], tmp_path: Path) -> None:
     on_ranks(world, ours_on_ranks, world, tmp_path)
     for case, simulation in expected.items():

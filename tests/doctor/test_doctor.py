@@ -246,6 +246,7 @@ def test_a_hostfile_that_is_not_right(text: str | None, said: str, tmp_path: Pat
         assert f"`{line.replace(str(tmp_path), '/data')}`" in (ROOT / "docs/mistakes.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_nodes_that_do_not_share_what_they_should(tmp_path: Path) -> None:
     """The second has a disk of its own at output_dir, and other shards; the rest is sound, so that the ranks meet."""
     shards = make_shards(tmp_path / "train")

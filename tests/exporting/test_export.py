@@ -98,7 +98,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
     assert (found - expected).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_towers_in_a_process_without_this_package(stage: int, runs, work: Path, tmp_path: Path) -> None:
     run = runs(stage)
     export(str(run / "checkpoints/step_00000006"), "hf", tmp_path / "towers")

@@ -348,6 +348,7 @@ def test_options_that_do_not_fit_say_so(
     assert named in said
 
 
+@pytest.mark.slow
 def test_the_page_in_docs_is_what_the_command_prints(root: Path) -> None:
     measured = read_record(root / "docs/scaling_measured.json")
     told = "python -m sacl_ds.planning.page docs/scaling.md"

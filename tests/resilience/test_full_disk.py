@@ -86,7 +86,7 @@ def error_lines(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_checkpoint_that_does_not_fit(ranks: int, disk: SmallDisk) -> None:
     """One line on one rank, the checkpoint before it as it was, nothing left of the one that did not fit; with room,
     the run goes on to its end."""

@@ -84,14 +84,8 @@ def belonging(folder: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
-@pytest.mark.parametrize(
-    "whom",
-    [
-        "deepspeed",
-        pytest.param("launch.py", marks=pytest.mark.slow),
-        pytest.param("all, as Ctrl-C", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["deepspeed", "launch.py", "all, as Ctrl-C"])
 def test_asking_the_launcher_to_stop(
     whom: str, launched: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:

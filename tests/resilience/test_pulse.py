@@ -198,7 +198,7 @@ def test_the_first_rank_fails_by_itself(job: Callable[..., Job]) -> None:
     assert made.first.acted == []
 
 
-@pytest.mark.parametrize("order", ["first ahead", "first last"])
+@pytest.mark.parametrize("order", ["first ahead", pytest.param("first last", marks=pytest.mark.slow)])
 def test_all_fail_alike(order: str, job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
     """For a reason that each knows: no rank takes another's end for a loss, whichever comes to its own end first."""
     made = job(2, world=4)

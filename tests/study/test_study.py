@@ -278,6 +278,7 @@ def command(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return program("tools/study.py", "--plan", out / "plan.yaml", "--out", out, *more, check=False)
 
 
+@pytest.mark.slow
 def test_a_study_runs_once_and_is_kept(study: Path) -> None:
     done = command(study, "--processes", "2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -298,6 +299,7 @@ def test_a_study_runs_once_and_is_kept(study: Path) -> None:
     assert all((study / name).stat().st_size > 5000 for name in ("arms.png", "sweeps.png"))
 
 
+@pytest.mark.slow
 def test_a_lost_trial_is_made_again_the_same(study: Path) -> None:
     """As a study that was stopped while it wrote goes on, here without the teacher's weights: it is trained anew, and
     nobody else. A trial depends on its plan and seed alone."""
@@ -315,6 +317,7 @@ def test_a_lost_trial_is_made_again_the_same(study: Path) -> None:
         assert result["mAP"] == before[trial]["mAP"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -350,6 +353,7 @@ def test_the_verdict_counts_spreads_and_the_way_to_the_oracle() -> None:
     assert "one seed says nothing" in verdict([row("a", "regulated", 0.5), row("b", "infonce", 0.4)])[0]
 
 
+@pytest.mark.slow
 def test_arms_without_all_seeds_are_left_out(study: Path) -> None:
     everything = finished(plan(), Folder(study))
     some = {trial: result for trial, result in everything.items() if trial != ("oracle", 1)}

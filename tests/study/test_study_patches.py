@@ -47,6 +47,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
     return plan, folder
 
 
+@pytest.mark.slow
 def test_trials_are_kept_and_told(study: tuple[Plan, Path]) -> None:
     plan, folder = study
     results = finished(plan, folder)
@@ -69,6 +70,7 @@ def test_trials_are_kept_and_told(study: tuple[Plan, Path]) -> None:
     assert finished(plan, folder) == results
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_same_when_run_again(study: tuple[Plan, Path], tmp_path: Path) -> None:
     plan, folder = study
     for kept in [*folder.glob("*.npy"), *folder.glob("start-*")]:
@@ -80,6 +82,7 @@ def test_a_trial_is_the_same_when_run_again(study: tuple[Plan, Path], tmp_path: 
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_speed(study: tuple[Plan, Path]) -> None:
     plan, folder = study
     took = speeds(plan, folder, rounds=2)
@@ -89,6 +92,7 @@ def test_speed(study: tuple[Plan, Path]) -> None:
     assert lines[2].endswith("| 1.00 |")
 
 
+@pytest.mark.slow
 def test_what_is_asked_about(study: tuple[Plan, Path]) -> None:
     """The place of the object that a question names, found again by the words alone."""
     plan, folder = study
@@ -110,6 +114,7 @@ def test_what_is_asked_about(study: tuple[Plan, Path]) -> None:
     assert row == len(task.held_out.answer)
 
 
+@pytest.mark.slow
 def test_the_picture(study: tuple[Plan, Path], tmp_path: Path) -> None:
     """Two questions of each scene, about two objects."""
     plan, folder = study
@@ -128,6 +133,7 @@ def test_patches_lie_in_their_cells() -> None:
     assert torch.bincount(cells.flatten()).tolist() == [4] * 9
 
 
+@pytest.mark.slow
 def test_captions_are_masked_and_matched(study: tuple[Plan, Path]) -> None:
     plan, folder = study
     task = build(plan.arms["output"], plan.sizes, 0, folder)

@@ -17,6 +17,7 @@ for _name in (
     "deepspeed.utils.pin_memory",
     "functorch.compile",
     "matplotlib.backends.backend_agg",
+    "matplotlib.font_manager",
     "PIL.JpegImagePlugin",
     "PIL.PngImagePlugin",
     "pyarrow.parquet",
@@ -29,6 +30,7 @@ for _name in (
     "sacl_ds.command_line",
     "sacl_ds.config_help",
     "sacl_ds.evaluation.held_out",
+    "sacl_ds.telemetry.plots",
     "sacl_ds.training.pretrain",
     "tiny",
 ):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,7 +25,8 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                server.answer(self)
+                with suppress(BrokenPipeError, ConnectionResetError):  # whoever asked may have heard enough
+                    server.answer(self)
 
             def log_message(self, *_: object) -> None:
                 """Nothing on the terminal."""

@@ -85,7 +85,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(task: str, tuned, tmp_pat
             assert (out / name).read_text() == (folder / name).read_text()
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
+@pytest.mark.parametrize("task", [pytest.param("vqa", marks=pytest.mark.slow), "nlvr2"])
 def test_ranks_and_stages_train_alike(task: str, tuned) -> None:
     one = tuned(task)
     assert losses(tuned(task, 2, 2)) == pytest.approx(losses(one), rel=1e-5)

@@ -14,6 +14,7 @@ SAME = ["loss.matching_weight=0", "model.dropout=0", "train.steps=6", "records.e
 TIMED = ("second", "memory", "wait")  # parts of names
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_that_is_logged(tmp_path: Path) -> None:
     logged, recorded = [], []
     for name, more in (("whole", []), ("parts", ["train.micro_batch_size=2"])):
