@@ -121,6 +121,7 @@ def test_the_tool(runs, tmp_path: Path) -> None:
     assert re.search(rf"^{tmp_path}/towers: hf, fp32, \d\.\d MB$", done.stdout, re.M)
 
 
+@pytest.mark.slow
 def test_towers_in_bf16(runs, work: Path, tmp_path: Path) -> None:
     export(str(runs(1)), "hf", tmp_path / "towers", "bf16")
     with safe_open(tmp_path / "towers/model.safetensors", "pt") as file:

@@ -216,6 +216,7 @@ def column(kind: str) -> st.SearchStrategy:
     return cells[kind] | st.none()
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(QUICK, max_examples=40)
 def test_any_records(copy: Path, run: Path, data: st.DataObject) -> None:
