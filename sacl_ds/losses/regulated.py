@@ -276,7 +276,7 @@ def similarity_regulated_loss(
             rows |= {"image": image, "teacher_image": of_images}
         else:
             dtype = tiles.feature_dtype(image)
-            rows["cosine"] = row_products(image.detach().to(dtype), text.detach().to(dtype))
+            rows["cosine"] = row_products(image.detach().to(dtype), text.detach().to(dtype)).to(wide(image))
         batch = GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, known, with_grad=tiles is None)
         joint = None
         if keys is not None and tiles is None:

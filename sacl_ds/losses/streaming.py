@@ -176,7 +176,7 @@ def joint_loss(logit_scale: Tensor, job: TileJob) -> tuple[ContrastiveOutput, Jo
     """The differentiable loss, and its forward pass.
 
     job: whose batch has sent `text`, `teacher_text` where there is a teacher, and `cosine`, of each image with its
-    text, (b,) float64. The gradient that comes into the loss must be the same on all ranks.
+    text, (b,). The gradient that comes into the loss must be the same on all ranks.
     """
     batch = job.batch
     with torch.no_grad():
@@ -270,7 +270,7 @@ def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
     if regulation.drop_below is not None:
         kept = Kept(least_kept(of_images, regulation), least_kept(of_texts, regulation))
         of_images, of_texts = sums(kept)
-    positive = batch["cosine"] * logit_scale.double()
+    positive = batch["cosine"].double() * logit_scale.double()
     mine = positive[batch.start : batch.start + len(images)]
     return Joint(
         job,
