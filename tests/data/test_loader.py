@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import signal
 import tarfile
 import time
 from collections import Counter
@@ -283,15 +282,13 @@ def test_a_worker_that_is_killed_while_the_loader_closes(uneven: str) -> None:
     begun = made._loader._iterator
     shut_down = begun._shutdown_workers
     killed = begun._workers[0]
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    killed.kill()
-    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
 
-    def heard() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    def killing() -> None:
+        killed.kill()
+        os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
         shut_down()
 
-    begun._shutdown_workers = heard
+    begun._shutdown_workers = killing
     made.close()
     for worker in begun._workers:
         worker.join(10)

@@ -292,6 +292,7 @@ def test_what_is_seen_of_memory() -> None:
     assert [size for storage, size in live_tensors().items() if storage not in before] == [kept.nbytes]
 
 
+@pytest.mark.slow
 def test_real_ranks_hold_and_send_what_the_formulas_say(root: Path, tmp_path: Path) -> None:
     """Two ranks, ZeRO 2 in one pass and 3 in four, through the tool: within 15 %, traffic within 1 %."""
     record = tmp_path / "measured.json"

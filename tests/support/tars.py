@@ -78,7 +78,11 @@ def loader(
 
 
 def batches(pattern: str | list[str], steps: int, **options: Any) -> list[Batch]:
-    return list(islice(iter(loader(pattern, **options)), steps))
+    made = loader(pattern, **options)
+    try:
+        return list(islice(iter(made), steps))
+    finally:
+        made.close()  # a loader that is collected some time later waits for its processes then
 
 
 def global_keys(pattern: str | list[str], steps: int, world: int, **options: Any) -> list[list[str]]:
