@@ -290,6 +290,7 @@ def test_a_worker_that_is_killed_while_the_loader_closes(uneven: str) -> None:
 
     begun._shutdown_workers = killing
     made.close()
+    begun._shutdown_workers = shut_down
     for worker in begun._workers:
         worker.join(10)
         assert not worker.is_alive()
