@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sacl_ds.data.captions import captions_of
+from sacl_ds.data.captions import BadText, captions_of
 from sacl_ds.data.images import BadImage, ImageFacts, examine
 from sacl_ds.data.shards.layout import stats_path
 from sacl_ds.data.shards.patterns import is_remote
@@ -165,9 +165,13 @@ def _look(
     shown: _Reservoir,
 ) -> bool:
     """Counts one sample; returns whether it has an image."""
-    key, said = str(fields["__key__"]), captions_of(fields)
+    key = str(fields["__key__"])
+    try:
+        said = captions_of(fields)
+        reason = "" if said else "no caption"
+    except BadText as error:
+        said, reason = [], str(error)
     captions.add(said)
-    reason = "" if said else "no caption"
     found.captions[len(said)] += 1
     for caption in said:
         found.words[len(caption.split())] += 1

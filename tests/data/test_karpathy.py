@@ -146,6 +146,10 @@ MISTAKES = {
         r"k\.json: images\[1\] \(1\.jpg\): sentences\[1\] is empty; put it right",
     ),
     "no caption": (of(entry(0, sentences=[])), r"images\[0\] \(0\.jpg\): it has no sentences; put it right"),
+    "half a surrogate pair": (
+        of(entry(0, sentences=[{"raw": "a"}, {"raw": "a smile \ud83d"}])),
+        r"k\.json: images\[0\] \(0\.jpg\): sentences\[1\]: text is not valid Unicode; put it right",
+    ),
     "twice": (of(entry(0), entry(1), entry(0)), r"images\[2\] \(0\.jpg\): .* twice, before as images\[0\]"),
     "other splits": (of(entry(0, split="val"), entry(1, split="test")), "there are: test, val"),
 }  # fmt: skip

@@ -205,7 +205,7 @@ ERRORS = {
     "COCO without caption": (json_of(coco_records, {**COCO, "annotations": []}), r"image 1 \(x\.jpg\): no caption"),
     "half a surrogate": (
         json_of(coco_records, {**COCO, "annotations": [{"image_id": 1, "caption": "\ud83d"}]}),
-        "caption is not valid Unicode",
+        "text is not valid Unicode",
     ),
     "no Karpathy": (json_of(karpathy_records, {"images": [{"split": "x"}]}, "x"), "is no Karpathy JSON"),
     "no folder": (lambda folder: folder_records(folder / "no"), "no is no folder; correct --images"),

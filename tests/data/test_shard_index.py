@@ -111,18 +111,3 @@ def test_ten_thousand_shards(tmp_path: Path) -> None:
     assert index.total == 100_000_000
     assert seconds < 1
     assert psutil.Process().memory_info().rss - before < 100e6
-
-
-@given(st.text(max_size=40))
-def test_normalised_captions(caption: str) -> None:
-    assert normalised(normalised(caption)) == normalised(caption)
-    assert normalised(f"  {caption}.") == normalised(caption)
-    assert json.dumps(normalised(caption))
-
-
-def test_captions_that_say_the_same() -> None:
-    same = ["A dog, on  grass.", "a DOG on grass", " a dog on grass!! "]
-    assert len(set(map(normalised, same))) == 1
-    assert normalised("Ein Mädchen") == normalised("ein Ma\u0308dchen")
-    assert normalised("a cat") != normalised("a cap")
-    assert normalised("女孩") != normalised("男孩")

@@ -30,7 +30,7 @@ from sacl_ds.training.loop import out_of_memory
 from sacl_ds.training.run_folder import check_space
 
 
-def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> Path:
+def shard(folder: Path, broken: dict[int, tuple[bytes | None, bytes | None]]) -> Path:
     """A shard of 32 pictures; broken: sample -> (its image bytes, its caption), None as usual."""
     path = folder / "00000.tar"
     with tarfile.open(path, "w") as tar:
@@ -40,7 +40,7 @@ def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> P
             image, caption = broken.get(i, (None, None))
             for name, data in (
                 (f"{i:04d}.png", buffer.getvalue() if image is None else image),
-                (f"{i:04d}.txt", (f"number {i}" if caption is None else caption).encode()),
+                (f"{i:04d}.txt", f"number {i}".encode() if caption is None else caption),
             ):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -48,7 +48,7 @@ def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> P
     return path
 
 
-@pytest.mark.parametrize("broken", [{20: (b"not a picture", None)}, {20: (None, "  ")}], ids=["image", "caption"])
+@pytest.mark.parametrize("broken", [{20: (b"not a picture", None)}, {20: (None, b"  ")}, {20: (None, b"caf\xe9")}])
 def test_a_broken_sample(broken: dict, tmp_path: Path) -> None:
     """One of two ranks meets it: another sample stands in for it, which is said, logged and counted."""
     path = shard(tmp_path, broken)
@@ -74,7 +74,7 @@ def test_too_many_broken_samples(tmp_path: Path) -> None:
 
 def test_nothing_that_can_be_used(tmp_path: Path) -> None:
     """One of two ranks meets it first: that one says it."""
-    path = shard(tmp_path, dict.fromkeys(range(32), (None, " ")))
+    path = shard(tmp_path, dict.fromkeys(range(32), (None, b" ")))
     arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0", "model.vocab_size=300"]
     line = said(start(tmp_path / "run", *arguments, check=False), tmp_path)
     assert_documented(re.sub(r"sample \d{4}", "sample 0007", line))

@@ -56,7 +56,7 @@ def _expand(pattern: str, setting: str, typed: bool) -> list[str]:
         shards = sorted(_braces(pattern, setting)) if pattern else []
         return shards if typed or was_typed(pattern) else _only_plain(shards, setting)
     try:
-        lines = Path(pattern[1:]).read_text().splitlines()
+        lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: the list {pattern[1:]} cannot be read: {_reason(error)}") from None
     lines = [line.strip() for line in lines]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from sacl_ds.data.captions import BadText, decoded
 from sacl_ds.data.making.record import ImageFile, Record, no_image
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.errors import UserError
@@ -83,9 +85,10 @@ def _extension(name: str) -> str:
 def _read_captions(path: str) -> tuple[list[str], str]:
     """(captions, "") or ([], what is wrong). Empty lines are no captions."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line for line in file.read().split("\n") if line.strip()], ""
-    except UnicodeDecodeError:
-        return [], "text is not UTF-8"
+        with open(path, "rb") as file:
+            lines = re.split("\r\n?|\n", decoded(file.read()))
+    except BadText as error:
+        return [], str(error)
     except OSError as error:
         return [], f"text unreadable: {error.strerror}"
+    return [line for line in lines if line.strip()], ""
