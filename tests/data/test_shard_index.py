@@ -1,17 +1,13 @@
 """Which shards there are and how many samples they hold."""
 
-import json
 import os
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tars import sample, write_tar, write_tars
 
-from sacl_ds.data.captions import normalised
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.layout import stats_path
