@@ -102,6 +102,18 @@ def test_folders_are_sorted(tmp_path: Path) -> None:
     assert found == ["a.png", "b/10.png", "b/2.png", "b.png", "c.png"]
 
 
+def test_linked_folders(tmp_path: Path) -> None:
+    """Each is read once: from elsewhere, under two names, and where links lead back or nowhere."""
+    for name in ("in/a/0", "in/a/1", "in/d/4", "other/2", "other/deep/3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(sources.image(0, "png"))
+        (tmp_path / f"{name}.txt").write_text("x")
+    for link, target in {"b": "../other", "c": "a", "a/up": "..", "b/deep/again": "../../in", "self": "self"}.items():
+        (tmp_path / "in" / link).symlink_to(target)
+    found = [record.meta["filename"] for record in folder_records(tmp_path / "in")]
+    assert found == ["a/0.png", "a/1.png", "b/2.png", "b/deep/3.png", "d/4.png"]
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["jpeg", "progressive", "png", "webp"]))
 def test_examined_images_are_those_that_decode(data: st.DataObject, kind: str) -> None:

@@ -119,7 +119,10 @@ def test_members_leave_their_tar_as_bytes_alone(tmp_path: Path, proof: Path, mon
         members.append((link, b""))
     path = tar_of(tmp_path / "in/0.tar", *members)
     source = ShardSource(index_shards(str(path)))
-    found = list(source.iterate(None, 0, 1))
+    assert source.sets == [[6]]
+    found = list(source.iterate(4, 0, 1))
+    with pytest.raises(UserError, match=r"sample link0: its \.jpg is a link in the tar"):
+        list(source.iterate(5, 0, 1))
     assert [each.key for each in found] == ["../../0", f"{tmp_path}/1", "a/./../2", "3"]
     assert all(each.captions == ["words"] for each in found)
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["0.tar"]

@@ -25,6 +25,7 @@ _PARTS_BETWEEN_WRITES = 16
 _ATTEMPTS = 3
 _MOST = 10**8  # samples of a shard
 _LARGEST_STATS = 1 << 20  # bytes
+_RULES = 2  # of what a sample is, by which counts were kept
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _state(shard: str) -> list[int]:
 def _cache_path(shards: list[str]) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     places = [shard if is_remote(shard) else os.path.abspath(shard) for shard in (shards[0], shards[-1])]
-    digest = hashlib.sha256(json.dumps([*places, len(shards)]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([_RULES, *places, len(shards)]).encode()).hexdigest()[:16]
     return base / "sacl_ds" / f"shards-{digest}.json"
 
 

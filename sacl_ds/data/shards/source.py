@@ -18,7 +18,7 @@ from sacl_ds.data.shards.index import ShardIndex
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.data.shards.read_ahead import ReadAhead
 from sacl_ds.data.shards.reading import RawSample, ShardReading
-from sacl_ds.data.shards.tars import image_of
+from sacl_ds.data.shards.tars import PROBLEM, image_of
 from sacl_ds.errors import UserError
 
 
@@ -59,6 +59,8 @@ class ShardSource:
         """Raises BadSample for a missing image or caption, or what is no image; pixels are decoded by the views."""
         shard, fields = raw.shard, raw.fields
         key = str(fields["__key__"]).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        if PROBLEM in fields:
+            raise BadSample(Fault("bad", shard, key, fields[PROBLEM]))
         data = image_of(fields)
         try:
             captions = captions_of(fields)
@@ -67,7 +69,9 @@ class ShardSource:
         if data is None:
             raise BadSample(Fault("bad", shard, key, f"no image ({', '.join(IMAGE_EXTENSIONS)})"))
         if not captions:
-            raise BadSample(Fault("bad", shard, key, "no caption in its .txt or .json"))
+            there = "txt" in fields or "json" in fields
+            said = "no caption in its .txt or .json" if there else "no .txt or .json beside its picture in the tar"
+            raise BadSample(Fault("bad", shard, key, said))
         which = wanted(captions, self._only)
         if not which:
             raise BadSample(Fault("filtered", shard, key, "no caption passes data.captions"))
