@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.making.record import Record
 from sacl_ds.data.making.record_lists import (
     coco_records,
@@ -66,9 +67,9 @@ def arguments() -> argparse.Namespace:
                 help="captions: some of one or two objects, one's colour and shape, or much (default: %(default)s)",
             )
         elif name in ("karpathy", "coco"):
-            read.add_argument("--json", type=Path, required=True, help="file of captions")
+            read.add_argument("--json", type=user_path, required=True, help="file of captions")
         elif name == "table":
-            read.add_argument("--table", type=Path, required=True, help=".csv, .tsv, .csv.gz, .tsv.gz or .parquet")
+            read.add_argument("--table", type=user_path, required=True, help=".csv, .tsv, .csv.gz, .tsv.gz or .parquet")
             read.add_argument(
                 "--image-column",
                 default="path",
@@ -87,9 +88,9 @@ def arguments() -> argparse.Namespace:
             what = "folder, subfolders included" if name == "folder" else "folder that the paths start from"
             required = name != "table"
             default = "" if required else " (default: where you are)"
-            read.add_argument("--images", type=Path, required=required, default=Path(), help=what + default)
+            read.add_argument("--images", type=user_path, required=required, default=Path(), help=what + default)
         shards = source.add_argument_group("shards")
-        shards.add_argument("--out", type=Path, required=True, help="folder of the shards")
+        shards.add_argument("--out", type=user_path, required=True, help="folder of the shards")
         shards.add_argument("--per-shard", type=int, default=1000, help="samples a shard (default: %(default)s)")
         if name != "scenes":
             shards.add_argument(

@@ -1,8 +1,8 @@
 """Samples of a tar in their order, grouped as webdataset does; and where in a local tar a sample begins.
 
-A sample is what neighbours of one key hold, which is their names up to the first dot. One whose picture cannot be used (a
-link, a name twice, another format, another dot in its name) is a sample with a problem: it keeps its place, and is counted
-and named like any other that is bad.
+A sample is what neighbours of one key hold, which is their names up to the first dot. One whose picture cannot be used
+(a link, a name twice, another format, another dot in its name) is a sample with a problem: it keeps its place, and is
+counted and named like any other that is bad.
 
 Nothing is unpacked to a disk and no member is decoded by its name. What a header claims is held against limits before
 memory is taken for it, and against the place where it stands: a tar may claim to go on before itself.
