@@ -78,6 +78,11 @@ def arguments() -> argparse.Namespace:
             )
             read.add_argument("--caption-column", default="caption", metavar="NAME", help="default: %(default)s")
             read.add_argument(
+                "--delimiter",
+                metavar="CHARACTER",
+                help="between the values of a CSV or TSV, such as ';', '|' or '\\t' (default: as its name ends)",
+            )
+            read.add_argument(
                 "--no-quotes",
                 action="store_true",
                 help="quotation marks in CSV and TSV are plain characters (default: they enclose values)",
@@ -108,7 +113,9 @@ def records(options: argparse.Namespace) -> Iterable[Record]:
         return coco_records(options.json, options.images)
     if options.source == "table":
         columns = options.image_column, options.caption_column
-        return table_records(options.table, options.images, *columns, quotes=not options.no_quotes)
+        return table_records(
+            options.table, options.images, *columns, quotes=not options.no_quotes, delimiter=options.delimiter
+        )
     return folder_records(options.images)
 
 

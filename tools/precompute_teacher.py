@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
         "--teacher", required=True, type=expanded, help="as teacher.checkpoint: run directory, CLIPModel or hub name"
     )
     parser.add_argument("--shards", required=True, nargs="+", metavar="PATTERN", help="as data.shards")
+    parser.add_argument("--allow-missing", type=int, default=0, metavar="N", help="as data.allow_missing")
     parser.add_argument(
         "--out", default=BESIDE, type=expanded, help="folder, or 'beside' each shard (default: %(default)s)"
     )
@@ -54,7 +55,9 @@ def main() -> None:
     if not part or int(part[1]) > int(part[2]):
         raise UserError(f"--part {options.part}: I/N with I from 1 to N, e.g. 2/8")
     with counting("counting the samples of shards") as done:
-        index = index_shards(options.shards, "--shards", typed=True, done=done)
+        index = index_shards(options.shards, "--shards", typed=True, allow_missing=options.allow_missing, done=done)
+    if index.missing:
+        print(f"warning: {index.left_out}")
     device = torch.device(options.device)
     teacher = load_teacher(options.teacher, device, "--teacher")
     folder = FeatureFolder(options.out, teacher.identity)

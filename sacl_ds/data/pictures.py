@@ -146,7 +146,8 @@ def _clear_colour(image: Image.Image) -> Any:
     """Which colour of an image without alpha is transparent; None: none. To be asked before its pixels are decoded:
     PNG gives it in the file's own bits, of which Pillow makes 8."""
     clear = image.info.get("transparency")
-    bits = image.tile[0][3] if image.tile and image.format == "PNG" else ""
+    tiles = getattr(image, "tile", None)
+    bits = tiles[0][3] if tiles and image.format == "PNG" else ""
     if bits in ("L;2", "L;4"):
         return clear * (85 if bits == "L;2" else 17) if isinstance(clear, int) else clear
     return tuple(value >> 8 for value in clear) if bits == "RGB;16B" and isinstance(clear, tuple) else clear

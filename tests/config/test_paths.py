@@ -40,10 +40,9 @@ def test_every_path_setting(root: type, key: str, home: Path) -> None:
     for part in reversed(key.split(".")):
         value = {part: value}
     (home / "run.yaml").write_text(yaml.safe_dump(value))
-    for layers in (read_layers(None, [*always, f"{key}=~/a b"]), read_layers(home / "run.yaml", always)):
-        if layers[0][0].startswith("in ") and "run.yaml" in layers[0][0]:
-            layers = [*layers[1:], layers[0]]
-        found: object = resolve_layers(layers, root)
+    typed, filed = read_layers(None, [f"{key}=~/a b"]), read_layers(home / "run.yaml", [])
+    for layers in (typed, filed):
+        found: object = resolve_layers(read_layers(None, always) + layers, root)
         for part in key.split("."):
             found = getattr(found, part)
         assert found == f"{home}/a b"

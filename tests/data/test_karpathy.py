@@ -139,7 +139,7 @@ MISTAKES = {
     "sentences null": (of(entry(0, sentences=None)), r"images\[0\]: not as expected"),
     "sentence no object": (of(entry(0, sentences=["a"])), r"images\[0\]: not as expected"),
     "no raw": (of(entry(0, sentences=[{"tokens": []}])), r"images\[0\]: 'raw' is missing"),
-    "raw no text": (of(entry(0, sentences=[{"raw": None}])), r"images\[0\]: not as expected: raw is None, not text"),
+    "raw no text": (of(entry(0, sentences=[{"raw": None}])), r"images\[0\]: not as expected: raw is null, not text"),
     "cocoid no number": (of(entry(0, cocoid="x")), r"images\[0\]: not as expected: invalid literal"),
     "empty caption": (
         of(entry(0), entry(1, sentences=[{"raw": "a"}, {"raw": " "}])),

@@ -49,7 +49,7 @@ def is_gone(shard: str) -> bool:
 def missing_shards(
     gone: Sequence[str], of: int, pattern: str | Sequence[str], setting: str, why: str = ""
 ) -> UserError:
-    """The line for shards that are not there."""
+    """The line for shards that are not there. why: what to do, where the pattern is right."""
     more = f" (and {len(gone) - 1} more of {of})" if len(gone) > 1 else ""
     shown = repr(pattern) if isinstance(pattern, str) else ", ".join(map(repr, pattern))
     advice = why or f"correct the pattern {shown}"
