@@ -107,3 +107,36 @@ def test_ten_thousand_shards(tmp_path: Path) -> None:
     assert index.total == 100_000_000
     assert seconds < 1
     assert psutil.Process().memory_info().rss - before < 100e6
+
+
+def test_shards_that_may_be_missing(tmp_path: Path) -> None:
+    """As img2dataset leaves gaps: up to so many, in any set; what a run began with is what it goes on with."""
+    pattern = write_tars(tmp_path, [3, 4, 5, 6])
+    second, third = (tmp_path / f"{n}.tar" for n in (1, 2))
+    second.rename(tmp_path / "away")
+    line = r"data\.shards: shard .*1\.tar does not exist; correct .*, or leave gaps out with data\.allow_missing=1"
+    with pytest.raises(UserError, match=line):
+        index_shards(pattern)
+    index = index_shards(pattern, allow_missing=1)
+    assert (index.sets, index.missing) == ([[3, 5, 6]], [str(second)])
+    assert [Path(shard).name for shard in index.shards] == ["0.tar", "2.tar", "3.tar"]
+    assert index.left_out == f"1 of 4 shards are missing and left out: {second}"
+    sets = [str(tmp_path / "{0..1}.tar"), str(tmp_path / "{2..3}.tar")]
+    assert index_shards(sets, several=True, allow_missing=2).sets == [[3], [5, 6]]
+    # it has come back
+    (tmp_path / "away").rename(second)
+    assert index_shards(pattern, allow_missing=1).missing == []
+    assert index_shards(pattern, allow_missing=1, left_out=[str(second)]) == index
+    # another has gone
+    third.unlink()
+    assert index_shards(pattern, allow_missing=1).missing == [str(third)]
+    for settled in ([], [str(second)]):
+        with pytest.raises(
+            UserError, match=r"2\.tar does not exist; the run began with it: put it back, or take it out"
+        ):
+            index_shards(pattern, allow_missing=1, left_out=settled)
+    second.unlink()
+    with pytest.raises(UserError, match=r"1\.tar does not exist \(and 1 more of 4\); .*data\.allow_missing=2"):
+        index_shards(pattern, allow_missing=1)
+    with pytest.raises(UserError, match=r"1\.tar does not exist \(and 1 more of 2\); correct the pattern"):
+        index_shards(str(tmp_path / "{1..2}.tar"), allow_missing=2)
