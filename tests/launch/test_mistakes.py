@@ -37,8 +37,8 @@ def shard(
     twice: Sequence[int] = (),
     apart: Sequence[int] = (),
 ) -> Path:
-    """A shard of 32 pictures; broken: sample -> (its image bytes, its caption), None as usual. twice: whose picture stands
-    there twice; apart: whose caption has another key."""
+    """A shard of 32 pictures; broken: sample -> (its image bytes, its caption), None as usual. twice: samples whose
+    picture stands there twice; apart: whose caption has another key."""
     path = folder / "00000.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(32):
