@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sacl_ds.config.paths import user_path
 from sacl_ds.losses import similarity_regulated_loss
 
 Step = Callable[[], None]
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU (default: all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the implementations, e.g. 'streaming, teacher'")
-    parser.add_argument("--out", type=Path, help="folder for results.json, table.md and plot.png")
+    parser.add_argument("--out", type=user_path, help="folder for results.json, table.md and plot.png")
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ask:

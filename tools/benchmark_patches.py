@@ -28,6 +28,7 @@ from torch import nn
 from sacl_ds.analysis.device import device_named
 from sacl_ds.command_line import Parser, exit_status
 from sacl_ds.config import PRESETS, LossConfig, ModelConfig
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.errors import UserError
@@ -257,7 +258,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU (default: all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for results.json, table.md and plot.png")
+    parser.add_argument("--out", type=user_path, help="folder for results.json, table.md and plot.png")
     options = parser.parse_args()
     if options.batch < 2 or options.rounds < 1:
         raise UserError(

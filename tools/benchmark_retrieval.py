@@ -14,7 +14,6 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sacl_ds.command_line import Parser, exit_status
+from sacl_ds.config.paths import user_path
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.metrics import recall_of_places
 from sacl_ds.evaluation.retrieval.figures import KS, OWN, Truth
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--k-images", type=int, default=256, help="images kept for each caption")
     parser.add_argument("--k-captions", type=int, default=128, help="captions kept for each image")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=user_path, help="write the figures as JSON")
     options = parser.parse_args()
     for name in ("images", "captions", "dim", "k_images", "k_captions"):
         if getattr(options, name) < 1:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from sacl_ds.command_line import Parser, exit_status
 from sacl_ds.config import PRESETS
+from sacl_ds.config.paths import user_path
 from sacl_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="steps in a row in a round (default: %(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure it")
-    parser.add_argument("--out", type=Path, help="folder for results.json, table.md and plot.png")
+    parser.add_argument("--out", type=user_path, help="folder for results.json, table.md and plot.png")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(words)

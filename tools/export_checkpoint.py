@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from sacl_ds.command_line import Parser, exit_status
+from sacl_ds.config.paths import user_path
 
 FORMS = {
     "hf": "both towers as transformers' ChineseCLIPModel, for AutoModel and pipelines, without this package",
@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser = Parser(description=f"{__doc__}\nforms:\n{forms}", epilog=EXAMPLE, formatter_class=raw)
     parser.add_argument("run", metavar="RUN", help="directory of a finished run, or RUN/checkpoints/step_N")
     parser.add_argument("--to", choices=list(FORMS), required=True, help="form")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that is not there yet")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder that is not there yet")
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (default: %(default)s)"
     )

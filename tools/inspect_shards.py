@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.contact_sheet import COLUMNS, ROWS, draw_sheet
 from sacl_ds.data.inspection import LISTED, Inspection, Repeats, expected_samples, inspect_shards, quantiles
 from sacl_ds.data.making.survey import size
@@ -41,11 +41,11 @@ def arguments() -> argparse.Namespace:
     more = parser.add_argument_group("more than the table")
     more.add_argument(
         "--sheet",
-        type=Path,
+        type=user_path,
         metavar="PNG",
         help=f"write {COLUMNS * ROWS} images with captions, drawn evenly over the shards (default: none)",
     )
-    more.add_argument("--json", type=Path, metavar="JSON", help="write all figures (default: none)")
+    more.add_argument("--json", type=user_path, metavar="JSON", help="write all figures (default: none)")
     return parser.parse_args()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.making.record import Record
 from sacl_ds.data.making.record_lists import (
     coco_records,
@@ -66,9 +67,9 @@ def arguments() -> argparse.Namespace:
                 help="captions: some of one or two objects, one's colour and shape, or much (default: %(default)s)",
             )
         elif name in ("karpathy", "coco"):
-            read.add_argument("--json", type=Path, required=True, help="file of captions")
+            read.add_argument("--json", type=user_path, required=True, help="file of captions")
         elif name == "table":
-            read.add_argument("--table", type=Path, required=True, help=".csv, .tsv, .csv.gz, .tsv.gz or .parquet")
+            read.add_argument("--table", type=user_path, required=True, help=".csv, .tsv, .csv.gz, .tsv.gz or .parquet")
             read.add_argument(
                 "--image-column",
                 default="path",
@@ -76,6 +77,11 @@ def arguments() -> argparse.Namespace:
                 help="paths; in parquet also encoded images (default: %(default)s)",
             )
             read.add_argument("--caption-column", default="caption", metavar="NAME", help="default: %(default)s")
+            read.add_argument(
+                "--delimiter",
+                metavar="CHARACTER",
+                help="between the values of a CSV or TSV, such as ';', '|' or '\\t' (default: as its name ends)",
+            )
             read.add_argument(
                 "--no-quotes",
                 action="store_true",
@@ -87,9 +93,9 @@ def arguments() -> argparse.Namespace:
             what = "folder, subfolders included" if name == "folder" else "folder that the paths start from"
             required = name != "table"
             default = "" if required else " (default: where you are)"
-            read.add_argument("--images", type=Path, required=required, default=Path(), help=what + default)
+            read.add_argument("--images", type=user_path, required=required, default=Path(), help=what + default)
         shards = source.add_argument_group("shards")
-        shards.add_argument("--out", type=Path, required=True, help="folder of the shards")
+        shards.add_argument("--out", type=user_path, required=True, help="folder of the shards")
         shards.add_argument("--per-shard", type=int, default=1000, help="samples a shard (default: %(default)s)")
         if name != "scenes":
             shards.add_argument(
@@ -107,7 +113,9 @@ def records(options: argparse.Namespace) -> Iterable[Record]:
         return coco_records(options.json, options.images)
     if options.source == "table":
         columns = options.image_column, options.caption_column
-        return table_records(options.table, options.images, *columns, quotes=not options.no_quotes)
+        return table_records(
+            options.table, options.images, *columns, quotes=not options.no_quotes, delimiter=options.delimiter
+        )
     return folder_records(options.images)
 
 

@@ -16,7 +16,6 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sacl_ds.command_line import Parser, exit_status
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import resolve
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--coalesce", action="store_true", help="their gradients reduced together, not one by one")
     parser.add_argument("--checkpoint", action="store_true", help="with checkpointing of activations")
     parser.add_argument("--itc", action="store_true", help="without ITM and MLM")
-    parser.add_argument("--docs", type=Path, required=True, help="JSON file; rows of the same cases are replaced")
+    parser.add_argument("--docs", type=user_path, required=True, help="JSON file; rows of the same cases are replaced")
     options = parser.parse_args()
     if options.offload and min(options.stages) < 2:
         raise UserError("--offload: only ZeRO 2 and 3 offload; add --stages 2 3")

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sacl_ds.config.paths import expanded
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.data.teacher_features import BESIDE, FeatureFolder
@@ -31,9 +32,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", required=True, help="as teacher.checkpoint: run directory, CLIPModel or hub name")
+    parser.add_argument(
+        "--teacher", required=True, type=expanded, help="as teacher.checkpoint: run directory, CLIPModel or hub name"
+    )
     parser.add_argument("--shards", required=True, nargs="+", metavar="PATTERN", help="as data.shards")
-    parser.add_argument("--out", default=BESIDE, help="folder, or 'beside' each shard (default: %(default)s)")
+    parser.add_argument("--allow-missing", type=int, default=0, metavar="N", help="as data.allow_missing")
+    parser.add_argument(
+        "--out", default=BESIDE, type=expanded, help="folder, or 'beside' each shard (default: %(default)s)"
+    )
     speed = parser.add_argument_group("speed")
     speed.add_argument("--batch-size", type=int, default=256, help="images at a time (default: %(default)s)")
     speed.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -49,7 +55,9 @@ def main() -> None:
     if not part or int(part[1]) > int(part[2]):
         raise UserError(f"--part {options.part}: I/N with I from 1 to N, e.g. 2/8")
     with counting("counting the samples of shards") as done:
-        index = index_shards(options.shards, "--shards", typed=True, done=done)
+        index = index_shards(options.shards, "--shards", typed=True, allow_missing=options.allow_missing, done=done)
+    if index.missing:
+        print(f"warning: {index.left_out}")
     device = torch.device(options.device)
     teacher = load_teacher(options.teacher, device, "--teacher")
     folder = FeatureFolder(options.out, teacher.identity)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from sacl_ds.command_line import Parser, exit_status
 from sacl_ds.config import RunConfig
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import read_ds_config, resolve
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1.0, help="GiB a rank may use (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help="with ZeRO 3 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="default: %(default)s")
-    parser.add_argument("--docs", type=Path, required=True, help="JSON file, beside which offload.png is written")
+    parser.add_argument("--docs", type=user_path, required=True, help="JSON file, beside which offload.png is written")
     options = parser.parse_args()
     many, common = options.ranks, (options.limit, options.steps)
     arms = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from sacl_ds.analysis.device import device_named
 from sacl_ds.analysis.patches import draw, load_selecting, look
 from sacl_ds.command_line import Parser, exit_status
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes
@@ -32,8 +32,8 @@ SCENES, SCENE_SEED = 500, 1001  # the held-out scenes of the built-in run
 def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
-    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("--image", type=user_path, action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument(
         "--scenes", type=int, nargs="+", default=[], metavar="N", help=f"built-in held-out scenes, below {SCENES}"
     )
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     chosen.add_argument("--guide", choices=["text", "cls", "random"])
     chosen.add_argument("--score", choices=["keys", "tokens"])
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--out", type=user_path, required=True, metavar="FILE.png")
     return parser.parse_args()
 
 

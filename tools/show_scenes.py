@@ -4,13 +4,13 @@ python tools/show_scenes.py --count 8 --out scenes.png
 """
 
 import argparse
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.scenes import Scenes
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         "--seed", type=int, default=1001, help="default: %(default)s, the held-out scenes of the built-in run"
     )
     parser.add_argument("--image-size", type=int, default=96, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=user_path, required=True)
     options = parser.parse_args()
     scenes = Scenes(500, options.seed, options.image_size)
     true_of = (scenes.relevance() == 1).sum(1).reshape(500, -1)

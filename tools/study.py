@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 
 from sacl_ds.command_line import exit_status
+from sacl_ds.config.paths import user_path
 from sacl_ds.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, default=Path("launch/configs/study.yaml"), help="arms and seeds (YAML)")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="results, models, table and plots")
+    parser.add_argument(
+        "--plan", type=user_path, default=Path("launch/configs/study.yaml"), help="arms and seeds (YAML)"
+    )
+    parser.add_argument("--out", type=user_path, default=Path("runs/study"), help="results, models, table and plots")
     parser.add_argument("--processes", type=int, help="trials side by side; default: one a core, 4 on a GPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds of the plan")

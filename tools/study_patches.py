@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 
 from sacl_ds.command_line import exit_status
+from sacl_ds.config.paths import user_path
 from sacl_ds.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, default=Path("launch/configs/patches_study.yaml"), help="arms and seeds")
-    parser.add_argument("--out", type=Path, default=Path("runs/study_patches"), help="results and table")
+    parser.add_argument(
+        "--plan", type=user_path, default=Path("launch/configs/patches_study.yaml"), help="arms and seeds"
+    )
+    parser.add_argument("--out", type=user_path, default=Path("runs/study_patches"), help="results and table")
     parser.add_argument("--processes", type=int, help="trials side by side; default: one a core")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds of the plan")
     parser.add_argument("--arms", nargs="+", help="only these arms")

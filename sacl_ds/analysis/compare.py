@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 from typing import Any
 
 _EXAMPLE = """example:
@@ -20,8 +21,10 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("a", metavar="RUN_A", help="finished run, or RUN/checkpoints/step_N")
-    parser.add_argument("b", metavar="RUN_B", help="another; or 'teacher': A's model alone against its teacher alone")
+    parser.add_argument("a", type=expanduser, metavar="RUN_A", help="finished run, or RUN/checkpoints/step_N")
+    parser.add_argument(
+        "b", type=expanduser, metavar="RUN_B", help="another; or 'teacher': A's model alone against its teacher alone"
+    )
     parser.add_argument(
         "--shards", nargs="+", metavar="PATTERN", help="pairs to weigh, as data.shards (default: A's held-out data)"
     )
@@ -36,7 +39,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--sharpness", type=float, metavar="KAPPA", help="for both (default: each as its run ended)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     parser.add_argument(
-        "--out", default="compare", metavar="DIR", help="folder for what is written (default: %(default)s)"
+        "--out",
+        default="compare",
+        type=expanduser,
+        metavar="DIR",
+        help="folder for what is written (default: %(default)s)",
     )
     parser.set_defaults(act=_act)
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sacl_ds.config.paths import PathText
 from sacl_ds.config.room import Fraction, Natural, Positive, PositiveFloat, Room
 
 Detail = Literal["partial", "simple", "detailed"]
@@ -51,6 +52,11 @@ class DataConfig(Room):
         description="webdataset tars for training: '/data/{00000..00331}.tar', '@list.txt', http(s), s3, 'pipe:...'; "
         "or several of these",
     )
+    allow_missing: Natural = Field(
+        0,
+        description="so many of data.shards may be missing: they are left out, named, and stay out where the run is "
+        "resumed",
+    )
     weights: list[PositiveFloat] | None = Field(
         None, description="share of each of several data.shards in every batch; null: one set, by its sizes"
     )
@@ -67,7 +73,7 @@ class DataConfig(Room):
     duplicates: Literal["image+caption", "image", "none"] = Field(
         "image+caption", description="what makes two pairs of a batch no negatives of each other, where it is the same"
     )
-    grouping: str | None = Field(
+    grouping: PathText | None = Field(
         None,
         description="parquet or CSV of key, group and perhaps shard, as tools/weight_analysis.py suspects writes it: "
         "samples of one group are no negatives of each other either",
@@ -78,7 +84,9 @@ class DataConfig(Room):
     )
     attempts: Positive = Field(3, description="times that a shard on a server is opened before it is given up")
     stall_seconds: PositiveFloat = Field(60, description="break off a shard that gives nothing for so long")
-    cache_dir: str | None = Field(None, description="keep shards from servers in this folder; null: read them anew")
+    cache_dir: PathText | None = Field(
+        None, description="keep shards from servers in this folder; null: read them anew"
+    )
     cache_gb: PositiveFloat = Field(100, description="size of that folder; what was not used for longest goes first")
     augment: Literal["auto", "none", "crop"] = Field(
         "auto",

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from sacl_ds.config.data import ScenesConfig
 from sacl_ds.config.loss import LossConfig
+from sacl_ds.config.paths import PathText
 from sacl_ds.config.room import Fraction, Natural, NaturalFloat, Positive, PositiveFloat, Room
 from sacl_ds.config.training import OptimConfig, TrainConfig, TrainingConfig
 
@@ -49,7 +50,7 @@ class TaskDataConfig(Room):
         "scenes",
         description="files: the task's official files, named in the room of the task; scenes: the built-in set",
     )
-    images: str | None = Field(None, description="folder of the images that the files name")
+    images: PathText | None = Field(None, description="folder of the images that the files name")
     scenes: ScenesConfig = ScenesConfig(count=100_000, eval_count=500)
     eval_count: Positive | None = Field(
         None, description="at most so many examples of val while training; null: all of them"
@@ -83,7 +84,7 @@ class AugmentConfig(Room):
 
 
 class RetrievalConfig(Room):
-    annotations: str | None = Field(None, description="Karpathy JSON of COCO, Flickr30k or Flickr8k")
+    annotations: PathText | None = Field(None, description="Karpathy JSON of COCO, Flickr30k or Flickr8k")
     train_split: str = Field("train", description="its name there; train takes restval too")
     val_split: str = Field("val", description="its name there")
     test_split: str = Field("test", description="its name there")
@@ -98,15 +99,19 @@ class RetrievalConfig(Room):
 
 
 class VqaConfig(Room):
-    train_questions: str | list[str] | None = Field(None, description="official question JSON, one or several")
-    train_annotations: str | list[str] | None = Field(None, description="their annotation JSON, as many")
-    val_questions: str | None = Field(None, description="official question JSON")
-    val_annotations: str | None = Field(None, description="its annotation JSON")
-    test_questions: str | None = Field(None, description="official question JSON")
-    test_annotations: str | None = Field(None, description="its annotation JSON; null: predictions alone")
-    visual_genome: str | None = Field(None, description="question_answers.json of Visual Genome, as more training data")
-    visual_genome_images: str | None = Field(None, description="folder of its images; null: data.images")
-    answers: str | None = Field(
+    train_questions: PathText | list[PathText] | None = Field(
+        None, description="official question JSON, one or several"
+    )
+    train_annotations: PathText | list[PathText] | None = Field(None, description="their annotation JSON, as many")
+    val_questions: PathText | None = Field(None, description="official question JSON")
+    val_annotations: PathText | None = Field(None, description="its annotation JSON")
+    test_questions: PathText | None = Field(None, description="official question JSON")
+    test_annotations: PathText | None = Field(None, description="its annotation JSON; null: predictions alone")
+    visual_genome: PathText | None = Field(
+        None, description="question_answers.json of Visual Genome, as more training data"
+    )
+    visual_genome_images: PathText | None = Field(None, description="folder of its images; null: data.images")
+    answers: PathText | None = Field(
         None, description="JSON list of the answers to choose from; null: built from the training questions"
     )
     answers_at_least: Positive = Field(
@@ -119,9 +124,11 @@ class VqaConfig(Room):
 
 
 class Nlvr2Config(Room):
-    train: str | None = Field(None, description="official JSON lines (train.json)")
-    val: str | None = Field(None, description="official JSON lines (dev.json)")
-    test: str | None = Field(None, description="official JSON lines (test1.json); without labels: predictions alone")
+    train: PathText | None = Field(None, description="official JSON lines (train.json)")
+    val: PathText | None = Field(None, description="official JSON lines (dev.json)")
+    test: PathText | None = Field(
+        None, description="official JSON lines (test1.json); without labels: predictions alone"
+    )
 
 
 class TaskLossConfig(LossConfig):
@@ -142,7 +149,7 @@ class EvaluationConfig(Room):
 
 class FinetuneConfig(TrainingConfig):
     task: TaskName = Field(description="what the model is for")
-    checkpoint: str | None = Field(
+    checkpoint: PathText | None = Field(
         None,
         description="start from this: the directory of a run, or its checkpoints/step_N; brings the room model; "
         "null: as the room model says, from scratch at the worst",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sacl_ds.config.data import Detail
+from sacl_ds.config.paths import PathText
 from sacl_ds.config.room import Fraction, Natural, NaturalFloat, PositiveFloat, Room
 
 
@@ -64,11 +65,13 @@ class MomentumConfig(Room):
 class TeacherConfig(Room):
     """The frozen teacher whose similarity regulates the negatives at first."""
 
-    checkpoint: str | None = Field(None, description="run directory of a trained teacher (launch/configs/teacher.yaml)")
+    checkpoint: PathText | None = Field(
+        None, description="run directory of a trained teacher (launch/configs/teacher.yaml)"
+    )
     steps: Natural = Field(300, description="without checkpoint: train one first, for so many steps; 0: no teacher")
     detail: Detail = Field("partial", description="captions of the scenes it learns from, as data.scenes.detail")
     shards: str | None = Field(None, description="clean captioned shards it learns from; null: data.shards")
-    features: str | None = Field(
+    features: PathText | None = Field(
         None,
         description="folder of features by tools/precompute_teacher.py, or 'beside' the shards; null: run the teacher",
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sacl_ds.config.paths import PathText
 from sacl_ds.config.room import Fraction, Positive, PositiveFloat, Room
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -92,10 +93,10 @@ class ModelConfig(Room):
     """Fields left out come from the preset."""
 
     preset: Literal["tiny", "base"] = Field("tiny", description="tiny: CPU minutes, from scratch; base: the paper's")
-    image_encoder: str = Field(description="timm name, or 'local-dir:/path' of a timm model folder")
+    image_encoder: PathText = Field(description="timm name, or 'local-dir:/path' of a timm model folder")
     image_encoder_arguments: dict[str, Any] = Field(description="arguments of timm.create_model: depth, embed_dim, ...")
     image_pretrained: bool = Field(description="start from timm's published weights of image_encoder")
-    image_weights: str | None = Field(
+    image_weights: PathText | None = Field(
         None,
         description="start image_encoder from these, not timm's: a CLIP of transformers by folder or hub name, or a "
         "file of weights in the layout of OpenAI's CLIP, open_clip, transformers or timm",
@@ -103,8 +104,10 @@ class ModelConfig(Room):
     image_size: Positive = Field(description="pixels a side")
     image_mean: tuple[float, float, float] = Field(_CLIP_MEAN, description="pixel normalisation, of values in [0, 1]")
     image_std: tuple[float, float, float] = Field(_CLIP_STD, description="pixel normalisation, of values in [0, 1]")
-    text_encoder: str | None = Field(description="hub name or folder of a BERT to start from and take the tokenizer of")
-    start: str | None = Field(
+    text_encoder: PathText | None = Field(
+        description="hub name or folder of a BERT to start from and take the tokenizer of"
+    )
+    start: PathText | None = Field(
         None,
         description="start the whole model from this: a file in ALBEF's layout (text_encoder gives the tokenizer), "
         "or the directory of a finished run",

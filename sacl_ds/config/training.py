@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from sacl_ds.config.model import ModelConfig
+from sacl_ds.config.paths import PathText
 from sacl_ds.config.room import Fraction, Natural, NaturalFloat, Positive, PositiveFloat, Room
 from sacl_ds.errors import UserError
 
@@ -101,7 +102,7 @@ class KernelsConfig(Room):
 class TrainingConfig(Room):
     """Of a run of any kind: pre-training, or a downstream task."""
 
-    output_dir: str | None = Field(
+    output_dir: PathText | None = Field(
         None,
         description="run directory; null: runs/scenes-001, -002 and so on (a task's: runs/vqa-scenes-001), or the last "
         "of them with --resume",

@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from sacl_ds.data.captions import captions_of
+from sacl_ds.data.captions import BadText, captions_of
 from sacl_ds.data.images import BadImage, ImageFacts, examine
 from sacl_ds.data.shards.layout import stats_path
 from sacl_ds.data.shards.patterns import is_remote
-from sacl_ds.data.shards.tars import image_of, read_samples
+from sacl_ds.data.shards.tars import PROBLEM, image_of, read_samples
 from sacl_ds.errors import UserError
 
 LISTED = 20  # broken samples, and shards with wrong stats
 EXAMPLES = 3  # of repeated images and captions
 _SHARES = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+_APART = "apart from other files of its key, which belong beside it in the tar (tar --sort=name)"
 _THREADS = 4
 _AHEAD = 32
 
@@ -130,7 +131,7 @@ def inspect_shards(
     sheet: how many examples to keep, drawn evenly over the shards, the same ones each time. seen(n) is called as
     samples are done. What is wrong with the data is counted and listed, never raised.
     """
-    found = Inspection(shards=list(files), complete=limit is None)
+    found = Inspection(shards=list(files))
     images, captions = _Hashes(files), _Hashes(files)
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, file in enumerate(files):
@@ -138,13 +139,15 @@ def inspect_shards(
             shown = _Reservoir(_part(sheet, number, len(files)), seed=number)
             images.next_shard()
             captions.next_shard()
-            with_image = 0
+            with_image, parts = 0, set[str]()
+            samples = read_samples(file, without_image=True)
             try:
-                for fields, future in _in_order(pool, islice(read_samples(file, without_image=True), quota)):
+                for fields, future in _in_order(pool, islice(samples, quota)):
                     found.samples += 1
-                    with_image += _look(found, file, fields, future, images, captions, shown)
+                    with_image += _look(found, file, fields, future, images, captions, shown, parts)
                     seen(1)
-                whole = quota is None
+                whole = quota is None or (quota > 0 and next(samples, None) is None)
+                found.complete &= whole
             except UserError as error:
                 found.unreadable_shards.append({"shard": file, "reason": str(error)})
                 whole = False
@@ -163,11 +166,17 @@ def _look(
     images: _Hashes,
     captions: _Hashes,
     shown: _Reservoir,
+    parts: set[str],
 ) -> bool:
-    """Counts one sample; returns whether it has an image."""
-    key, said = str(fields["__key__"]), captions_of(fields)
+    """Counts one sample; returns whether it is one for training, be it a bad one. parts: keys of what the shard had so
+    far without picture or caption."""
+    key = str(fields["__key__"])
+    try:
+        said = captions_of(fields)
+        reason = "" if said else "no caption"
+    except BadText as error:
+        said, reason = [], str(error)
     captions.add(said)
-    reason = "" if said else "no caption"
     found.captions[len(said)] += 1
     for caption in said:
         found.words[len(caption.split())] += 1
@@ -175,7 +184,7 @@ def _look(
     images.add(data)
     if future is None:
         reason = "no image"
-    else:
+    elif PROBLEM not in fields:
         found.image_bytes.append(len(data[0]))
         try:
             facts = future.result()
@@ -185,13 +194,17 @@ def _look(
             found.widths[facts.width] += 1
             found.heights[facts.height] += 1
             found.formats[facts.extension] += 1
+    if reason in ("no image", "no caption"):
+        reason = _APART if key in parts else reason
+        parts.add(key)
+    reason = fields.get(PROBLEM, reason)
     if reason:
         found.broken[reason.partition(":")[0]] += 1
         if len(found.broken_listed) < LISTED:
             found.broken_listed.append({"shard": file, "key": key, "reason": reason})
     else:
         shown.offer(Example(file, key, data[0], said))
-    return future is not None
+    return future is not None or PROBLEM in fields
 
 
 def _check_stats(found: Inspection, file: str, with_image: int | None) -> None:

@@ -55,3 +55,12 @@ def each_entry(entries: Iterable[Any], where: Callable[[int], str], make: Callab
         except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise UserError(f"{where(number)}: not as expected: {error}") from None
     return made
+
+
+def text_of(entry: Any, name: str) -> str:
+    """A field of an entry, for `each_entry`. Raises KeyError where it is missing, ValueError where it is no text."""
+    value = entry[name]
+    if not isinstance(value, str):
+        shown = "null" if value is None else f"{value!r:.60}"
+        raise ValueError(f"{name} is {shown}, not text")
+    return value

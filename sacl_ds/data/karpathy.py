@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sacl_ds.data.inside import require_relative
-from sacl_ds.data.json_files import each_entry, read_json
+from sacl_ds.data.json_files import each_entry, read_json, text_of
 from sacl_ds.errors import UserError
 
 
@@ -56,7 +56,7 @@ def _entries(path: Path) -> tuple[list[Any], list[str]]:
     entries = document.get("images") if isinstance(document, dict) else None
     if not isinstance(entries, list):
         raise UserError(f"{path} is no Karpathy JSON: no list 'images' in it; give a dataset_*.json of his")
-    return entries, each_entry(entries, lambda number: _where(path, number), lambda entry: _text(entry, "split"))
+    return entries, each_entry(entries, lambda number: _where(path, number), lambda entry: text_of(entry, "split"))
 
 
 def _where(path: Path, number: int) -> str:
@@ -66,25 +66,18 @@ def _where(path: Path, number: int) -> str:
 def _image(number: int, entry: Any) -> KarpathyImage:
     sentences = entry["sentences"]
     ids = [each.get("sentid") for each in sentences]
-    filename, filepath = _text(entry, "filename"), _text(entry, "filepath") if "filepath" in entry else ""
+    filename, filepath = text_of(entry, "filename"), text_of(entry, "filepath") if "filepath" in entry else ""
     require_relative(filepath, filename)
     require_relative(filename)
     return KarpathyImage(
         number=number,
         filename=filename,
         filepath=filepath,
-        captions=[_text(each, "raw") for each in sentences],
+        captions=[text_of(each, "raw") for each in sentences],
         imgid=_number(entry, "imgid"),
         cocoid=_number(entry, "cocoid"),
         sentids=None if None in ids else [int(each) for each in ids],
     )
-
-
-def _text(entry: Any, name: str) -> str:
-    value = entry[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r:.60}, not text")
-    return value
 
 
 def _number(entry: Any, name: str) -> int | None:

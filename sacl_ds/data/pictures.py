@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -14,8 +14,11 @@ from torch import Tensor
 from sacl_ds.data.images import bad_image, open_image
 
 _ORIENTATION = 274  # EXIF
+_TURNS = frozenset(range(2, 9))  # whatever else stands there says nothing
 _SPARE = 2  # a picture is decoded at 1/2, 1/4 or 1/8 where that leaves so many times the pixels asked for
-_START, _SCAN, _APP1 = b"\xff\xd8", b"\xda", 0xE1  # JPEG markers; in APP1 lie EXIF and XMP, which can turn it
+_START, _SCAN = b"\xff\xd8", b"\xda"  # JPEG markers
+# APP1, where EXIF and XMP lie, which can turn it; markers of no length; fill bytes
+_ALONE = (b"", b"\x00", b"\x01", b"\xe1", b"\xff", *(bytes([marker]) for marker in range(0xD0, 0xDA)))
 _PAPER = (255, 255, 255)  # under transparent pixels
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -30,8 +33,10 @@ class Picture:
     def of(cls, image: Image.Image) -> Picture:
         """Of an image of Pillow's, opened already. Raises BadImage where it is damaged."""
         try:
+            clear = _clear_colour(image)
             turned = ImageOps.exif_transpose(image)
-            return cls(_tensor(_rgb(image if turned is None else turned)))
+            assert turned is not None  # a copy at least
+            return cls(_tensor(_rgb(turned, clear)))
         except Exception as error:  # as below
             raise bad_image(error) from None
 
@@ -48,12 +53,13 @@ class Picture:
             return
         try:
             opened = open_image(data)
+            if opened.format == "PNG":
+                opened.load()  # text may follow its pixels
             orientation = opened.getexif().get(_ORIENTATION, 1)
             width, height = opened.size
         except Exception as error:  # Pillow's readers raise a dozen types for damaged files
             raise bad_image(error) from None
-        # whatever else stands there says nothing
-        self._turned = isinstance(orientation, int) and 2 <= orientation <= 8
+        self._turned = orientation in _TURNS
         self.size = (
             (height, width) if self._turned and orientation >= 5 else (width, height)
         )  # from 5 on: quarter turns
@@ -103,15 +109,17 @@ class Picture:
             if divisor > 1:
                 width, height = image.size
                 image.draft("RGB", (width // divisor, height // divisor))
+            clear = _clear_colour(image)
             image.load()
-            return _tensor(_rgb(ImageOps.exif_transpose(image) if self._turned else image))
+            turned = ImageOps.exif_transpose(image) if self._turned else image
+            return _tensor(_rgb(turned or image, clear))
         except Exception as error:  # as above
             raise bad_image(error) from None
 
 
 def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG in grey or YCbCr that is not turned; None for all else, of which Pillow knows more."""
-    if data[:2] != _START or _APP1 in _markers(data):
+    if not _is_plain_jpeg(data):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -121,20 +129,39 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     return (width, height) if modest and colours in ("YCbCr", "Gray") else None
 
 
-def _markers(data: bytes) -> Iterator[int]:
-    """Of a JPEG's segments, up to its pixels."""
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether its segments follow each other up to its pixels, with no APP1 among them and nothing between."""
     place = 2
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != _SCAN:
-        yield data[place + 1] if place + 1 < len(data) else 0
+    while data[:2] == _START and data[place : place + 1] == b"\xff":
+        marker = data[place + 1 : place + 2]
+        if marker == _SCAN:
+            return True
+        if marker in _ALONE:
+            return False
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
+def _clear_colour(image: Image.Image) -> Any:
+    """Which colour of an image without alpha is transparent; None: none. To be asked before its pixels are decoded:
+    PNG gives it in the file's own bits, of which Pillow makes 8."""
+    clear = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    bits = tiles[0][3] if tiles and image.format == "PNG" else ""
+    if bits in ("L;2", "L;4"):
+        return clear * (85 if bits == "L;2" else 17) if isinstance(clear, int) else clear
+    return tuple(value >> 8 for value in clear) if bits == "RGB;16B" and isinstance(clear, tuple) else clear
+
+
+def _rgb(image: Image.Image, clear: Any) -> Image.Image:
+    """clear: from `_clear_colour`."""
     if image.mode.startswith("I;16"):  # Pillow would cut, not scale, what is above 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
+        deep = np.asarray(image)
+        grey = np.where(deep == clear, _PAPER[0], deep >> 8) if isinstance(clear, int) else deep >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if clear is not None:
+        image.info["transparency"] = clear
+    if clear is not None or not {"A", "a"}.isdisjoint(image.getbands()):
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, (*_PAPER, 255))
         return Image.alpha_composite(paper, image).convert("RGB")

@@ -23,20 +23,37 @@ if TYPE_CHECKING:  # runs on scenes load nothing that reads shards
     from sacl_ds.data.shards.index import ShardIndex
 
 Done = Callable[[int, int], None]  # (shards counted, all of them)
+MISSING = "missing_shards.txt"  # in the run directory
 HELD_OUT = 1000  # added to the seed of the training scenes
 
 
-def training_index(run: RunConfig, done: Done = lambda count, total: None) -> ShardIndex | None:
+def training_index(
+    run: RunConfig, folder: Path, resume: bool, done: Done = lambda count, total: None
+) -> ShardIndex | None:
     """The shards that the run trains on, counted; None for scenes. Raises UserError for missing or empty ones.
 
-    One process does this for all: what it finds is part of the data order.
+    folder: the run's, which keeps the names of those that were left out; a resumed run leaves out the same. One process
+    does this for all: what it finds is part of the data order.
     """
     if run.data.source != "shards":
         return None
     assert run.data.shards is not None
     from sacl_ds.data.shards.index import index_shards
 
-    return index_shards(run.data.shards, several=run.data.weights is not None, done=done)
+    kept = folder / MISSING
+    index = index_shards(
+        run.data.shards,
+        several=run.data.weights is not None,
+        allow_missing=run.data.allow_missing,
+        left_out=(kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []) if resume else None,
+        done=done,
+    )
+    if index.missing and not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text("".join(f"{shard}\n" for shard in index.missing), encoding="utf-8")
+    elif not resume:
+        kept.unlink(missing_ok=True)
+    return index
 
 
 def training_source(run: RunConfig, index: ShardIndex | None) -> Source:

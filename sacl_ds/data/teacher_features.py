@@ -39,7 +39,7 @@ class FeatureFolder:
         """Raises UserError for a remote shard without a folder."""
         name = f"{Path(shard.partition('?')[0]).stem}.teacher-{self.identity[:_NAMED_BY]}.safetensors"
         if self.where != BESIDE:
-            return Path(self.where).expanduser() / name
+            return Path(self.where) / name
         if is_remote(shard):
             raise UserError(f"features of {shard} cannot lie beside it; give a local folder")
         return Path(shard).with_name(name)

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sacl_ds.data.draws import words
@@ -31,13 +31,15 @@ SPECIAL = {
     "mask_token": "[MASK]",
 }
 _ALWAYS = set(string.ascii_lowercase + string.digits)  # any English text of a later task can be spelled
-_LETTERS = 1000  # at most so many different ones are kept, the most frequent
+_LETTERS = 1000  # so many different ones are kept, or half of the vocabulary: the most frequent
+_LONGEST_WORD = 1000  # characters; scripts without spaces write a whole caption as one
 IGNORED = -100  # label of a token that MLM does not predict, as in torch's cross_entropy
 
 
 def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A lower-casing BERT WordPiece tokenizer; the vocabulary comes from `captions`, always the same from the same."""
-    backend = _bert(models.WordPiece(unk_token="[UNK]"))
+    """A lower-casing WordPiece tokenizer as BERT's, but that accents, vowel signs and other marks stay; the vocabulary
+    comes from `captions`, always the same from the same."""
+    backend = _bert({"[UNK]": 0})
     found: Counter[str] = Counter()
     for caption in captions:
         pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
@@ -47,7 +49,8 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     letters: Counter[str] = Counter()
     for word, count in found.items():
         letters.update({letter: times * count for letter, times in Counter(word).items()})
-    kept = {letter for letter, _ in sorted(letters.items(), key=lambda pair: (-pair[1], pair[0]))[:_LETTERS]}
+    most = max(_LETTERS, vocab_size // 2)
+    kept = {letter for letter, _ in sorted(letters.items(), key=lambda pair: (-pair[1], pair[0]))[:most]}
     kept |= _ALWAYS
     inside = sorted(
         {f"##{letter}" for word in found for letter in word[1:] if letter in kept} | {f"##{each}" for each in _ALWAYS}
@@ -64,7 +67,7 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     backend.train_from_iterator((f"{word} " * count for word, count in sorted(found.items())), trainer)
     vocabulary = [*special, *sorted(backend.get_vocab().keys() - set(special))]
     ids = {token: number for number, token in enumerate(vocabulary)}
-    backend = _bert(models.WordPiece(ids, unk_token="[UNK]"))
+    backend = _bert(ids)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -73,10 +76,16 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
-def _bert(model: models.WordPiece) -> RustTokenizer:
-    backend = RustTokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def _bert(ids: dict[str, int]) -> RustTokenizer:
+    backend = RustTokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
+    # marks as letters of their own (NFD) make alphabets of a thousand syllables small
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.BertNormalizer(lowercase=True, strip_accents=False), normalizers.NFD()]
+    )
+    # one sign that the vocabulary lacks must not take the word beside it along
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(r"\p{S}"), "isolated")]
+    )
     backend.decoder = decoders.WordPiece()
     return backend
 
@@ -134,11 +143,19 @@ class Tokenizer:
         return hashlib.sha256(state.encode()).hexdigest()
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token ids with [CLS] and [SEP], cut to max_tokens, not padded."""
+        """Token ids with [CLS] and [SEP], cut to max_tokens, not padded. Raises UserError for half a surrogate pair."""
         backend = self.fast.backend_tokenizer  # the wrapper's own bookkeeping costs more than the encoding
         backend.no_padding()
         backend.enable_truncation(self.max_tokens)
-        return [encoding.ids for encoding in backend.encode_batch(list(captions))]
+        try:
+            return [encoding.ids for encoding in backend.encode_batch(list(captions))]
+        except TypeError:
+            for caption in captions:
+                if any("\ud800" <= character <= "\udfff" for character in caption):
+                    raise UserError(
+                        f"{caption!r:.200} is not valid Unicode: half of a surrogate pair; correct it"
+                    ) from None
+            raise
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:

@@ -153,11 +153,11 @@ def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, g
     # nodes may not see the same files at once
     trained = trains_teacher and broadcast_object((folder / TEACHER / WEIGHTS).exists())
     teacher = str(folder / TEACHER) if trains_teacher else run.teacher.checkpoint if run.uses_teacher else None
-    index = _index(run)
+    index = _index(run, folder, job)
     phases = [Phase(run, folder, "training", index, teacher)]
     if trains_teacher and not trained:
         first = teacher_phase(run)
-        own = _index(first) if run.teacher.shards else index
+        own = _index(first, folder / TEACHER, job) if run.teacher.shards else index
         phases.insert(0, Phase(first, folder / TEACHER, "teacher", own))
     with same_error():
         if rank() == 0:
@@ -319,13 +319,16 @@ def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device:
     return Momentum(model, settings, device, teacher.identity if teacher and queued else "")
 
 
-def _index(run: RunConfig) -> ShardIndex | None:
+def _index(run: RunConfig, folder: Path, job: Job) -> ShardIndex | None:
     """The shards that the run trains on, as the first rank counts them, on every rank."""
+    resume = job.resumes(folder)
     with same_error():
         index = None
         if rank() == 0:
             with counting("counting the samples of shards") as done:
-                index = training_index(run, done)
+                index = training_index(run, folder, resume, done)
+            if index and index.missing:
+                print(f"warning: {index.left_out}", flush=True)
     return broadcast_object(index)
 
 

@@ -89,6 +89,21 @@ def test_counts_of_remote_shards(served: Server) -> None:
     assert served.asked["1.tar"] == 1
 
 
+def test_gaps_on_a_server(served: Server) -> None:
+    """Which says that it has no such shard; one that fails in another way is no gap."""
+    stats_path(served.folder / "1.tar").unlink()
+    (served.folder / "1.tar").unlink()
+    found = index_shards(pattern(served), allow_missing=1)
+    assert (found.counts, found.missing) == ([SIZES[0], SIZES[2]], [f"{served.url}/1.tar"])
+    os.environ["XDG_CACHE_HOME"] += "/another"
+    with pytest.raises(UserError, match=r"1\.tar has no stats beside it and cannot be scanned: .*404"):
+        index_shards(pattern(served))
+    stats_path(served.folder / "0.tar").unlink()
+    served.faults["0.tar"] = "500", 100
+    with pytest.raises(UserError, match=r"0\.tar has no stats beside it and cannot be scanned: .*500"):
+        index_shards(pattern(served), allow_missing=2)
+
+
 @pytest.mark.parametrize("fault", ["500", "reset", "short", "cut", "garbage", "stall", "gone"])
 def test_what_passes_is_tried_again(served: Server, fault: str) -> None:
     """Once wrong, then right: the same batches, nothing replaced."""

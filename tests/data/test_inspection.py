@@ -199,3 +199,12 @@ def test_help(arguments: list[str]) -> None:
     assert done.stdout.count("example:") == 1
     if len(arguments) == 2 or arguments == ["inspect_shards"]:
         assert "default" in done.stdout
+
+
+def test_a_limit_that_all_samples_are_within(tmp_path: Path) -> None:
+    """Only where something was left out is that said."""
+    each = {"png": picture(4, 4, 9), "txt": b"words"}
+    files = [tar(tmp_path / f"{size}.tar", {f"{n}": each for n in range(size)}) for size in (3, 4)]
+    complete = {limit: inspect_shards(files, limit).complete for limit in (20_000, 8, 7, 6, 1)}
+    assert complete == {20_000: True, 8: True, 7: True, 6: False, 1: False}
+    assert not inspect_shards(files, 8).wrong_stats

@@ -139,13 +139,17 @@ MISTAKES = {
     "sentences null": (of(entry(0, sentences=None)), r"images\[0\]: not as expected"),
     "sentence no object": (of(entry(0, sentences=["a"])), r"images\[0\]: not as expected"),
     "no raw": (of(entry(0, sentences=[{"tokens": []}])), r"images\[0\]: 'raw' is missing"),
-    "raw no text": (of(entry(0, sentences=[{"raw": None}])), r"images\[0\]: not as expected: raw is None, not text"),
+    "raw no text": (of(entry(0, sentences=[{"raw": None}])), r"images\[0\]: not as expected: raw is null, not text"),
     "cocoid no number": (of(entry(0, cocoid="x")), r"images\[0\]: not as expected: invalid literal"),
     "empty caption": (
         of(entry(0), entry(1, sentences=[{"raw": "a"}, {"raw": " "}])),
         r"k\.json: images\[1\] \(1\.jpg\): sentences\[1\] is empty; put it right",
     ),
     "no caption": (of(entry(0, sentences=[])), r"images\[0\] \(0\.jpg\): it has no sentences; put it right"),
+    "half a surrogate pair": (
+        of(entry(0, sentences=[{"raw": "a"}, {"raw": "a smile \ud83d"}])),
+        r"k\.json: images\[0\] \(0\.jpg\): sentences\[1\]: text is not valid Unicode; put it right",
+    ),
     "twice": (of(entry(0), entry(1), entry(0)), r"images\[2\] \(0\.jpg\): .* twice, before as images\[0\]"),
     "other splits": (of(entry(0, split="val"), entry(1, split="test")), "there are: test, val"),
 }  # fmt: skip

@@ -148,19 +148,25 @@ def test_reading_from_a_place_is_reading_from_the_front(tmp_path: Path, damage: 
 
 
 def test_text_of_all_kinds(tmp_path: Path) -> None:
-    """Half an emoji, names in Latin-1, json without end: replaced by what can be said, or by another sample."""
+    """Names in Latin-1 are replaced by what can be said; half an emoji, text in Latin-1 and json without end by another
+    sample."""
     deep = b'{"captions": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     samples = [
         ("half", {"jpg": jpeg(1), "json": b'{"captions": ["dog \\ud83d", "cat"]}'}),
-        ("M\udce4dchen", {"jpg": jpeg(2), "txt": "M\u00e4dchen".encode("latin-1")}),
+        ("M\udce4dchen", {"jpg": jpeg(2), "txt": "M\u00e4dchen".encode()}),
+        ("latin", {"jpg": jpeg(5), "txt": "M\u00e4dchen".encode("latin-1")}),
         ("deep", {"jpg": jpeg(3), "json": deep, "txt": b"words"}),
         ("deeper", {"jpg": jpeg(4), "json": deep}),
     ]
     pattern = str(write_tar(tmp_path / "0.tar", samples))
     served = batches(pattern, 8, batch=4, streams=1, workers=1)
-    assert {fault.key for batch in served for fault in batch.faults} == {"deeper"}
+    assert {(fault.key, fault.reason) for batch in served for fault in batch.faults} == {
+        ("deeper", "no caption in its .txt or .json"),
+        ("half", "text is not valid Unicode"),
+        ("latin", "text is not UTF-8"),
+    }
     keys = {key for batch in served for key in batch.keys}
-    assert keys == {"half", "M\ufffddchen", "deep"}
+    assert keys == {"M\ufffddchen", "deep"}
     assert all(key.encode() for key in keys)
 
 

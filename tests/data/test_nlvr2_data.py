@@ -84,6 +84,7 @@ def test_an_official_file(tmp_path: Path) -> None:
         ({"sentence": "a", "label": "True"}, r"dev.json line 2: 'identifier' is missing"),
         ({"identifier": "dev-1-0-0", "label": "True"}, r"dev.json line 2: 'sentence' is missing"),
         (entry(sentence=" "), "line 2.*sentence ' ' is no text"),
+        (entry(sentence="a smile \ud83d"), "line 2: not as expected: text is not valid Unicode"),
         (entry(sentence=None), "line 2.*sentence None is no text"),
         (entry(label="maybe"), "line 2.*label 'maybe' is neither True nor False"),
         (entry(label=1), "line 2.*label 1 is neither True nor False"),

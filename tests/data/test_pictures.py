@@ -2,12 +2,15 @@
 
 import io
 import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
 
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.pictures import Picture
@@ -180,3 +183,121 @@ def test_crops_are_drawn_evenly_and_by_their_key_alone() -> None:
     assert 110 < sum(directions) < 190
     narrow = [view(Picture(torch.zeros(3, 400, 3, dtype=torch.uint8)), (n,)) for n in range(20)]
     assert all(v.shape == (3, 16, 16) for v in narrow)
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) by Pillow alone: upright, transparent pixels on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
+
+
+def turned(kind: str, orientation: int, by: str) -> dict[str, object]:
+    """How a picture is saved that lies on its side, as EXIF or XMP says."""
+    if by == "exif" and kind != "gif":
+        exif = Image.Exif()
+        exif[274] = orientation
+        return {"exif": exif}
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'
+    if by == "xmp" and kind == "png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+        return {"pnginfo": text}
+    return {"xmp": xmp.encode()} if by == "xmp" and kind in ("jpeg", "webp") else {}
+
+
+CLEAR = {
+    "png": {"1": 0, "L": 85, "P": 1, "RGB": (85, 85, 85), "I;16": 85 * 257},
+    "gif": {"L": 1, "P": 1, "RGB": 1},
+}
+MODES = {
+    "png": ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"],
+    "jpeg": ["L", "RGB", "CMYK"],
+    "webp": ["RGB", "RGBA"],
+    "gif": ["L", "P", "RGB"],
+}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
+@given(
+    orientation=st.integers(0, 9),
+    by=st.sampled_from(["", "exif", "xmp"]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 9),
+    clear=st.booleans(),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_all_modes_and_orientations_as_by_pillow(
+    kind: str, mode: str, orientation: int, by: str, size: tuple[int, int], seed: int, clear: bool
+) -> None:
+    """Pixels of four levels; one of them transparent, where the mode has that."""
+    draw = np.random.default_rng(seed)
+    levels = draw.choice([0, 85, 170, 255], (size[1], size[0], 3)).astype(np.uint8)
+    image = Image.fromarray(levels if mode != "I;16" else levels[..., 0].astype(np.uint16) * 257)
+    image = image if mode == "I;16" else image.quantize(8) if mode == "P" else image.convert(mode)
+    if "A" in mode:
+        image.putalpha(Image.fromarray(levels[..., 1]))
+    options = {"lossless": True} if kind == "webp" else {}
+    if clear and mode in CLEAR.get(kind, {}):
+        options["transparency"] = CLEAR[kind][mode]
+    data = encoded(image, kind, **options, **turned(kind, orientation, by))
+    expected = on_white(Image.open(io.BytesIO(data)))
+    if mode == "I;16" and clear:
+        hidden = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))) == CLEAR["png"]["I;16"]
+        expected = np.where(hidden[..., None], 255, expected)
+    pictures = [Picture.of(Image.open(io.BytesIO(data)))]
+    if kind != "gif":  # of shards and files, those are refused
+        pictures.append(Picture(data))
+    for picture in pictures:
+        assert picture.size == expected.shape[1::-1]
+        assert (array(picture.pixels()) == expected).all()
+
+
+def png(depth: int, colour: int, rows: list[bytes], width: int, clear: bytes) -> bytes:
+    """As its specification has it; Pillow writes few depths."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"tRNS", clear)
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(1, 0, [b"\x40"], 2, b"\0\1"), [0, 255]),
+        (png(2, 0, [b"\x1b"], 4, b"\0\1"), [0, 255, 170, 255]),
+        (png(4, 0, [b"\x0f\x70"], 3, b"\0\7"), [0, 255, 255]),
+        (png(4, 0, [b"\x0f\x70"], 3, b"\0\0"), [255, 255, 119]),
+        (png(8, 0, [b"\0\x55\xff"], 3, b"\0\x55"), [0, 255, 255]),
+        (png(16, 0, [b"\x12\x34\x12\x35"], 2, b"\x12\x34"), [255, 18]),
+        (png(8, 2, [b"\0\0\0\1\1\1"], 2, bytes(6)), [255, 1]),
+        (png(16, 2, [bytes(6) + b"\x20\0" * 3], 2, b"\x20\0" * 3), [0, 255]),
+        (png(16, 2, [bytes(6) + b"\x20\0" * 3], 2, bytes(6)), [255, 32]),
+    ],
+)  # fmt: skip
+def test_a_transparent_colour_at_each_depth(data: bytes, expected: list[int]) -> None:
+    for picture in (Picture(data), Picture.of(Image.open(io.BytesIO(data)))):
+        assert array(picture.pixels())[0, :, 0].tolist() == expected
+        assert (array(picture.pixels()) == array(picture.pixels())[..., :1]).all()
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"\xff\xff\xff"])
+def test_fill_bytes_before_orientation(filling: bytes) -> None:
+    """A JPEG may have them before any marker."""
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encoded(photograph(20, 10), "jpeg", exif=exif)
+    place = data.index(b"\xff\xe1")
+    data = data[:place] + filling + data[place:]
+    assert Picture(data).size == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (10, 20)

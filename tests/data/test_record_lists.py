@@ -91,6 +91,23 @@ def test_unquoted_tables(tmp_path: Path) -> None:
         list(table_records(tmp_path / "t.tsv", tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("text", "delimiter", "columns"),
+    [
+        ("filepath\ttitle\nx.jpg\ta dog, running\n", "\\t", ("filepath", "title")),
+        ("image_name| comment_number| comment\nx.jpg| 0| a dog, running\n", "|", ("image_name", "comment")),
+        ("path;caption\nx.jpg;a dog, running\n", ";", ("path", "caption")),
+        ("path, caption\nx.jpg, a dog\n", ", ", ("path", "caption")),
+    ],
+)
+def test_tables_with_other_delimiters(text: str, delimiter: str, columns: tuple[str, str], tmp_path: Path) -> None:
+    """open_clip's .csv, Kaggle's Flickr30k, spreadsheets."""
+    (tmp_path / "t.csv").write_text(text)
+    (record,) = table_records(tmp_path / "t.csv", tmp_path, *columns, delimiter=delimiter)
+    assert record.meta["filename"] == "x.jpg"
+    assert record.captions == ["a dog, running" if delimiter != ", " else "a dog"]
+
+
 def test_folders_are_sorted(tmp_path: Path) -> None:
     for name in ("b/2.png", "b/10.png", "a.png", "c.png", "b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -100,6 +117,18 @@ def test_folders_are_sorted(tmp_path: Path) -> None:
     (tmp_path / "b/loop").symlink_to(tmp_path)
     found = [record.meta["filename"] for record in folder_records(tmp_path)]
     assert found == ["a.png", "b/10.png", "b/2.png", "b.png", "c.png"]
+
+
+def test_linked_folders(tmp_path: Path) -> None:
+    """Each is read once: from elsewhere, under two names, and where links lead back or nowhere."""
+    for name in ("in/a/0", "in/a/1", "in/d/4", "other/2", "other/deep/3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(sources.image(0, "png"))
+        (tmp_path / f"{name}.txt").write_text("x")
+    for link, target in {"b": "../other", "c": "a", "a/up": "..", "b/deep/again": "../../in", "self": "self"}.items():
+        (tmp_path / "in" / link).symlink_to(target)
+    found = [record.meta["filename"] for record in folder_records(tmp_path / "in")]
+    assert found == ["a/0.png", "a/1.png", "b/2.png", "b/deep/3.png", "d/4.png"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -196,7 +225,35 @@ ERRORS = {
     "captions for paths": (csv_of(f"path,caption\n{'x' * 5000},a\n"), "image unreadable: .*File name too long"),
     "folder for an image": (csv_of("path,caption\n.,a\n"), r"image is no file"),
     "no JSON": (json_of(coco_records, "{"), r"t\.json line 1: not valid JSON"),
-    "no COCO": (json_of(coco_records, {"images": []}), r"t\.json is no COCO captions JSON: 'annotations' is missing"),
+    "no COCO": (
+        json_of(coco_records, {"images": []}),
+        r"t\.json is no COCO captions JSON: no list 'annotations' in it",
+    ),
+    "results of COCO": (
+        json_of(coco_records, [{"image_id": 1, "caption": "a"}]),
+        r"list, not an object .* captions_",
+    ),
+    "COCO with null": (
+        json_of(coco_records, {**COCO, "annotations": [{"image_id": 1, "caption": None}]}),
+        r"image 1 \(x\.jpg\): no caption",
+    ),
+    "COCO with a list": (
+        json_of(coco_records, {**COCO, "annotations": [*COCO["annotations"], {"image_id": 1, "caption": ["a", "b"]}]}),
+        r"t\.json annotations\[1\]: not as expected: caption is \['a', 'b'\], not text",
+    ),
+    "COCO without id": (
+        json_of(coco_records, {**COCO, "images": [{"file_name": "x.jpg"}]}),
+        r"t\.json images\[0\]: 'id' is missing",
+    ),
+    "a comma for tabs": (csv_of("path\tcaption\nx.jpg\ta\n"), r"give --delimiter '\\t'"),
+    "a comma for semicolons": (
+        csv_of("path;caption\nx.jpg;a\n"),
+        r"header is one column, .* --delimiter ';'",
+    ),
+    "two delimiters": (
+        lambda folder: table_records(folder / "x.csv", folder, delimiter=";;"),
+        r"--delimiter ';;': give one character",
+    ),
     "empty COCO": (json_of(coco_records, {"images": [], "annotations": []}), r"'images' is empty"),
     "orphan caption": (
         json_of(coco_records, {**COCO, "annotations": [*COCO["annotations"], {"image_id": 5, "caption": "b"}]}),
@@ -205,7 +262,7 @@ ERRORS = {
     "COCO without caption": (json_of(coco_records, {**COCO, "annotations": []}), r"image 1 \(x\.jpg\): no caption"),
     "half a surrogate": (
         json_of(coco_records, {**COCO, "annotations": [{"image_id": 1, "caption": "\ud83d"}]}),
-        "caption is not valid Unicode",
+        "text is not valid Unicode",
     ),
     "no Karpathy": (json_of(karpathy_records, {"images": [{"split": "x"}]}, "x"), "is no Karpathy JSON"),
     "no folder": (lambda folder: folder_records(folder / "no"), "no is no folder; correct --images"),

@@ -119,7 +119,10 @@ def test_members_leave_their_tar_as_bytes_alone(tmp_path: Path, proof: Path, mon
         members.append((link, b""))
     path = tar_of(tmp_path / "in/0.tar", *members)
     source = ShardSource(index_shards(str(path)))
-    found = list(source.iterate(None, 0, 1))
+    assert source.sets == [[6]]
+    found = list(source.iterate(4, 0, 1))
+    with pytest.raises(UserError, match=r"sample link0: its \.jpg is a link in the tar"):
+        list(source.iterate(5, 0, 1))
     assert [each.key for each in found] == ["../../0", f"{tmp_path}/1", "a/./../2", "3"]
     assert all(each.captions == ["words"] for each in found)
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["0.tar"]
@@ -301,7 +304,7 @@ def test_paths_that_lead_out_of_the_images(tmp_path: Path) -> None:
                 assert one_line(error)
         annotation = {"image_id": 1, "caption": "words"}
         file.write_text(json.dumps({"images": [{"id": 1, "file_name": name}], "annotations": [annotation]}))
-        with pytest.raises(UserError, match=r"leads out of the folder of images; correct it, or give"):
+        with pytest.raises(UserError, match=r"images\[0\]: .*leads out of the folder of images"):
             coco_records(file, images)
         table = tmp_path / "t.csv"
         table.write_text(f"path,caption\n{name},words\n")

@@ -1,17 +1,13 @@
 """Which shards there are and how many samples they hold."""
 
-import json
 import os
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tars import sample, write_tar, write_tars
 
-from sacl_ds.data.captions import normalised
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.layout import stats_path
@@ -113,16 +109,34 @@ def test_ten_thousand_shards(tmp_path: Path) -> None:
     assert psutil.Process().memory_info().rss - before < 100e6
 
 
-@given(st.text(max_size=40))
-def test_normalised_captions(caption: str) -> None:
-    assert normalised(normalised(caption)) == normalised(caption)
-    assert normalised(f"  {caption}.") == normalised(caption)
-    assert json.dumps(normalised(caption))
-
-
-def test_captions_that_say_the_same() -> None:
-    same = ["A dog, on  grass.", "a DOG on grass", " a dog on grass!! "]
-    assert len(set(map(normalised, same))) == 1
-    assert normalised("Ein Mädchen") == normalised("ein Ma\u0308dchen")
-    assert normalised("a cat") != normalised("a cap")
-    assert normalised("女孩") != normalised("男孩")
+def test_shards_that_may_be_missing(tmp_path: Path) -> None:
+    """As img2dataset leaves gaps: up to so many, in any set; what a run began with is what it goes on with."""
+    pattern = write_tars(tmp_path, [3, 4, 5, 6])
+    second, third = (tmp_path / f"{n}.tar" for n in (1, 2))
+    second.rename(tmp_path / "away")
+    line = r"data\.shards: shard .*1\.tar does not exist; correct .*, or leave gaps out with data\.allow_missing=1"
+    with pytest.raises(UserError, match=line):
+        index_shards(pattern)
+    index = index_shards(pattern, allow_missing=1)
+    assert (index.sets, index.missing) == ([[3, 5, 6]], [str(second)])
+    assert [Path(shard).name for shard in index.shards] == ["0.tar", "2.tar", "3.tar"]
+    assert index.left_out == f"1 of 4 shards are missing and left out: {second}"
+    sets = [str(tmp_path / "{0..1}.tar"), str(tmp_path / "{2..3}.tar")]
+    assert index_shards(sets, several=True, allow_missing=2).sets == [[3], [5, 6]]
+    # it has come back
+    (tmp_path / "away").rename(second)
+    assert index_shards(pattern, allow_missing=1).missing == []
+    assert index_shards(pattern, allow_missing=1, left_out=[str(second)]) == index
+    # another has gone
+    third.unlink()
+    assert index_shards(pattern, allow_missing=1).missing == [str(third)]
+    for settled in ([], [str(second)]):
+        with pytest.raises(
+            UserError, match=r"2\.tar does not exist; the run began with it: put it back, or take it out"
+        ):
+            index_shards(pattern, allow_missing=1, left_out=settled)
+    second.unlink()
+    with pytest.raises(UserError, match=r"1\.tar does not exist \(and 1 more of 4\); .*data\.allow_missing=2"):
+        index_shards(pattern, allow_missing=1)
+    with pytest.raises(UserError, match=r"1\.tar does not exist \(and 1 more of 2\); correct the pattern"):
+        index_shards(str(tmp_path / "{1..2}.tar"), allow_missing=2)

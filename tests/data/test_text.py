@@ -1,6 +1,7 @@
 """Vocabularies and token ids."""
 
 import random
+import unicodedata
 
 from transformers import BertTokenizerFast
 
@@ -31,7 +32,7 @@ def test_tokens_are_those_of_bert(tmp_path) -> None:
     assert [trained.get_vocab()[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
     order = sorted(trained.get_vocab().items(), key=lambda pair: pair[1])
     (tmp_path / "vocab.txt").write_text("\n".join(token for token, _ in order))
-    bert = BertTokenizerFast.from_pretrained(str(tmp_path))
+    bert = BertTokenizerFast.from_pretrained(str(tmp_path), strip_accents=False)
     for text in [*said[:50], "Unheard-of WORDS, 字 and naïve ones"]:
-        assert trained(text)["input_ids"] == bert(text)["input_ids"]
+        assert trained(text)["input_ids"] == bert(unicodedata.normalize("NFD", text))["input_ids"]
     assert trained.decode(trained("abc fed")["input_ids"], skip_special_tokens=True) == "abc fed"

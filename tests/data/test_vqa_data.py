@@ -149,6 +149,10 @@ FAULTY = {
         A,
     ),
     "q.json questions[0]: not as expected: 7 where a text belongs": (changed(Q, "questions", 0, "question", to=7), A),
+    "q.json questions[1]: not as expected: text is not valid Unicode": (
+        changed(Q, "questions", 1, "question", to="a smile \ud83d"),
+        A,
+    ),
     "q.json questions[1]: not as expected": (changed(Q, "questions", 1, to="text"), A),
     "q.json questions[2]: the id 42001 stands at [1] already": (
         changed(Q, "questions", 2, "question_id", to=42001),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,14 @@ from sacl_ds.training.loop import out_of_memory
 from sacl_ds.training.run_folder import check_space
 
 
-def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> Path:
-    """A shard of 32 pictures; broken: sample -> (its image bytes, its caption), None as usual."""
+def shard(
+    folder: Path,
+    broken: dict[int, tuple[bytes | None, bytes | None]],
+    twice: Sequence[int] = (),
+    apart: Sequence[int] = (),
+) -> Path:
+    """A shard of 32 pictures; broken: sample -> (its image bytes, its caption), None as usual. twice: samples whose
+    picture stands there twice; apart: whose caption has another key."""
     path = folder / "00000.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(32):
@@ -40,7 +47,11 @@ def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> P
             image, caption = broken.get(i, (None, None))
             for name, data in (
                 (f"{i:04d}.png", buffer.getvalue() if image is None else image),
-                (f"{i:04d}.txt", (f"number {i}" if caption is None else caption).encode()),
+                *([(f"{i:04d}.png", b"again")] if i in twice else []),
+                (
+                    f"{i:04d}.txt" if i not in apart else f"{i:04d}_.txt",
+                    f"number {i}".encode() if caption is None else caption,
+                ),
             ):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -48,10 +59,20 @@ def shard(folder: Path, broken: dict[int, tuple[bytes | None, str | None]]) -> P
     return path
 
 
-@pytest.mark.parametrize("broken", [{20: (b"not a picture", None)}, {20: (None, "  ")}], ids=["image", "caption"])
-def test_a_broken_sample(broken: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"broken": {20: (b"not a picture", None)}},
+        {"broken": {20: (None, b"  ")}},
+        {"broken": {20: (None, b"caf\xe9")}},
+        {"broken": {}, "twice": [20]},
+        {"broken": {}, "apart": [20]},
+    ],
+    ids=["image", "caption", "encoding", "twice", "apart"],
+)
+def test_a_broken_sample(how: dict, tmp_path: Path) -> None:
     """One of two ranks meets it: another sample stands in for it, which is said, logged and counted."""
-    path = shard(tmp_path, broken)
+    path = shard(tmp_path, **how)
     arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0"]
     done = start(tmp_path / "run", *arguments, ranks=2)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("another sample stands in")]
@@ -74,10 +95,35 @@ def test_too_many_broken_samples(tmp_path: Path) -> None:
 
 def test_nothing_that_can_be_used(tmp_path: Path) -> None:
     """One of two ranks meets it first: that one says it."""
-    path = shard(tmp_path, dict.fromkeys(range(32), (None, " ")))
+    path = shard(tmp_path, dict.fromkeys(range(32), (None, b" ")))
     arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0", "model.vocab_size=300"]
     line = said(start(tmp_path / "run", *arguments, check=False), tmp_path)
     assert_documented(re.sub(r"sample \d{4}", "sample 0007", line))
+
+
+def test_a_gap_in_the_shards(tmp_path: Path) -> None:
+    """Is an error, unless it is allowed: then it is named, kept, and stays when the shard has come back."""
+    for number in range(3):
+        shard(tmp_path, {}).rename(tmp_path / f"{number}.tar")
+    (tmp_path / "1.tar").rename(tmp_path / "away")
+    arguments = ["data.source=shards", f"data.shards={tmp_path}/{{0..2}}.tar", "teacher.steps=0", "train.save_every=3"]
+    assert_documented(said(start(tmp_path / "run", *arguments, check=False), tmp_path))
+    allowed = [*arguments, "data.allow_missing=1"]
+    whole = start(tmp_path / "whole", *allowed, "train.steps=6", ranks=2)
+    line = f"warning: 1 of 3 shards are missing and left out: {tmp_path}/1.tar"
+    assert [each for each in whole.stdout.splitlines() if each.startswith("warning: 1 of")] == [line]
+    start(tmp_path / "run", *allowed, "train.steps=3")
+    assert (tmp_path / "run/missing_shards.txt").read_text() == f"{tmp_path}/1.tar\n"
+    (tmp_path / "away").rename(tmp_path / "1.tar")
+    start(tmp_path / "run", "--resume", *allowed, "train.steps=6")
+    digests = [
+        [each["batch_digest"] for each in read(tmp_path / name / "metrics.jsonl") if "batch_digest" in each]
+        for name in ("whole", "run")
+    ]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 6
+    (tmp_path / "2.tar").unlink()
+    assert_documented(said(start(tmp_path / "run", "--resume", *allowed, "train.steps=9", check=False), tmp_path))
 
 
 def test_fewer_shards_than_ranks_and_workers_is_no_mistake(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 from typing import Any
 
 _EXAMPLE = """example:
@@ -21,17 +22,23 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="run directory, finished or not, with weights/ (records.every)")
-    parser.add_argument("--against", metavar="RUN_B", help="finished run or checkpoint: retrieval of both side by side")
+    parser.add_argument(
+        "run", type=expanduser, metavar="RUN", help="run directory, finished or not, with weights/ (records.every)"
+    )
+    parser.add_argument(
+        "--against", type=expanduser, metavar="RUN_B", help="finished run or checkpoint: retrieval of both side by side"
+    )
     parser.add_argument(
         "--shards", nargs="+", metavar="PATTERN", help="held-out pairs, as data.eval_shards (default: the run's own)"
     )
     parser.add_argument(
         "--pairs", type=int, default=1000, metavar="N", help="read the first N held-out pairs (default: %(default)s)"
     )
-    parser.add_argument("--teacher", help="as teacher.checkpoint, or 'none' (default: the run's own)")
+    parser.add_argument("--teacher", type=expanduser, help="as teacher.checkpoint, or 'none' (default: the run's own)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--out", metavar="DIR", help="folder for what is written (default: RUN/report)")
+    parser.add_argument(
+        "--out", type=expanduser, metavar="DIR", help="folder for what is written (default: RUN/report)"
+    )
     parser.set_defaults(act=_act)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad as padded
 
 from sacl_ds.data.batch import ImageView, Movable, TextView, part_of
+from sacl_ds.data.captions import require_unicode
 from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.examples import ImageFile
 from sacl_ds.data.downstream.scene_image import SceneImage
@@ -97,6 +98,7 @@ def _statement(entry: Any, images: Path) -> Statement:
         raise ValueError(f"identifier {identifier!r} is not split-set-pair-sentence, as in dev-850-0-1")
     if not (isinstance(sentence, str) and sentence.strip()):
         raise ValueError(f"sentence {sentence!r} is no text")
+    require_unicode(sentence)
     if label is not None and str(label) not in _LABELS:
         raise ValueError(f"label {label!r} is neither True nor False; leave it out where it is not known")
     split, number, pair, _ = form.groups()

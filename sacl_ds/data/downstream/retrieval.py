@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
+from sacl_ds.data.captions import BadText, require_unicode
 from sacl_ds.data.downstream.examples import ImageFile
 from sacl_ds.data.karpathy import karpathy_split
 from sacl_ds.data.sample import Sample
@@ -38,6 +39,11 @@ def karpathy_images(json: Path, folder: Path, split: str) -> list[CaptionedImage
         if not captions or not all(captions):
             what = f"sentences[{captions.index('')}] is empty" if captions else "it has no sentences"
             raise UserError(f"{here}: {what}; put it right, or leave it out")
+        for number, caption in enumerate(captions):
+            try:
+                require_unicode(caption)
+            except BadText as error:
+                raise UserError(f"{here}: sentences[{number}]: {error}; put it right, or leave it out") from None
         key = f"{entry.filepath}/{entry.filename}" if entry.filepath else entry.filename
         if seen.setdefault(key, entry.number) != entry.number:
             raise UserError(f"{here}: it stands there twice, before as images[{seen[key]}]; leave one out")

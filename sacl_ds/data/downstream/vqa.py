@@ -10,6 +10,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple, Protocol
 
+from sacl_ds.data.captions import require_unicode
 from sacl_ds.data.downstream.answers import normalise_answer
 from sacl_ds.data.downstream.examples import ImageFile
 from sacl_ds.data.json_files import each_entry, read_json
@@ -235,7 +236,7 @@ def _number(value: Any) -> int:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} where a text belongs")
-    return value
+    return require_unicode(value)
 
 
 def _list(value: Any) -> list[Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sacl_ds.data.captions import BadText, require_unicode
+
 
 class BrokenSample(Exception):
     """A sample that cannot be written. kind: a few words, the same for all of its sort; detail: which file, why."""
@@ -46,10 +48,9 @@ class Record:
         if len(said) < len(captions) and not drop_empty:
             raise BrokenSample("empty caption", f"number {captions.index('') + 1} of {len(captions)}")
         try:
-            "".join(said).encode()
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-            raise BrokenSample("caption is not valid Unicode") from None
-        return said
+            return [require_unicode(caption) for caption in said]
+        except BadText as error:
+            raise BrokenSample(str(error)) from None
 
     def image_size(self) -> int:
         """Bytes of the encoded image, for a file without reading it. Raises BrokenSample."""

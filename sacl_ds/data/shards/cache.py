@@ -39,7 +39,7 @@ class ShardCache:
         """From data.cache_dir and data.cache_gb. Raises UserError for a folder that cannot be written to."""
         if folder is None:
             return None
-        path = Path(folder).expanduser()
+        path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / _LOCK).touch()

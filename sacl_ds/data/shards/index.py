@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sacl_ds.data.shards.layout import stats_path
 from sacl_ds.data.shards.opening import open_shard, reason
-from sacl_ds.data.shards.patterns import expand, is_remote
+from sacl_ds.data.shards.patterns import is_gone, is_remote, missing_shards, named
 from sacl_ds.data.shards.tars import count_in
 from sacl_ds.errors import UserError
 
@@ -24,15 +25,19 @@ _AT_ONCE = 64
 _PARTS_BETWEEN_WRITES = 16
 _ATTEMPTS = 3
 _MOST = 10**8  # samples of a shard
+_NAMED = 5  # missing shards
+_NO_SUCH = re.compile(r"\b(404|410)\b")  # of HTTP
 _LARGEST_STATS = 1 << 20  # bytes
+_RULES = 2  # of what a sample is, by which counts were kept
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Shards and their samples, set by set."""
+    """Shards and their samples, set by set. missing: shards that are left out."""
 
     shards: list[str]
     sets: list[list[int]]
+    missing: list[str] = field(default_factory=list)
 
     @property
     def counts(self) -> list[int]:
@@ -42,6 +47,13 @@ class ShardIndex:
     def total(self) -> int:
         return sum(map(sum, self.sets))
 
+    @property
+    def left_out(self) -> str:
+        """A line that names the shards which are missing."""
+        more = f" and {len(self.missing) - _NAMED} more" if len(self.missing) > _NAMED else ""
+        of = len(self.shards) + len(self.missing)
+        return f"{len(self.missing)} of {of} shards are missing and left out: {', '.join(self.missing[:_NAMED])}{more}"
+
 
 def index_shards(
     pattern: str | Sequence[str],
@@ -49,46 +61,73 @@ def index_shards(
     *,
     several: bool = False,
     typed: bool = False,
+    allow_missing: int = 0,
+    left_out: Sequence[str] | None = None,
     done: Callable[[int, int], None] = lambda count, total: None,
 ) -> ShardIndex:
     """Expand and count. several: each of the patterns is a set of its own. typed: as for `expand`.
+
+    allow_missing: so many shards are left out where they are missing. left_out: those that were, where that is settled:
+    no others then.
 
     Counts that were found before are kept under $XDG_CACHE_HOME/sacl_ds, with a local shard's size and time of change,
     and hold as long as these do. Raises UserError for shards that are missing, empty or cannot be counted.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    sets = [expand(one, setting, typed=typed) for one in (patterns if several else [pattern])]
+    sets = [named(one, setting, typed=typed) for one in (patterns if several else [pattern])]
     shards = [shard for one in sets for shard in one]
-    counts = _counts(shards, done)
-    index, start = ShardIndex(shards, []), 0
+    settled, may = set(left_out or ()), allow_missing if left_out is None else 0
+    wanted = [shard for shard in shards if shard not in settled]
+    gone = {shard for shard in wanted if is_gone(shard)}
+    counts: dict[str, int] = {}
+    if len(gone) <= may:
+        counts = _counts([shard for shard in wanted if shard not in gone], done, len(gone) < may)
+        gone |= set(wanted) - counts.keys()
+    if gone and (len(gone) > may or not counts):
+        why = "" if left_out is None else "the run began with it: put it back, or take it out of the list"
+        raise missing_shards([shard for shard in wanted if shard in gone], len(shards), pattern, setting, why)
+    index = ShardIndex([s for s in wanted if s in counts], [], [s for s in shards if s not in counts])
     for number, one in enumerate(sets):
-        index.sets.append(counts[start : start + len(one)])
-        start += len(one)
+        index.sets.append([counts[shard] for shard in one if shard in counts])
         if not sum(index.sets[-1]):
             said = patterns[number] if several else pattern
             raise UserError(f"{setting}: no samples in {len(one)} shards of {said!r}")
     return index
 
 
-def _counts(shards: list[str], done: Callable[[int, int], None]) -> list[int]:
+def _counts(shards: list[str], done: Callable[[int, int], None], gaps: bool) -> dict[str, int]:
+    """gaps: shards that a server does not have are left out."""
+    if not shards:
+        return {}
     path = _cache_path(shards)
     known = _read(path)
-    states = [_state(shard) for shard in shards]
+    state_of = {shard: _state(shard) for shard in shards}
     found = {
         shard: entry[-1]
-        for shard, state in zip(shards, states, strict=True)
+        for shard, state in state_of.items()
         if isinstance(entry := known.get(shard), list) and entry[:-1] == state and _is_count(entry[-1])
     }
-    missing = [shard for shard in shards if shard not in found]
-    state_of = dict(zip(shards, states, strict=True))
+    missing = [shard for shard in state_of if shard not in found]
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(missing), _AT_ONCE):
             part = missing[start : start + _AT_ONCE]
-            found.update(zip(part, pool.map(count_samples, part), strict=True))
+            counted = zip(part, pool.map(_count_or_none if gaps else count_samples, part), strict=True)
+            found.update((shard, count) for shard, count in counted if count is not None)
             done(start + len(part), len(missing))
             if start + len(part) == len(missing) or start // _AT_ONCE % _PARTS_BETWEEN_WRITES == 0:
                 _write(path, {shard: [*state_of[shard], count] for shard, count in found.items()})
-    return [found[shard] for shard in shards]
+    return found
+
+
+class _NotThere(UserError):
+    """A server says that it has no such shard."""
+
+
+def _count_or_none(shard: str) -> int | None:
+    try:
+        return count_samples(shard)
+    except _NotThere:
+        return None
 
 
 def count_samples(shard: str) -> int:
@@ -103,7 +142,8 @@ def count_samples(shard: str) -> int:
         except OSError as error:
             if not is_remote(shard) or attempt + 1 == _ATTEMPTS:
                 why = reason(error)
-                raise UserError(f"shard {shard} has no stats beside it and cannot be scanned: {why}") from None
+                kind = _NotThere if isinstance(error, FileNotFoundError) or _NO_SUCH.search(why) else UserError
+                raise kind(f"shard {shard} has no stats beside it and cannot be scanned: {why}") from None
             time.sleep(2.0**attempt)
     raise AssertionError("unreachable")
 
@@ -138,7 +178,7 @@ def _state(shard: str) -> list[int]:
 def _cache_path(shards: list[str]) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     places = [shard if is_remote(shard) else os.path.abspath(shard) for shard in (shards[0], shards[-1])]
-    digest = hashlib.sha256(json.dumps([*places, len(shards)]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([_RULES, *places, len(shards)]).encode()).hexdigest()[:16]
     return base / "sacl_ds" / f"shards-{digest}.json"
 
 

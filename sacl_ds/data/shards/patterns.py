@@ -9,6 +9,7 @@ from pathlib import Path
 
 import braceexpand
 
+from sacl_ds.config.paths import expanded
 from sacl_ds.config.typed import was_typed
 from sacl_ds.errors import UserError
 
@@ -34,15 +35,35 @@ def expand(pattern: str | Sequence[str], setting: str = "data.shards", *, typed:
     that `sacl_ds.config.typed` knows may. Raises UserError for no shard, a missing one, one that is named twice, and a
     command that nobody typed.
     """
+    shards = named(pattern, setting, typed=typed)
+    if gone := [shard for shard in shards if is_gone(shard)]:
+        raise missing_shards(gone, len(shards), pattern, setting)
+    return shards
+
+
+def is_gone(shard: str) -> bool:
+    """Of a local one; of others nothing is known."""
+    return not is_remote(shard) and not Path(shard).is_file()
+
+
+def missing_shards(
+    gone: Sequence[str], of: int, pattern: str | Sequence[str], setting: str, why: str = ""
+) -> UserError:
+    """The line for shards that are not there. why: what to do, where the pattern is right."""
+    more = f" (and {len(gone) - 1} more of {of})" if len(gone) > 1 else ""
+    shown = repr(pattern) if isinstance(pattern, str) else ", ".join(map(repr, pattern))
+    advice = why or f"correct the pattern {shown}"
+    if setting == "data.shards" and len(gone) < of and not why:
+        advice += f", or leave gaps out with data.allow_missing={len(gone)}"
+    return UserError(f"{setting}: shard {gone[0]} does not exist{more}; {advice}")
+
+
+def named(pattern: str | Sequence[str], setting: str = "data.shards", *, typed: bool = False) -> list[str]:
+    """As `expand`, be they there or not."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     shards = [shard for one in patterns for shard in _expand(one.strip(), setting, typed)]
     if not shards:
         raise UserError(f"{setting} is an empty list of shards; give e.g. {setting}='/data/{{000..010}}.tar'")
-    missing = [shard for shard in shards if not is_remote(shard) and not Path(shard).is_file()]
-    if missing:
-        more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
-        shown = repr(pattern) if isinstance(pattern, str) else ", ".join(map(repr, patterns))
-        raise UserError(f"{setting}: shard {missing[0]} does not exist{more}; correct the pattern {shown}")
     if len(set(shards)) < len(shards):
         twice = next(shard for number, shard in enumerate(shards) if shard in shards[:number])
         raise UserError(f"{setting}: shard {twice} is named twice; name it once")
@@ -52,15 +73,19 @@ def expand(pattern: str | Sequence[str], setting: str = "data.shards", *, typed:
 def _expand(pattern: str, setting: str, typed: bool) -> list[str]:
     if pattern.startswith("["):
         raise UserError(f'{setting}={pattern}: entries of a list stand in quotes: \'["/a/{{0..9}}.tar", "@b.txt"]\'')
+    typed = typed or was_typed(pattern)
+    pattern = expanded(pattern)
     if not pattern.startswith("@"):
         shards = sorted(_braces(pattern, setting)) if pattern else []
-        return shards if typed or was_typed(pattern) else _only_plain(shards, setting)
+        return shards if typed else _only_plain(shards, setting)
     try:
-        lines = Path(pattern[1:]).read_text().splitlines()
+        lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: the list {pattern[1:]} cannot be read: {_reason(error)}") from None
     lines = [line.strip() for line in lines]
-    shards = [shard for line in lines if line and not line.startswith("#") for shard in _braces(line, setting)]
+    shards = [
+        shard for line in lines if line and not line.startswith("#") for shard in _braces(expanded(line), setting)
+    ]
     return _only_plain(shards, f"{setting}: the list {pattern[1:]}")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 
 from sacl_ds.config import DataConfig
-from sacl_ds.data.captions import captions_of, wanted
+from sacl_ds.data.captions import BadText, captions_of, wanted
 from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Block, Place
@@ -17,7 +18,7 @@ from sacl_ds.data.shards.index import ShardIndex
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.data.shards.read_ahead import ReadAhead
 from sacl_ds.data.shards.reading import RawSample, ShardReading
-from sacl_ds.data.shards.tars import image_of
+from sacl_ds.data.shards.tars import PROBLEM, image_of
 from sacl_ds.errors import UserError
 
 
@@ -58,11 +59,19 @@ class ShardSource:
         """Raises BadSample for a missing image or caption, or what is no image; pixels are decoded by the views."""
         shard, fields = raw.shard, raw.fields
         key = str(fields["__key__"]).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        data, captions = image_of(fields), captions_of(fields)
+        if PROBLEM in fields:
+            raise BadSample(Fault("bad", shard, key, fields[PROBLEM]))
+        data = image_of(fields)
+        try:
+            captions = captions_of(fields)
+        except BadText as error:
+            raise BadSample(Fault("bad", shard, key, str(error))) from None
         if data is None:
             raise BadSample(Fault("bad", shard, key, f"no image ({', '.join(IMAGE_EXTENSIONS)})"))
         if not captions:
-            raise BadSample(Fault("bad", shard, key, "no caption in its .txt or .json"))
+            there = "txt" in fields or "json" in fields
+            said = "no caption in its .txt or .json" if there else "no .txt or .json beside its picture in the tar"
+            raise BadSample(Fault("bad", shard, key, said))
         which = wanted(captions, self._only)
         if not which:
             raise BadSample(Fault("filtered", shard, key, "no caption passes data.captions"))
@@ -73,13 +82,13 @@ class ShardSource:
         return Sample(key, picture, captions, which, data, shard)
 
     def captions(self, limit: int) -> Iterator[str]:
-        every = (
-            caption
-            for shard in range(len(self.shards))
-            for raw in self.whole(shard, to_its_end=False)
-            for caption in captions_of(raw.fields)
-        )
-        return islice(every, limit)
+        return islice(self._captions(), limit)
+
+    def _captions(self) -> Iterator[str]:
+        for shard in range(len(self.shards)):
+            for raw in self.whole(shard, to_its_end=False):
+                with suppress(BadText):
+                    yield from captions_of(raw.fields)
 
     def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
         """Raises UserError for a sample that cannot be used: what is compared must be the same everywhere."""

@@ -1,4 +1,8 @@
-"""Samples of a tar in their order, as webdataset groups them; and where in a local tar a sample begins.
+"""Samples of a tar in their order, grouped as webdataset does; and where in a local tar a sample begins.
+
+A sample is what neighbours of one key hold, which is their names up to the first dot. One whose picture cannot be used
+(a link, a name twice, another format, another dot in its name) is a sample with a problem: it keeps its place, and is
+counted and named like any other that is bad.
 
 Nothing is unpacked to a disk and no member is decoded by its name. What a header claims is held against limits before
 memory is taken for it, and against the place where it stands: a tar may claim to go on before itself.
@@ -12,10 +16,12 @@ import re
 import tarfile
 import threading
 from array import array
-from collections.abc import Iterator
-from typing import IO, Any
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any, Generic, TypeVar
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import base_plus_ext
 
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.data.shards.opening import Heart, Stream, open_shard, reason
@@ -25,7 +31,8 @@ from sacl_ds.errors import UserError
 _BLOCK = 512  # bytes, of a tar's headers and padding
 _FARTHEST = 1 << 62  # bytes into a file
 _REGULAR = (b"0", b"\0", b"7")
-_OTHERS = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, folders and the like: no files
+_LINKS = (b"1", b"2")
+_OTHERS = (*_LINKS, b"3", b"4", b"5", b"6")  # folders and the like: nothing follows their headers
 _TIMES = {b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"comment"}
 _SKIPPED = r"__[^/]*__($|/)"  # what webdataset leaves out
 _LARGEST_FILE = 1 << 28  # bytes; one that is larger counts as damaged
@@ -40,19 +47,89 @@ _EXTENDED = (
 )
 
 
+_FIELDS = (*IMAGE_EXTENSIONS, "txt", "json")  # that are read
+_OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jxl", "svg", "tif", "tiff")
+PROBLEM = "__problem__"
+
+Item = TypeVar("Item")
+
+
 class BadShard(OSError):
     """A tar that cannot be read on; the message says why."""
 
 
+@dataclass
+class _Group(Generic[Item]):
+    """Neighbours of one key. fields: of those that are read, by extension; dotted: names with another dot in them, and
+    others: extensions of other formats, of pictures."""
+
+    key: str
+    first: Item
+    fields: dict[str, Item] = field(default_factory=dict)
+    dotted: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    problem: str = ""
+
+    def add(self, extension: str, link: bool, item: Item) -> None:
+        inner, _, last = extension.rpartition(".")
+        kind = last.lower()
+        if inner:
+            if kind in (*IMAGE_EXTENSIONS, *_OTHER_PICTURES):
+                self.dotted.append(f"{self.key}.{inner}")
+        elif kind in _OTHER_PICTURES:
+            self.others.append(kind)
+        elif kind in _FIELDS:
+            if kind in self.fields:
+                self.problem = self.problem or f"two files .{kind} of its key in the tar"
+            elif link:
+                self.problem = self.problem or (
+                    f"its .{kind} is a link in the tar; write that with tar --dereference --hard-dereference"
+                )
+            self.fields[kind] = item
+
+    def samples(self) -> list[tuple[str, str]]:
+        """(key, problem or "") of each that has a picture."""
+        if not self.fields.keys().isdisjoint(IMAGE_EXTENSIONS):
+            return [(self.key, self.problem)]
+        if self.others:
+            return [(self.key, f"its picture is .{self.others[0]}; shards hold {', '.join(IMAGE_EXTENSIONS)}")]
+        return [(key, "a key ends at the first dot of a name; name its files without another") for key in self.dotted]
+
+
+def _grouped(members: Iterable[tuple[str, bool, Item]]) -> Iterator[_Group[Item]]:
+    """members: (name, whether it is a link, anything) of files and links. Hidden files are passed over, and what
+    webdataset leaves out."""
+    group: _Group[Item] | None = None
+    for name, link, item in members:
+        key, extension = base_plus_ext(name)
+        if key is None or name.rpartition("/")[2].startswith(".") or re.match(_SKIPPED, name):
+            continue
+        if group is None or key != group.key:
+            if group is not None:
+                yield group
+            group = _Group(key, item)
+        group.add(extension, link, item)
+    if group is not None:
+        yield group
+
+
 def samples_of(stream: Stream, without_image: bool = False) -> Iterator[dict[str, Any]]:
-    """{'__key__': ..., 'jpg': bytes, ...} of each sample from where the stream stands. Raises BadShard.
+    """{'__key__': ..., 'jpg': bytes, ...} of each sample from where the stream stands: pictures, txt and json alone; of
+    one that cannot be used, PROBLEM says why. Raises BadShard.
 
     without_image: groups that have none too, which are no samples for training.
     """
     try:
-        for fields in group_by_keys(_files(stream)):
-            if without_image or image_of(fields) is not None:
-                yield fields
+        for group in _grouped(_files(stream)):
+            samples = group.samples()
+            for key, problem in samples:
+                yield {
+                    "__key__": key,
+                    **(group.fields if key == group.key else {}),
+                    **({PROBLEM: problem} if problem else {}),
+                }
+            if without_image and not samples:
+                yield {"__key__": group.key, **group.fields}
     except Exception as error:  # tarfile, zlib and their kin raise a dozen types for damaged files
         raise _bad_shard(error) from None
 
@@ -75,22 +152,24 @@ def _claim(member: tarfile.TarInfo) -> str:
     return f"{member.size} bytes" if member.size < 0 else "holes"
 
 
-def _files(stream: Stream) -> Iterator[dict[str, Any]]:
-    """{'fname': ..., 'data': ...} of the regular files in their order, as webdataset's grouping takes them.
+def _files(stream: Stream) -> Iterator[tuple[str, bool, bytes]]:
+    """(name, whether it is a link, bytes) of the regular files and links in their order.
 
     Of one that is too large there are no bytes: its sample cannot be used, and the others keep their places.
     """
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:  # type: ignore[call-overload]
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # which it would keep
+            link = member.islnk() or member.issym()
             if member.size < 0 or member.issparse():  # said by an extended header
                 raise BadShard(f"a header in it says that {member.name[:80]!r} has {_claim(member)}")
-            large = member.size > _LARGEST_FILE
+            large = member.size > _LARGEST_FILE and not link
             if large:
                 _pass_over(tar, member)
-            if member.isreg() and not re.match(_SKIPPED, member.name):
-                file = None if large else tar.extractfile(member)
-                yield {"fname": member.name, "data": file.read() if file else b"", "__url__": ""}
+            if link or member.isreg():
+                read = not (large or link) and _extension(member.name) in _FIELDS
+                file = tar.extractfile(member) if read else None
+                yield member.name, link, file.read() if file else b""
 
 
 def _pass_over(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -119,27 +198,29 @@ def count_in(shard: str) -> int:
     if is_remote(shard):
         with open_shard(shard) as stream:
             return sum(1 for _ in samples_of(stream))
-    keys, place = set(), -1
     try:
         with tarfile.open(shard, tarinfo=_Member) as tar:
-            for member in tar:
-                if member.offset <= place:
-                    raise BadShard("its headers lead back to where they began")
-                place = member.offset
-                if member.isfile() and _extension(member.name) in IMAGE_EXTENSIONS:
-                    keys.add(base_plus_ext(member.name)[0])
-                tar.members = []  # type: ignore[attr-defined]
+            return sum(len(group.samples()) for group in _grouped(_names(tar)))
     except Exception as error:  # as in `samples_of`
         raise _bad_shard(error) from None
-    return len(keys)
+
+
+def _names(tar: tarfile.TarFile) -> Iterator[tuple[str, bool, None]]:
+    place = -1
+    for member in tar:
+        if member.offset <= place:
+            raise BadShard("its headers lead back to where they began")
+        place = member.offset
+        link = member.islnk() or member.issym()
+        if link or member.isreg():
+            yield member.name, link, None
+        tar.members = []  # type: ignore[attr-defined]
 
 
 def _bad_shard(error: Exception) -> BadShard:
     if isinstance(error, OSError):
         return BadShard(reason(error))
-    return BadShard(
-        " ".join(str(next(iter(error.args), "")).split()) or type(error).__name__
-    )  # webdataset adds arguments
+    return BadShard(" ".join(str(error).split()) or type(error).__name__)
 
 
 def start_of(file: IO[bytes], number: int, heart: Heart) -> tuple[int, int]:
@@ -147,7 +228,7 @@ def start_of(file: IO[bytes], number: int, heart: Heart) -> tuple[int, int]:
 
     Goes from header to header without reading what lies between, and remembers what it has seen of that file. Where a
     tar is such that reading it from its front may stop or say something else, the answer is its front: damaged headers,
-    a name twice, names that need more than their own headers.
+    names that need more than their own headers.
     """
     status = os.fstat(file.fileno())
     starts = _starts(os.getpid(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -172,37 +253,35 @@ class _Starts:
                 if begin is None:
                     return 0, 0
                 self._found.append(begin)
-            return self._found[number], number
+            begin = self._found[number]
+            return begin, bisect_left(self._found, begin)
 
     def _walk(self) -> Iterator[int]:
-        """The header that each sample begins with; a group without an image belongs to the sample that follows."""
-        group, extensions = "", set(IMAGE_EXTENSIONS)
+        """The header that the group of each sample begins with."""
+        try:
+            for group in _grouped(self._members()):
+                for _ in group.samples():
+                    yield group.first
+        except BadShard:
+            return
+
+    def _members(self) -> Iterator[tuple[str, bool, int]]:
+        """(name, whether it is a link, where its headers begin) of files and links. Raises BadShard at a header that
+        may mean more than it says."""
         extended: int | None = None  # where the header begins that belongs to the next one
         for place, header in self._headers():
             self._heart.beat()
             kind = header[156:157]
             if kind == b"x" and _size(header) <= _LARGEST_HEADER:
                 if not _only_times(os.pread(self._file, _size(header), place + _BLOCK)):
-                    break
+                    raise BadShard("an extended header")
                 extended = place
                 continue
-            if kind not in _REGULAR:
-                if kind in _OTHERS:
-                    continue
-                break
-            start, extended = place if extended is None else extended, None
-            name = _name(header)
-            key, extension = base_plus_ext(name)
-            if key is None or re.match(_SKIPPED, name):
-                continue
-            if key != group:
-                if not extensions.isdisjoint(IMAGE_EXTENSIONS):
-                    yield start
-                group, extensions = key, set()
-            extension = (extension or "").lower()
-            if extension in extensions:
-                break
-            extensions.add(extension)
+            if kind not in _REGULAR and kind not in _OTHERS:
+                raise BadShard("a header of another kind")
+            if kind in _REGULAR or kind in _LINKS:
+                yield _name(header), kind in _LINKS, place if extended is None else extended
+            extended = None
 
     def _headers(self) -> Iterator[tuple[int, bytes]]:
         """(byte, header) of each member of a tar that is not compressed, up to its end or to what is no header."""
@@ -214,7 +293,7 @@ class _Starts:
             try:
                 if int(header[148:156].strip(b" \0") or b"0", 8) != sum(header) - sum(header[148:156]) + 8 * 32:
                     return
-                size = _size(header)
+                size = 0 if header[156:157] in _OTHERS else _size(header)
             except ValueError:
                 return
             following = place + _BLOCK + -(-size // _BLOCK) * _BLOCK

@@ -6,8 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.data.inside import LeadsOut, inside
-from sacl_ds.data.json_files import read_json
+from sacl_ds.data.inside import inside
+from sacl_ds.data.json_files import each_entry, read_json, text_of
 from sacl_ds.data.karpathy import karpathy_split
 from sacl_ds.data.making.record import ImageFile, Record, no_image
 from sacl_ds.errors import UserError
@@ -33,37 +33,39 @@ def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record
 def coco_records(annotations: Path, images: Path) -> list[Record]:
     """Records of a COCO captions JSON in the order of its 'images'; all captions of an image in one sample.
 
-    A caption whose image_id no image has becomes a broken record at the end. Raises UserError for a file that cannot
-    be read.
+    A caption that is null is an empty one, and one whose image_id no image has becomes a broken record at the end.
+    Raises UserError, with the entry, for a file that is not as it should be.
     """
     document = read_json(annotations)
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{annotations} is no COCO captions JSON: {type(document).__name__}, not an object with 'images' and "
+            "'annotations'; of results, give the captions_*.json instead"
+        )
+    for name in ("images", "annotations"):
+        if not isinstance(document.get(name), list):
+            raise UserError(f"{annotations} is no COCO captions JSON: no list {name!r} in it; give a captions_*.json")
     captions: dict[Any, list[str]] = defaultdict(list)
-    try:
-        for annotation in document["annotations"]:
-            captions[annotation["image_id"]].append(_text(annotation["caption"]))
-        records = [
-            Record(
-                key=f"{number:09d}",
-                captions=captions.pop(entry["id"], []),
-                load=ImageFile(inside(images, _text(entry["file_name"]))),
-                meta={"filename": entry["file_name"], "image_id": entry["id"]},
-                where=f"{annotations}, image {entry['id']} ({entry['file_name']})",
-            )
-            for number, entry in enumerate(document["images"])
-        ]
-    except LeadsOut as error:
-        raise UserError(f"{annotations}: {error}; correct it, or give a folder above both as --images") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{annotations} is no COCO captions JSON: {error} is missing") from None
+
+    def add(entry: Any) -> None:
+        captions[entry["image_id"]].append("" if entry["caption"] is None else text_of(entry, "caption"))
+
+    def record(numbered: tuple[int, Any]) -> Record:
+        number, entry = numbered
+        return Record(
+            key=f"{number:09d}",
+            captions=captions.pop(entry["id"], []),
+            load=ImageFile(inside(images, text_of(entry, "file_name"))),
+            meta={"filename": entry["file_name"], "image_id": entry["id"]},
+            where=f"{annotations}, image {entry['id']} ({entry['file_name']})",
+        )
+
+    each_entry(document["annotations"], lambda number: f"{annotations} annotations[{number}]", add)
+    listed = list(enumerate(document["images"]))
+    records = each_entry(listed, lambda number: f"{annotations} images[{number}]", record)
     if not records:
         raise UserError(f"{annotations}: 'images' is empty")
     for image_id, orphans in captions.items():
         where, problem = f"{annotations}, image_id {image_id}", "caption of an image that 'images' lacks"
         records.append(Record(f"{len(records):09d}", orphans, no_image, {"image_id": image_id}, where, problem))
     return records
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"text in place of {value!r:.60}")
-    return value

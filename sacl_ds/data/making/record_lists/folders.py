@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from sacl_ds.data.captions import BadText, decoded
 from sacl_ds.data.making.record import ImageFile, Record, no_image
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.errors import UserError
 
 
 class FolderRecords:
-    """Sorted by name within each folder, subfolders in their place among the files. Hidden files are passed over."""
+    """Sorted by name within each folder, subfolders in their place among the files; links are followed, but a folder is
+    read once, by whichever of its names comes first. Hidden files and folders are passed over."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def __iter__(self) -> Iterator[Record]:
         number = 0
-        for folder, stem, files in _stems(str(self.root)):
+        for folder, stem, files in _stems(str(self.root), set()):
             images = [name for name in files if _extension(name) in IMAGE_EXTENSIONS]
             texts = [name for name in files if _extension(name) == "txt"]
             text = os.path.join(folder, texts[0]) if texts else os.path.join(folder, f"{stem}.txt")
@@ -46,17 +49,24 @@ def folder_records(root: Path) -> FolderRecords:
     return FolderRecords(root)
 
 
-def _stems(folder: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(folder, stem, files of that stem), in order. Holds the names of one folder and those above it."""
+def _stems(folder: str, read: set[tuple[int, int]]) -> Iterator[tuple[str, str, list[str]]]:
+    """(folder, stem, files of that stem), in order. Holds the names of one folder and those above it.
+
+    read: device and inode of the folders so far, to which a link may lead back.
+    """
     names: list[str] = []
     folders: set[str] = set()
     try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in read:
+            return
+        read.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 names.append(entry.name)
-                if entry.is_dir(follow_symlinks=False):  # a link to a folder above would never end
+                if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                     folders.add(entry.name)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from None
@@ -66,7 +76,7 @@ def _stems(folder: str) -> Iterator[tuple[str, str, list[str]]]:
         files = []
         for name in group:
             if name in folders:
-                yield from _stems(os.path.join(folder, name))
+                yield from _stems(os.path.join(folder, name), read)
             else:
                 files.append(name)
         yield folder, stem, files
@@ -83,9 +93,10 @@ def _extension(name: str) -> str:
 def _read_captions(path: str) -> tuple[list[str], str]:
     """(captions, "") or ([], what is wrong). Empty lines are no captions."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line for line in file.read().split("\n") if line.strip()], ""
-    except UnicodeDecodeError:
-        return [], "text is not UTF-8"
+        with open(path, "rb") as file:
+            lines = re.split("\r\n?|\n", decoded(file.read()))
+    except BadText as error:
+        return [], str(error)
     except OSError as error:
         return [], f"text unreadable: {error.strerror}"
+    return [line for line in lines if line.strip()], ""

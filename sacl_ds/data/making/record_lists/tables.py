@@ -67,20 +67,42 @@ class TableRecords:
 
 
 def table_records(
-    table: Path, images: Path, image_column: str = "path", caption_column: str = "caption", quotes: bool = True
+    table: Path,
+    images: Path,
+    image_column: str = "path",
+    caption_column: str = "caption",
+    quotes: bool = True,
+    delimiter: str | None = None,
 ) -> TableRecords:
     """Records of a table; paths are relative to `images`. The kind of table follows from the ending of its name.
 
-    quotes: whether quotation marks in a CSV or TSV enclose values. Raises UserError for a table that cannot be read and
-    a column that it lacks, now or while it is iterated.
+    quotes: whether quotation marks in a CSV or TSV enclose values. delimiter: between its values, where it is not what
+    the name says (\\t: a tab); blanks after it are passed over. Raises UserError for a table that cannot be read and a
+    column that it lacks, now or while it is iterated.
     """
     name = table.name.lower()
     if name.endswith(".parquet"):
         return TableRecords(table, ParquetTable(table, image_column, caption_column), images)
-    delimiter = _DELIMITERS.get(os.path.splitext(name.removesuffix(".gz"))[1])
-    if delimiter is None:
+    between = _DELIMITERS.get(os.path.splitext(name.removesuffix(".gz"))[1])
+    if delimiter is not None:
+        between = "\t" if delimiter == "\\t" else delimiter.strip(" ") or delimiter
+        if len(between) != 1 or between in '"\r\n\0':
+            raise UserError(f"--delimiter {delimiter!r}: give one character, such as ';' or '|', or '\\t'")
+    if between is None:
         raise UserError(f"{table}: a table's name ends in .csv, .tsv, .csv.gz, .tsv.gz or .parquet")
-    return TableRecords(table, TextTable(table, delimiter, image_column, caption_column, quotes), images)
+    read = TextTable(table, between, image_column, caption_column, quotes, delimiter is not None)
+    return TableRecords(table, read, images)
+
+
+def _check_delimiter(table: Path, delimiter: str, header: str) -> None:
+    """header: the only column that it gives."""
+    others = [each for each in ("\t", "|", ";", ",") if each != delimiter and each in header]
+    if others:
+        used, other = (each.encode("unicode_escape").decode() for each in (delimiter, others[0]))
+        raise UserError(
+            f"{table}: its header is one column, {header[:80]!r}, where {used!r} stands between values; "
+            f"give --delimiter '{other}'"
+        )
 
 
 def _check_columns(table: Path, there: Sequence[str], image_column: str, caption_column: str) -> None:
@@ -95,10 +117,14 @@ def _check_columns(table: Path, there: Sequence[str], image_column: str, caption
 class TextTable:
     """CSV or TSV with a header line, in UTF-8, plain or gzipped."""
 
-    def __init__(self, path: Path, delimiter: str, image_column: str, caption_column: str, quotes: bool) -> None:
-        self.path, self.delimiter, self.quotes = path, delimiter, quotes
+    def __init__(
+        self, path: Path, delimiter: str, image_column: str, caption_column: str, quotes: bool, padded: bool
+    ) -> None:
+        self.path, self.delimiter, self.quotes, self.padded = path, delimiter, quotes, padded
         with self._reader() as reader:
             header: list[str] = next(reader, [])
+        if len(header) == 1:
+            _check_delimiter(path, delimiter, header[0])
         _check_columns(path, header, image_column, caption_column)
         self.image, self.caption = header.index(image_column), header.index(caption_column)
         self.width = len(header)
@@ -121,7 +147,9 @@ class TextTable:
         try:
             with open_text(self.path, "rt", encoding="utf-8-sig", newline="") as file:
                 quoting: Any = csv.QUOTE_MINIMAL if self.quotes else csv.QUOTE_NONE
-                reader = csv.reader(file, delimiter=self.delimiter, quoting=quoting, strict=True)
+                reader = csv.reader(
+                    file, delimiter=self.delimiter, quoting=quoting, strict=True, skipinitialspace=self.padded
+                )
                 yield reader
         except csv.Error as error:
             line = reader.line_num if reader else 1
