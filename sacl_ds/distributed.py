@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from sacl_ds.errors import SharedError, UserError
 
 Group = ProcessGroup | None
+_WRONG = "arguments"  # of `row_counts`: what is wrong with them, before all other names
 
 
 def initialised() -> bool:
@@ -102,7 +103,7 @@ def row_counts(
     """
     if world_size(group) == 1:
         return [len(rows)]
-    settings = {name: repr(value) for name, value in (alike or {}).items()}
+    settings = {name: repr(value) for name, value in ({_WRONG: None} | dict(alike or {})).items()}
     known = torch.tensor([len(rows), zlib.crc32(repr(settings).encode())], dtype=torch.float64, device=rows.device)
     last = known.new_zeros(1) if scale is None else scale.detach().to(known).reshape(1)
     every = known.new_empty(world_size(group) * 3)
@@ -114,6 +115,18 @@ def row_counts(
         if not math.isclose(value, scales[0], rel_tol=1e-4) and not (math.isnan(value) and math.isnan(scales[0])):
             raise SharedError(_difference("logit_scale", scales[0], value, other))
     return [int(count) for count in counts]
+
+
+@contextmanager
+def said_on_all_ranks(device: torch.device, group: Group, asks: bool) -> Iterator[None]:
+    """Around the checks of what comes to `row_counts`. asks: it will be called; ranks without a ValueError, who wait
+    there for this one, then raise what this one has found."""
+    try:
+        yield
+    except ValueError as error:
+        if asks:
+            row_counts(torch.empty(0, device=device), group, {_WRONG: str(error)})
+        raise
 
 
 def _say_what_differs(settings: Mapping[str, str], group: Group) -> NoReturn:

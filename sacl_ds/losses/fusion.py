@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sacl_ds.distributed import Group, sum_over_ranks, world_size
-from sacl_ds.losses.regulated import Regulation, ids_by_column
+from sacl_ds.losses.regulated import Regulation
+from sacl_ds.losses.streaming import ids_by_column
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,18 @@ from sacl_ds.losses.regulated import (
     ContrastiveOutput,
     Regulation,
     anchor_losses,
-    ids_by_column,
     log_weights_of,
     negatives_in_batch,
 )
-from sacl_ds.losses.streaming import GlobalBatch, TileJob, exactly_once, least_kept, normalised, row_products
+from sacl_ds.losses.streaming import (
+    GlobalBatch,
+    TileJob,
+    exactly_once,
+    ids_by_column,
+    least_kept,
+    normalised,
+    row_products,
+)
 from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, constant, tiles_of, wide
 
 

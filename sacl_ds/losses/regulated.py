@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sacl_ds.distributed import Group, rank, world_size
+from sacl_ds.distributed import Group, rank, said_on_all_ranks, world_size
 
 if TYPE_CHECKING:  # these build on Regulation
     from sacl_ds.losses.queue import Keys
@@ -201,11 +201,6 @@ def _mean_one(log_similarity: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor
     return (inverse - log_mean).masked_fill(~negatives, -torch.inf), log_mean[:, 0].double()
 
 
-def ids_by_column(ids: Tensor) -> Tensor:
-    """(n,) or (n, k) ids as (n, k); n may be 0."""
-    return ids if ids.ndim == 2 else ids[:, None]
-
-
 def anchor_losses(logits: Tensor, log_weights: Tensor, start: int) -> Tensor:
     """(rows,) L_i, 0 for an anchor without negatives; row i's positive is in column start + i of (rows, m) both.
 
@@ -269,17 +264,18 @@ def similarity_regulated_loss(
     from sacl_ds.losses.tiles import wide
     from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
 
-    regulation = Regulation(
-        alpha, sharpness, sharpness if teacher_sharpness is None else teacher_sharpness, negative_mass, drop_below
-    )
-    teacher = _checked_teacher(image, text, teacher_image, teacher_text, pair_ids, regulation)
-    if keys is not None:
-        keys.check(image, teacher is not None, pair_ids)
-    if not 0 <= soft_weight <= 1 or (soft_weight and keys is None):
-        raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
-    known = _checked_counts(counts, image, group)
-    tiles = _tiles(backend, image)
-    logit_scale = _checked_scale(logit_scale, image)
+    with said_on_all_ranks(image.device, group, counts is None):
+        regulation = Regulation(
+            alpha, sharpness, sharpness if teacher_sharpness is None else teacher_sharpness, negative_mass, drop_below
+        )
+        teacher = _checked_teacher(image, text, teacher_image, teacher_text, pair_ids, regulation)
+        if keys is not None:
+            keys.check(image, teacher is not None, pair_ids)
+        if not 0 <= soft_weight <= 1 or (soft_weight and keys is None):
+            raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
+        known = _checked_counts(counts, image, group)
+        tiles = _tiles(backend, image)
+        logit_scale = _checked_scale(logit_scale, image)
     with torch.autocast(image.device.type, enabled=False):
         if tiles is None:
             image, text = image.to(wide(image)), text.to(wide(image))
@@ -295,7 +291,9 @@ def similarity_regulated_loss(
         else:
             dtype = tiles.feature_dtype(image)
             rows["cosine"] = row_products(image.detach().to(dtype), text.detach().to(dtype))
-        settings = {name: value if value is None else float(value) for name, value in vars(regulation).items()}
+        settings: dict[str, object] = {
+            name: value if value is None else float(value) for name, value in vars(regulation).items()
+        }
         settings |= {"the backend": "reference" if tiles is None else "tiles", "statistics": bool(statistics)}
         settings |= {"soft_weight": float(soft_weight), "keys": keys and keys.kind}
         batch = GlobalBatch.gather(

@@ -35,7 +35,7 @@ from sacl_ds.distributed import (
     sum_over_ranks,
     world_size,
 )
-from sacl_ds.losses.regulated import ContrastiveOutput, Regulation, ids_by_column
+from sacl_ds.losses.regulated import ContrastiveOutput, Regulation
 from sacl_ds.losses.tiles import Kept, Side, Sums, constant, wide
 
 _GRADIENT_PARTS = 4  # in which the texts' gradient is sent: one travels while the next is computed
@@ -202,6 +202,11 @@ def joint_loss(logit_scale: Tensor, job: TileJob) -> tuple[ContrastiveOutput, Jo
     if joint.kept is not None:
         least = joint.kept.rows, joint.kept.columns[batch.start : batch.start + len(batch.text)]
     return ContrastiveOutput(loss, of_images, of_texts, least), joint
+
+
+def ids_by_column(ids: Tensor) -> Tensor:
+    """(n,) or (n, k) ids as (n, k); n may be 0."""
+    return ids if ids.ndim == 2 else ids[:, None]
 
 
 def shared_ids(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -180,6 +180,8 @@ def what_ranks_disagree_on(rank: int, folder: Path) -> None:
         "keys": said(keys=Keys(image, text)),
         "statistics": said(statistics=True),
         "backend": said(backend="reference"),
+        "a mistake": said(soft_weight=2.0),
+        "no teacher": said(teacher_image=None, teacher_text=None),
     }
     empty = {"image": image[:0], "text": text[:0], "teacher_image": text[:0], "teacher_text": image[:0]}
     out = similarity_regulated_loss(image, text, torch.tensor(9.0 * (1 + 1e-6 * rank)), pair_ids=ids)
@@ -217,6 +219,8 @@ def test_ranks_that_disagree_say_so_alike(tmp_path: Path) -> None:
             ("keys", "keys: None", "'without a queue'"),
             ("statistics", "statistics: False", "True"),
             ("backend", "the backend: 'tiles'", "'reference'"),
+            ("a mistake", "arguments: None", "'soft_weight=2.0 must lie in [0, 1], and needs keys above 0'"),
+            ("no teacher", "arguments: None", "'alpha=0.5 needs teacher_image and teacher_text'"),
         )
     }
 
