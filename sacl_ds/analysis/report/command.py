@@ -21,7 +21,10 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="run directory, finished or not, with weights/ (records.every)")
+    parser.add_argument(
+        "run", metavar="RUN",
+        help="run directory, finished or not, with weights/ (records.every); or RUN/checkpoints/step_N, as far as that",
+    )  # fmt: skip
     parser.add_argument("--against", metavar="RUN_B", help="finished run or checkpoint: retrieval of both side by side")
     parser.add_argument(
         "--shards", nargs="+", metavar="PATTERN", help="held-out pairs, as data.eval_shards (default: the run's own)"
@@ -31,7 +34,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--teacher", help="as teacher.checkpoint, or 'none' (default: the run's own)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--out", metavar="DIR", help="folder for what is written (default: RUN/report)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for what is written (default: RUN/report, or RUN/report_step_N)"
+    )
     parser.set_defaults(act=_act)
 
 
