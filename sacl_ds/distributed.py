@@ -7,9 +7,12 @@ that a loss summed over ranks is differentiated exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from torch.distributed import ProcessGroup
 from sacl_ds.errors import SharedError, UserError
 
 Group = ProcessGroup | None
+_WRONG = "arguments"  # of `row_counts`: what is wrong with them, before all other names
 
 
 def initialised() -> bool:
@@ -48,12 +52,12 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: Group = None) -> list[Any]:
     """Every rank's object, in rank order, on every rank."""
-    if world_size() == 1:
+    if world_size(group) == 1:
         return [value]
-    box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    box: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(box, value, group)
     return box
 
 
@@ -89,14 +93,54 @@ def max_over_ranks(value: Tensor, group: Group = None) -> Tensor:
     return greatest
 
 
-def row_counts(rows: Tensor, group: Group = None) -> list[int]:
-    """How many rows each rank holds: len(rows), in rank order. One small collective and a host sync."""
+def row_counts(rows: Tensor, group: Group = None, alike: Mapping[str, object] | None = None) -> list[int]:
+    """How many rows each rank holds: len(rows), in rank order. One small collective and a host sync.
+
+    alike: settings by name that all ranks must have in common, as their repr; `logit_scale` among them is a tensor
+    with one element, equal up to rounding. Raises SharedError on every rank where they differ.
+    """
     if world_size(group) == 1:
         return [len(rows)]
-    mine = torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)
-    counts = torch.empty(world_size(group), dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(counts, mine, group=group)
-    return counts.tolist()
+    values = {_WRONG: None} | dict(alike or {})
+    scale = values.pop("logit_scale", None)
+    settings = {name: repr(value) for name, value in values.items()}
+    known = torch.tensor([len(rows), zlib.crc32(repr(settings).encode())], dtype=torch.float64, device=rows.device)
+    last = scale.detach().to(known).reshape(1) if isinstance(scale, Tensor) else known.new_zeros(1)
+    every = known.new_empty(world_size(group) * 3)
+    dist.all_gather_into_tensor(every, torch.cat([known, last]), group=group)
+    counts, marks, scales = zip(*every.view(-1, 3).tolist(), strict=True)
+    for other, (mark, value) in enumerate(zip(marks, scales, strict=True)):
+        if mark != marks[0]:
+            _say_what_differs(settings, group)
+        if not math.isclose(value, scales[0], rel_tol=1e-4) and not (math.isnan(value) and math.isnan(scales[0])):
+            raise SharedError(_difference("logit_scale", scales[0], value, other))
+    return [int(count) for count in counts]
+
+
+@contextmanager
+def said_on_all_ranks(device: torch.device, group: Group, asks: bool) -> Iterator[None]:
+    """Around the checks of what comes to `row_counts`. asks: it will be called; ranks without a ValueError, who wait
+    there for this one, then raise what this one has found."""
+    try:
+        yield
+    except ValueError as error:
+        if asks:
+            row_counts(torch.empty(0, device=device), group, {_WRONG: str(error)})
+        raise
+
+
+def _say_what_differs(settings: Mapping[str, str], group: Group) -> NoReturn:
+    """Raise on every rank, all of which call it, for the first of the settings that one has otherwise than rank 0."""
+    every: list[Mapping[str, str]] = gather_objects(settings, group)
+    for name in dict.fromkeys(name for each in every for name in each):
+        for other, each in enumerate(every):
+            if each.get(name) != every[0].get(name):
+                raise SharedError(_difference(name, every[0].get(name), each.get(name), other))
+    raise AssertionError(every)
+
+
+def _difference(name: str, first: object, value: object, other: int) -> str:
+    return f"ranks disagree on {name}: {first} on rank 0, {value} on rank {other}; call with the same on all ranks"
 
 
 def start_gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> Callable[[], Tensor]:
@@ -143,6 +187,24 @@ def start_sum_to_owners(parts: Tensor, group: Group = None) -> Callable[[], Tens
     return finish
 
 
+def differentiable_once(
+    backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
+    """Refuse a backward pass that is to be differentiated again. torch's once_differentiable refuses only where the
+    incoming gradient asks for one, and gives a gradient penalty that trains nothing elsewhere."""
+
+    @wraps(backward)
+    def once(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: the contrastive loss can be differentiated once only, and a gradient penalty "
+                "through it would be ignored; on one rank backend='reference' can be differentiated twice"
+            )
+        return backward(ctx, upstream)
+
+    return once
+
+
 def gather_rows_with_grad(rows: Tensor, counts: list[int], group: Group = None) -> Tensor:
     """`gather_rows` that lets the gradient back to the rank that owns each row, summed over ranks."""
     if world_size(group) == 1:
@@ -163,6 +225,7 @@ class _GatherRows(torch.autograd.Function):
         return gather_rows(rows, counts, group)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         longest = max(ctx.counts)
         parts = torch.stack([_padded(part, longest) for part in gradient.split(ctx.counts)])

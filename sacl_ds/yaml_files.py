@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -12,6 +13,9 @@ _MOST_CHARACTERS = 1 << 20
 _MOST_NODES = 100_000  # once every alias is written out
 _DEEPEST = 40
 _LONGEST_NUMBER = 400  # digits
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+# which YAML 1.1 reads as numbers, and hardly anybody writes as such
+_NOT_DECIMAL = {60: re.compile(r".*:.*", re.DOTALL), 8: re.compile(r"[-+]?0[0-7_]+")}
 
 
 class BadYaml(ValueError):
@@ -34,8 +38,9 @@ def parse_yaml(text: str, where: str) -> Any:
 def plain_yaml(text: str) -> Any:
     """None, truth values, numbers, texts, dates, and lists and mappings of them. Raises BadYaml, and nothing else.
 
-    No tag makes another object. A key that stands twice in a mapping is refused, and so are anchors within themselves,
-    more than 100,000 values (aliases counted where they stand), 40 levels, and a million characters.
+    No tag makes another object. Numbers of base 60 and 8, which 1:30 and 010 are, are refused. A key that stands twice
+    in a mapping is refused, and so are anchors within themselves, more than 100,000 values (aliases counted where they
+    stand), 40 levels, and a million characters.
     """
     if len(text) > _MOST_CHARACTERS:
         raise BadYaml(f"more than {_MOST_CHARACTERS} characters")
@@ -85,8 +90,14 @@ def _check(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
 def _check_scalar(node: yaml.ScalarNode) -> None:
     if "\0" in node.value:
         raise BadYaml("a zero byte in a text", node.start_mark.line + 1)
-    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _LONGEST_NUMBER:  # which Python may refuse to spell
-        raise BadYaml(f"a number of {len(node.value)} digits", node.start_mark.line + 1)
+    if node.tag not in _NUMBERS:
+        return
+    text, line = node.value, node.start_mark.line + 1
+    if len(text) > _LONGEST_NUMBER and node.tag == _NUMBERS[0]:  # which Python may refuse to spell
+        raise BadYaml(f"a number of {len(text)} digits", line)
+    for kind, form in _NOT_DECIMAL.items():
+        if form.fullmatch(text):
+            raise BadYaml(f"{text} is a number of base {kind}; write it with base 10, or '{text}' for a text", line)
 
 
 def _no_key_twice(node: yaml.MappingNode) -> None:

@@ -18,6 +18,7 @@ ALLOWED = {
     "config_file": {"config", "errors", "yaml_files"},
     "config_help": {"config", "errors"},
     "machine": set(),
+    "launcher": {"errors"},
     "ds_file": {"errors"},
     "ds_config": {"config", "ds_file", "errors", "machine"},
     "command_line": {"config", "config_file", "config_help", "distributed", "errors", "faults"},
@@ -48,8 +49,8 @@ ALLOWED = {
     },
     "planning": {"config", "config_file", "ds_config", "errors", "model", "planning"},
     "training": {
-        "atomic", "config", "data", "distributed", "ds_config", "errors", "faults", "losses", "machine", "model",
-        "provenance", "telemetry", "training", "yaml_files",
+        "atomic", "config", "data", "distributed", "ds_config", "errors", "faults", "launcher", "losses", "machine",
+        "model", "provenance", "telemetry", "training", "yaml_files",
     },
 }  # fmt: skip
 # what pre-training loads later, where a run asks for it, or never

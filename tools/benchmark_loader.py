@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +26,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sacl_ds.errors import UserError
+
 CAPTION = "a photograph of some thing number {} beside another on a table"
 EXAMPLE = """example:
   python tools/benchmark_loader.py --shards '/data/cc12m/{00000..00007}.tar' --workers 8 --batch-size 256"""
 
 
-def ours(shards: str, options: SimpleNamespace) -> Iterator[int]:
+def ours(shards: str, options: SimpleNamespace) -> Iterator[Any]:
     from sacl_ds.config import DataConfig
     from sacl_ds.data.batch import TrainingView
     from sacl_ds.data.collate import Collator
@@ -48,10 +50,10 @@ def ours(shards: str, options: SimpleNamespace) -> Iterator[int]:
     view = TrainingView(TrainView(options.image_size, (0.9, 1.0), flip=False), tokenizer)
     collator = Collator(view, 0, mlm_probability=0.15)
     loader = BatchLoader(source, order, collator, rank=0, world=1, workers=options.workers)
-    return (len(batch) for batch in loader)
+    return (batch.images for batch in loader)
 
 
-def open_clip(shards: str, options: SimpleNamespace) -> Iterator[int]:
+def open_clip(shards: str, options: SimpleNamespace) -> Iterator[Any]:
     import open_clip_train.data
     from open_clip import get_tokenizer, image_transform
     from webdataset.tariterators import tar_file_expander
@@ -65,28 +67,43 @@ def open_clip(shards: str, options: SimpleNamespace) -> Iterator[int]:
     )  # fmt: skip
     transform = image_transform(options.image_size, is_train=True)
     data = open_clip_train.data.get_wds_dataset(settings, transform, is_train=True, tokenizer=get_tokenizer("ViT-B-32"))
-    return (len(images) for images, _ in data.dataloader)
+    # up to open_clip 3 a batch is (images, texts), from 4 on a mapping
+    return (batch["image"] if isinstance(batch, Mapping) else batch[0] for batch in data.dataloader)
 
 
-LOADERS: dict[str, Callable[[str, SimpleNamespace], Iterator[int]]] = {"open_clip": open_clip, "sacl_ds": ours}
+LOADERS: dict[str, Callable[[str, SimpleNamespace], Iterator[Any]]] = {"open_clip": open_clip, "sacl_ds": ours}
+
+
+def count_of(images: Any, options: SimpleNamespace) -> int:
+    """How many images a batch holds. Raises UserError for what is not the (batch size, 3, image size, image size) that
+    was asked for: a loader that is counted wrongly is compared wrongly."""
+    size = options.image_size
+    expected = (options.batch_size, 3, size, size)
+    if not isinstance(images, torch.Tensor) or tuple(images.shape) != expected:
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise UserError(f"a batch has {got} in the place of images {expected}; nothing is measured")
+    return len(images)
 
 
 def measure(name: str, shards: str, options: SimpleNamespace) -> float:
-    """Images per second, after the first ones have come and queues have filled and emptied."""
+    """Images per second, after the first ones have come and queues have filled and emptied. Raises UserError where the
+    loader gives other batches than it was asked for."""
     torch.set_num_threads(1)
     batches = LOADERS[name](shards, options)
     warm = 0
     while warm < options.warm_up:
-        warm += next(batches)
+        warm += count_of(next(batches), options)
     count, began = 0, time.perf_counter()
     while count < options.images:
-        count += next(batches)
+        count += count_of(next(batches), options)
     return count / (time.perf_counter() - began)
 
 
 def in_fresh_process(name: str, shards: str, options: argparse.Namespace) -> float:
     asked = json.dumps({"name": name, "shards": shards, "options": vars(options)})
-    done = subprocess.run([sys.executable, __file__, "--ask", asked], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, "--ask", asked], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -105,7 +122,7 @@ def write_photographs(folder: Path, shards: int, per_shard: int) -> str:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "jpeg", quality=85)
         return buffer.getvalue()
 
-    made = [photograph(number) for number in range(200)]
+    made = [photograph(number) for number in range(min(200, shards * per_shard))]
     records = [
         Record(f"{n:06d}", [CAPTION.format(n)], lambda n=n: made[n % len(made)], {}) for n in range(shards * per_shard)
     ]
@@ -148,7 +165,10 @@ def main() -> None:
     options = arguments()
     if options.ask:
         asked: dict[str, Any] = json.loads(options.ask)
-        print(json.dumps(measure(asked["name"], asked["shards"], SimpleNamespace(**asked["options"]))))
+        try:
+            print(json.dumps(measure(asked["name"], asked["shards"], SimpleNamespace(**asked["options"]))))
+        except UserError as error:
+            sys.exit(f"error: {asked['name']}: {error}")
         return
     names = [name for name in LOADERS if options.only is None or name in options.only]
     if "open_clip" in names and not all(map(importlib.util.find_spec, ("open_clip_train", "pandas"))):

@@ -32,7 +32,7 @@ SCENES, SCENE_SEED = 500, 1001  # the held-out scenes of the built-in run
 def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
-    parser.add_argument("run", type=user_path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="finished run, or RUN/checkpoints/step_N")
     parser.add_argument("--image", type=user_path, action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument(
         "--scenes", type=int, nargs="+", default=[], metavar="N", help=f"built-in held-out scenes, below {SCENES}"
@@ -96,7 +96,9 @@ def main() -> None:
         for picture, texts in zip(pictures, captions, strict=True)
     ]
     used = encoder.selection
-    title = f"{options.run.name}: placement {used.placement}, keep_rate {used.keep_rate:g}, guide {used.guide}"
+    title = (
+        f"{options.run.resolve().name}: placement {used.placement}, keep_rate {used.keep_rate:g}, guide {used.guide}"
+    )
     try:
         draw(looked, encoder.vit.patch_embed.patch_size[0], title, options.out)
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know

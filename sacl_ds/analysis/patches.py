@@ -18,11 +18,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from sacl_ds.analysis.subject import folder_of, load_trained
 from sacl_ds.config_file import load_config
 from sacl_ds.data.text import Tokenizer, attention_mask, pad
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import CONFIG, load_model
+from sacl_ds.model.saved import CONFIG
 from sacl_ds.model.vision import Choice
 
 _DIMMED = 0.22  # of the brightness of a patch that is left out, on white
@@ -41,13 +42,14 @@ class Looked:
 
 
 def load_selecting(folder: Path, settings: Sequence[str]) -> tuple[SaclModel, Tokenizer]:
-    """A finished run's model with other settings of its patch selection, which has no parameters, and its tokenizer.
+    """The model of a finished run, or of RUN/checkpoints/step_N, with other settings of its patch selection, which has
+    no parameters, and its tokenizer.
 
     settings: name=value of model.patch_selection. Raises UserError, also where no patch is ever left out.
     """
-    model, run, tokenizer = load_model(folder, "RUN")
+    model, run, tokenizer, _ = load_trained(folder, "RUN")
     if settings:
-        run = load_config(folder / CONFIG, [f"model.patch_selection.{setting}" for setting in settings])
+        run = load_config(folder_of(folder) / CONFIG, [f"model.patch_selection.{setting}" for setting in settings])
         state = model.state_dict()
         model = SaclModel(run.model, tokenizer.size, pretrained=False)
         model.load_state_dict(state)

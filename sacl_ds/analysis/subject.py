@@ -40,7 +40,8 @@ from sacl_ds.model.teacher import Teacher, load_teacher, teacher_features
 from sacl_ds.training.schedules import alpha as alpha_at
 
 __all__ = [
-    "Pairs", "Subject", "data_source", "is_features", "load_subject", "pictures", "read_pairs", "regulation_of",
+    "Pairs", "Subject", "data_source", "folder_of", "is_features", "load_subject", "load_trained", "pictures",
+    "read_pairs", "regulation_of",
 ]  # fmt: skip
 
 WITHOUT = "none"  # in the place of a teacher
@@ -72,17 +73,31 @@ def load_subject(path: str | Path, teacher: str | None = None, device: torch.dev
     teacher.checkpoint. Raises UserError.
     """
     path, device = Path(path), torch.device(device)
-    if path.parent.name == "checkpoints" and not (path / WEIGHTS).exists():
-        folder, (model, run, tokenizer, step) = path.parent.parent, _of_checkpoint(path)
+    folder = folder_of(path)
+    model, run, tokenizer, step = load_trained(path)
+    model = model.to(device)
+    return Subject(str(path), folder, run, step, model, tokenizer, _teacher(run, folder, teacher, device), device)
+
+
+def folder_of(path: Path) -> Path:
+    """The run directory of RUN or RUN/checkpoints/step_N."""
+    inside = path.parent.name == "checkpoints" and not (path / WEIGHTS).exists()
+    return path.parent.parent if inside else path
+
+
+def load_trained(path: Path, setting: str = "run") -> tuple[SaclModel, RunConfig, Tokenizer, int]:
+    """Of RUN or RUN/checkpoints/step_N: the model in eval mode, on the CPU, without gradient; its configuration and
+    tokenizer, and how many steps it has done. setting: what error lines name. Raises UserError."""
+    if folder_of(path) != path:
+        model, run, tokenizer, step = _of_checkpoint(path)
     else:
         if not (path / WEIGHTS).exists() and (path / "checkpoints").is_dir():
             raise UserError(
                 f"{path} is not finished (no {WEIGHTS}); give one of its checkpoints, {path}/checkpoints/step_N"
             )
-        folder, (model, run, tokenizer) = path, load_model(path, "run")
+        model, run, tokenizer = load_model(path, setting)
         step = _saved_step(path / WEIGHTS)
-    model = model.requires_grad_(False).eval().to(device)
-    return Subject(str(path), folder, run, step, model, tokenizer, _teacher(run, folder, teacher, device), device)
+    return model.requires_grad_(False).eval(), run, tokenizer, step
 
 
 def data_source(run: RunConfig, shards: str | Sequence[str] | None) -> Source:

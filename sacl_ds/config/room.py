@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 def _of_64_bits(value: int) -> int:
@@ -25,3 +26,22 @@ class Room(BaseModel):
     """Unknown keys are errors, numbers are finite, values do not change."""
 
     model_config = ConfigDict(extra="forbid", strict=False, validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as truth values, and pydantic these as 1 and 0."""
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(each, bool) for each in values):
+            kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+            if kinds & {int, float} and not kinds & {bool, Any}:
+                raise PydanticCustomError("truth_value", "Input should be a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    if get_origin(annotation) is Literal:
+        return {type(each) for each in get_args(annotation)}
+    inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    return {kind for each in inner for kind in _kinds(each)} if inner else {annotation}

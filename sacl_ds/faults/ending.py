@@ -28,7 +28,8 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """RUN/status.json. checkpoint: the step that --resume would go on from; None where there is none."""
+    """RUN/status.json. checkpoint: the step that --resume would go on from; None where there is none. start: the name
+    that ranks which were started together have in common."""
 
     state: Literal["running", "finished", "stopped", "failed"]
     step: int
@@ -37,6 +38,7 @@ class Status:
     restarts: int = 0
     host: str = ""
     process: int = 0
+    start: str = ""
     time: str = ""  # UTC, when it was written
 
     def write(self, folder: Path) -> None:
@@ -44,6 +46,12 @@ class Status:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         said = replace(self, host=socket.gethostname(), process=os.getpid(), time=now)
         write_text(folder / FILE, json.dumps(asdict(said), indent=2) + "\n")
+
+
+def may_follow(there: Status | None, start: str) -> bool:
+    """Whether a rank of `start` that is under way may put its status in the place of this one. A rank that stood still
+    and wakes knows neither that the run was started anew nor why the others have ended: the first cause stands."""
+    return there is None or (there.start == start and there.state != "failed")
 
 
 def read_status(folder: Path) -> Status | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import psutil
 
 from sacl_ds.errors import Fault, Stopped
-from sacl_ds.faults.ending import Exit, Status, read_status
+from sacl_ds.faults.ending import Exit, Status, may_follow, read_status
 from sacl_ds.faults.judging import Beat, Limits
 from sacl_ds.faults.pulse import Address, Court, Witness
 from sacl_ds.faults.restarts import attempt
@@ -57,6 +57,7 @@ class Guard:
         first = ranks.rank == 0
         court = Court(ranks.address, self._now, limits, self._end, ranks.world) if first else None
         address: Address = ranks.share(court.address if court else None)
+        self._start = address.token[:8]
         try:
             self._pulse = court or Witness(address, self._now, limits, self._end, ranks.speaks)
         except OSError as error:
@@ -65,7 +66,7 @@ class Guard:
                 "machine's ports to the others (python -m sacl_ds.doctor --hostfile HOSTS checks it)"
             ) from None
         self.requests.listen(self._end_alone, _ALONE)
-        self._write("running")
+        self._write("running", begins=True)
 
     def at(self, step: int, doing: Doing) -> None:
         """step: how many are done."""
@@ -124,13 +125,13 @@ class Guard:
         message: str = "",
         *,
         by_any: bool = False,
+        begins: bool = False,
     ) -> None:
         if self._ranks.rank and not by_any:
             return
-        there = read_status(self._folder)
-        if there is not None and there.restarts > attempt():
-            return  # of a rank that stood still while the others were started anew
-        status = Status(state, self._place[0], self._checkpoint, message, attempt())
+        if not begins and not may_follow(read_status(self._folder), self._start):
+            return
+        status = Status(state, self._place[0], self._checkpoint, message, attempt(), start=self._start)
         try:
             status.write(self._folder)
         except OSError as error:  # never the cause that a run ends

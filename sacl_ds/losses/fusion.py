@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from sacl_ds.distributed import Group, sum_over_ranks, world_size
 from sacl_ds.losses.regulated import Regulation
+from sacl_ds.losses.streaming import ids_by_column
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,10 @@ def hard_negatives(
     int64; a pair's own partner is never drawn, nor one that shares an id. weighting: of these b pairs.
     generator: on the features' device.
     """
+    if not math.isfinite(hardness):
+        raise ValueError(f"hardness={hardness} must be finite")
     b = len(image)
-    ids = None if pair_ids is None else pair_ids.view(b, -1)
+    ids = None if pair_ids is None else ids_by_column(pair_ids)
     best = torch.full((2, b), -torch.inf, dtype=torch.float64, device=image.device)
     chosen = torch.zeros((2, b), dtype=torch.int64, device=image.device)
     parts = [slice(start, min(start + tile, b)) for start in range(0, b, tile)]

@@ -32,8 +32,16 @@ from sacl_ds.losses.regulated import (
     log_weights_of,
     negatives_in_batch,
 )
-from sacl_ds.losses.streaming import GlobalBatch, TileJob, least_kept, normalised, row_products, without_autocast
-from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, tiles_of, wide
+from sacl_ds.losses.streaming import (
+    GlobalBatch,
+    TileJob,
+    exactly_once,
+    ids_by_column,
+    least_kept,
+    normalised,
+    row_products,
+)
+from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, constant, tiles_of, wide
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,13 @@ class Keys:
     queue_ids: Tensor | None = None
     regulate_queue: bool = True
 
+    @property
+    def kind(self) -> str:
+        """What of the queue must be the same on all ranks, in words."""
+        if self.queue_image is None:
+            return "without a queue"
+        return f"with a queue of {len(self.queue_image)}, {'' if self.regulate_queue else 'not '}regulated"
+
     def check(self, image: Tensor, teacher: bool, pair_ids: Tensor | None) -> None:
         """Raise ValueError for what does not fit to image (b, d), to a teacher and to pair_ids."""
         if self.image.shape != image.shape or self.text.shape != image.shape:
@@ -77,6 +92,12 @@ class Keys:
             raise ValueError("a regulated queue beside a teacher needs queue_teacher_image and queue_teacher_text")
         if (pair_ids is None) != (self.queue_ids is None):
             raise ValueError("pair_ids and queue_ids come together or not at all: they exclude pairs from one another")
+        if pair_ids is not None and self.queue_ids is not None:
+            columns, m = ids_by_column(pair_ids).shape[1], len(self.queue_text)
+            if self.queue_ids.ndim not in (1, 2) or ids_by_column(self.queue_ids).shape != (m, columns):
+                raise ValueError(
+                    f"queue_ids must be ({m}, {columns}) like the queue and pair_ids, got {tuple(self.queue_ids.shape)}"
+                )
 
 
 class Modality(NamedTuple):
@@ -113,7 +134,7 @@ def dense_keys_loss(
     if keys.queue_text is not None:
         earlier = negatives.new_ones(b, len(keys.queue_text))
         if batch.ids is not None and keys.queue_ids is not None:
-            mine, theirs = batch.ids[start : start + b], keys.queue_ids.view(len(keys.queue_text), -1)
+            mine, theirs = batch.ids[start : start + b], ids_by_column(keys.queue_ids)
             earlier = ~(mine[:, None] == theirs[None]).any(-1)
         negatives = torch.cat([negatives, earlier], 1)
 
@@ -209,8 +230,8 @@ class Direction:
 
 def _direction(anchor: Modality, key: Modality, job: TileJob) -> Direction:
     def side(features: Tensor, of_teacher: Tensor | None, begin: int, first: int | None) -> Side:
-        theirs = None if of_teacher is None else of_teacher.detach()
-        return Side(features.detach(), theirs, *job.ids_of(begin, len(features)), first)
+        theirs = None if of_teacher is None else constant(of_teacher)
+        return Side(constant(features), theirs, *job.ids_of(begin, len(features)), first)
 
     start, queue = job.batch.start, None
     if key.queue is not None:
@@ -272,7 +293,8 @@ class _Rows:
     """Losses of anchors against the keys of the batch and of the queue, and what their gradient needs."""
 
     def __init__(self, direction: Direction, logit_scale: Tensor, regulate_queue: bool, job: TileJob) -> None:
-        self.anchors, self.logit_scale, self.tiles = direction.anchors, logit_scale, job.tiles
+        self.anchors, self.keys = direction.anchors, direction.keys
+        self.logit_scale, self.tiles = logit_scale, job.tiles
         first = self.anchors.first
         assert first is not None
         own_keys = direction.batch.part(first, first + len(self.anchors))
@@ -325,14 +347,15 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, logit_scale: Tensor, rows: _Rows) -> Tensor:
         ctx.rows = rows
-        ctx.save_for_backward(anchor, logit_scale)
+        # for their shapes; and those that backward compares again, to notice changes in place
+        compared = [x for side in (rows.anchors, *rows.keys) for x in side.compared]
+        ctx.save_for_backward(anchor, logit_scale, *compared)
         return rows.loss.to(wide(anchor))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    @without_autocast
+    @exactly_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        anchor, logit_scale = ctx.saved_tensors
+        anchor, logit_scale, *_ = ctx.saved_tensors
         into = ctx.rows.gradient(upstream)
         of_scale = row_products(anchor, into).sum().to(logit_scale.dtype)
         return into.mul_(logit_scale).to(anchor.dtype), of_scale.view_as(logit_scale), None

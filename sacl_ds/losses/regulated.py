@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from sacl_ds.distributed import Group, rank, world_size
+from sacl_ds.distributed import Group, rank, said_on_all_ranks, world_size
 
 if TYPE_CHECKING:  # these build on Regulation
     from sacl_ds.losses.queue import Keys
@@ -57,14 +57,14 @@ class Regulation:
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha} must lie in [0, 1]")
-        if self.sharpness < 0 or self.teacher_sharpness < 0:
+        if not (0 <= self.sharpness < math.inf and 0 <= self.teacher_sharpness < math.inf):
             raise ValueError(
-                f"sharpness={self.sharpness}, teacher_sharpness={self.teacher_sharpness}: must not be negative"
+                f"sharpness={self.sharpness}, teacher_sharpness={self.teacher_sharpness}: must be finite, not negative"
             )
-        if self.negative_mass <= 0:
-            raise ValueError(f"negative_mass={self.negative_mass} must be positive")
-        if self.drop_below is not None and self.drop_below <= 0:
-            raise ValueError(f"drop_below={self.drop_below} must be positive; None removes nothing")
+        if not 0 < self.negative_mass < math.inf:
+            raise ValueError(f"negative_mass={self.negative_mass} must be positive and finite")
+        if self.drop_below is not None and not 0 < self.drop_below < math.inf:
+            raise ValueError(f"drop_below={self.drop_below} must be positive and finite; None removes nothing")
 
     @property
     def even(self) -> bool:
@@ -86,6 +86,15 @@ class Regulation:
         """Bound of |log s_ij| for cosines in [-1, 1]."""
         return max(self.sharpness if self.alpha < 1 else 0.0, self.teacher_sharpness if self.alpha > 0 else 0.0)
 
+    @property
+    def log_shares(self) -> tuple[float, float]:
+        """log alpha and log(1 - alpha), the teacher's and the student's; -inf for none. Float32 knows no alpha that is
+        closer to 1 than 6e-8: what computes in it takes these."""
+        return (
+            math.log(self.alpha) if self.alpha > 0 else -math.inf,
+            math.log1p(-self.alpha) if self.alpha < 1 else -math.inf,
+        )
+
     def log_similarity(self, cosine: Tensor, teacher_cosine: Tensor | None) -> Tensor:
         """log s_ij of Eq. 5 with sharpness, same shape: exp(kappa) itself leaves float32 at kappa = 89."""
         if self.even:
@@ -94,8 +103,9 @@ class Regulation:
             return self.sharpness * cosine
         if self.alpha == 1.0:
             return self.teacher_sharpness * teacher_cosine
-        by_teacher = (self.teacher_sharpness * teacher_cosine).add_(math.log(self.alpha))
-        by_student = (self.sharpness * cosine).add_(math.log1p(-self.alpha))
+        of_teacher, of_student = self.log_shares
+        by_teacher = (self.teacher_sharpness * teacher_cosine).add_(of_teacher)
+        by_student = (self.sharpness * cosine).add_(of_student)
         return torch.logaddexp(by_teacher, by_student, out=by_teacher)
 
 
@@ -206,7 +216,7 @@ def anchor_losses(logits: Tensor, log_weights: Tensor, start: int) -> Tensor:
 def similarity_regulated_loss(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     teacher_image: Tensor | None = None,
     teacher_text: Tensor | None = None,
     alpha: float = 0.0,
@@ -226,7 +236,7 @@ def similarity_regulated_loss(
 
     image, text: (b, d) this rank's features, L2-normalised, row i of both is pair i; b may differ between ranks.
         Any float dtype; sums are kept in float32, or float64 for float64 inputs.
-    logit_scale: 0-dim tensor, 1 / temperature.
+    logit_scale: 1 / temperature, a number or a tensor with one element.
     teacher_image, teacher_text: (b, d_t) frozen features, L2-normalised; needed where alpha > 0.
     alpha: the teacher's share of the similarity, in [0, 1].
     sharpness: kappa; 0 gives InfoNCE (with teacher_sharpness 0 or None). 1 is the paper to the letter.
@@ -241,27 +251,31 @@ def similarity_regulated_loss(
     keys: compare with these instead of with the other modality's features: momentum encoders, a queue.
     soft_weight: a in (1 - a) * L_i + a * S_i, in [0, 1]; S_i, unregulated, has the momentum model's distribution over
         the same keys as its target (`sacl_ds.losses.queue`). Needs keys.
-    counts: pairs of every rank, in rank order, where they are known: else the ranks ask each other, and the host waits
-        for its device.
+    counts: pairs of every rank, in rank order, where they are known, and the ranks are known to agree on all else: else
+        they ask each other, and the host waits for its device.
 
-    Differentiable once, in image, text and logit_scale; the gradient that comes into the loss must be the same on all
-    ranks, as under every engine that averages gradients. Raises ValueError for shapes or settings that do not fit.
+    Differentiable once, in image, text and logit_scale (twice with the reference on one rank): create_graph=True raises
+    RuntimeError, as does a change in place of features between forward and backward. The gradient that comes into the
+    loss must be the same on all ranks, as under every engine that averages gradients. Raises ValueError for shapes or
+    settings that do not fit, and on all ranks where these disagree on what they bring.
     """
     from sacl_ds.losses.queue import dense_keys_loss, keys_loss
     from sacl_ds.losses.streaming import GlobalBatch, TileJob, joint_loss, row_products
     from sacl_ds.losses.tiles import wide
     from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
 
-    regulation = Regulation(
-        alpha, sharpness, sharpness if teacher_sharpness is None else teacher_sharpness, negative_mass, drop_below
-    )
-    teacher = _checked_teacher(image, text, teacher_image, teacher_text, pair_ids, regulation)
-    if keys is not None:
-        keys.check(image, teacher is not None, pair_ids)
-    if not 0 <= soft_weight <= 1 or (soft_weight and keys is None):
-        raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
-    known = _checked_counts(counts, image, group)
-    tiles = _tiles(backend, image)
+    with said_on_all_ranks(image.device, group, counts is None):
+        regulation = Regulation(
+            alpha, sharpness, sharpness if teacher_sharpness is None else teacher_sharpness, negative_mass, drop_below
+        )
+        teacher = _checked_teacher(image, text, teacher_image, teacher_text, pair_ids, regulation)
+        if keys is not None:
+            keys.check(image, teacher is not None, pair_ids)
+        if not 0 <= soft_weight <= 1 or (soft_weight and keys is None):
+            raise ValueError(f"soft_weight={soft_weight} must lie in [0, 1], and needs keys above 0")
+        known = _checked_counts(counts, image, group)
+        tiles = _tiles(backend, image)
+        logit_scale = _checked_scale(logit_scale, image)
     with torch.autocast(image.device.type, enabled=False):
         if tiles is None:
             image, text = image.to(wide(image)), text.to(wide(image))
@@ -277,7 +291,12 @@ def similarity_regulated_loss(
         else:
             dtype = tiles.feature_dtype(image)
             rows["cosine"] = row_products(image.detach().to(dtype), text.detach().to(dtype)).to(wide(image))
-        batch = GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, known, with_grad=tiles is None)
+        settings: dict[str, object] = {
+            name: value if value is None else float(value) for name, value in vars(regulation).items()
+        }
+        settings |= {"the backend": "reference" if tiles is None else "tiles", "statistics": bool(statistics)}
+        settings |= {"soft_weight": float(soft_weight), "keys": keys and keys.kind, "logit_scale": logit_scale}
+        batch = GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, known, tiles is None, settings)
         joint = None
         if keys is not None and tiles is None:
             out = dense_keys_loss(batch, logit_scale, keys, soft_weight, regulation)
@@ -332,7 +351,7 @@ class SimilarityRegulatedLoss(nn.Module):
         self,
         image: Tensor,
         text: Tensor,
-        logit_scale: Tensor,
+        logit_scale: Tensor | float,
         teacher_image: Tensor | None = None,
         teacher_text: Tensor | None = None,
         pair_ids: Tensor | None = None,
@@ -394,6 +413,17 @@ def _checked_counts(counts: Sequence[int] | None, image: Tensor, group: Group) -
     if len(counts) != world_size(group) or counts[rank(group)] != len(image):
         raise ValueError(f"counts={list(counts)} of {world_size(group)} ranks, and this one holds {len(image)} pairs")
     return list(counts)
+
+
+def _checked_scale(logit_scale: Tensor | float, image: Tensor) -> Tensor:
+    """As a tensor. Raises ValueError for one with several elements, by which logits would be scaled unevenly."""
+    if not isinstance(logit_scale, Tensor):
+        return torch.tensor(
+            float(logit_scale), dtype=torch.promote_types(image.dtype, torch.float32), device=image.device
+        )
+    if logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale must be one number, got {tuple(logit_scale.shape)}")
+    return logit_scale
 
 
 def _checked_teacher(

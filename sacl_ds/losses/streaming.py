@@ -13,7 +13,7 @@ are gathered, and only the texts' gradient is sent back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid, pad, softplus
 
 from sacl_ds.distributed import (
     Group,
+    differentiable_once,
     gather_rows,
     gather_rows_with_grad,
     max_over_ranks,
@@ -35,7 +36,7 @@ from sacl_ds.distributed import (
     world_size,
 )
 from sacl_ds.losses.regulated import ContrastiveOutput, Regulation
-from sacl_ds.losses.tiles import Kept, Side, Sums, wide
+from sacl_ds.losses.tiles import Kept, Side, Sums, constant, wide
 
 _GRADIENT_PARTS = 4  # in which the texts' gradient is sent: one travels while the next is computed
 _ROWS_AT_ONCE = 4096
@@ -97,11 +98,24 @@ class GlobalBatch:
         rows: dict[str, Tensor | None],
         counts: list[int] | None = None,
         with_grad: bool = False,
+        alike: Mapping[str, object] | None = None,
     ) -> GlobalBatch:
-        """Ask all ranks of `group`, which all call it. rows: (b, ...) to be sent by name; with_grad: and sent back."""
+        """Ask all ranks of `group`, which all call it. rows: (b, ...) to be sent by name; with_grad: and sent back.
+
+        counts: where they are known. Else the ranks exchange them, and compare what is to be sent, and alike
+        (`row_counts`). Raises ValueError on every rank where no rank has a pair.
+        """
         image, text = features
-        counts = row_counts(image, group) if counts is None else counts
-        ids = None if pair_ids is None else gather_rows(pair_ids.view(len(image), -1), counts, group)
+        own_ids = None if pair_ids is None else ids_by_column(pair_ids)
+        if counts is None:
+            settings = {**(alike or {}), "pair_ids": None if own_ids is None else f"{own_ids.shape[1]} a pair"}
+            for name, each in rows.items():
+                if each is not None and each.ndim > 1:
+                    settings[f"the width and type of {name}"] = each.shape[1], each.dtype
+            counts = row_counts(image, group, settings)
+        if not any(counts):
+            raise ValueError("there are no pairs: the batch of every rank is empty")
+        ids = None if own_ids is None else gather_rows(own_ids, counts, group)
         send = gather_rows_with_grad if with_grad else start_gather_rows
         sent = {name: send(each, counts, group) for name, each in rows.items() if each is not None}
         return cls(image, text, teacher, counts, sum(counts[: rank(group)]), group, ids, sent)
@@ -135,7 +149,7 @@ class TileJob:
         if ids is None:
             return cls(batch, regulation, tiles)
         if queue_ids is not None:
-            ids = torch.cat([ids, queue_ids.view(-1, ids.shape[1])])
+            ids = torch.cat([ids, ids_by_column(queue_ids)])
         return cls(batch, regulation, tiles, *shared_ids(ids))
 
     def ids_of(self, start: int, length: int) -> tuple[Tensor | None, Tensor | None]:
@@ -146,8 +160,8 @@ class TileJob:
     def side(self, features: Tensor, teacher: Tensor | None, start: int) -> Side:
         """Pairs from `start` of the global batch on, in the dtype of the tiles."""
         dtype = self.tiles.feature_dtype(features)
-        teacher = None if teacher is None else teacher.to(dtype)
-        return Side(features.to(dtype), teacher, *self.ids_of(start, len(features)), start)
+        teacher = None if teacher is None else constant(teacher.to(dtype))
+        return Side(constant(features.to(dtype)), teacher, *self.ids_of(start, len(features)), start)
 
 
 @dataclass(frozen=True)
@@ -187,6 +201,11 @@ def joint_loss(logit_scale: Tensor, job: TileJob) -> tuple[ContrastiveOutput, Jo
     if joint.kept is not None:
         least = joint.kept.rows, joint.kept.columns[batch.start : batch.start + len(batch.text)]
     return ContrastiveOutput(loss, of_images, of_texts, least), joint
+
+
+def ids_by_column(ids: Tensor) -> Tensor:
+    """(n,) or (n, k) ids as (n, k); n may be 0."""
+    return ids if ids.ndim == 2 else ids[:, None]
 
 
 def shared_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +273,7 @@ def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
     batch, regulation = job.batch, job.regulation
     teacher_image, teacher_text = batch.teacher or (None, None)
     images, own_texts = (
-        job.side(features.detach(), teacher, batch.start)
+        job.side(features, teacher, batch.start)
         for features, teacher in ((batch.image, teacher_image), (batch.text, teacher_text))
     )
 
@@ -283,33 +302,35 @@ def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
     )
 
 
-def without_autocast(
+def exactly_once(
     backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
 ) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
-    """Keep the types of an autograd.Function's products where a user runs backward under autocast."""
+    """Keep the types of an autograd.Function's products where a user runs backward under autocast, and refuse to be
+    differentiated twice."""
 
     @wraps(backward)
     def exact(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(upstream.device.type, enabled=False):
             return backward(ctx, upstream)
 
-    return exact
+    return differentiable_once(exact)
 
 
 class _JointLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, joint: Joint) -> Tensor:
         ctx.joint = joint
-        ctx.save_for_backward(image, text, logit_scale)  # for their shapes, and to notice changes in place
+        # for their shapes; and those that backward compares again, to notice changes in place
+        compared = joint.images.compared + joint.texts.compared
+        ctx.save_for_backward(image, text, logit_scale, *compared)
         total = (joint.image_anchors.loss + joint.own.loss).sum() * joint.job.batch.share
         return total.to(wide(image))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    @without_autocast
+    @exactly_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         joint: Joint = ctx.joint
-        image, text, logit_scale = ctx.saved_tensors
+        image, text, logit_scale, *_ = ctx.saved_tensors
         own = -(joint.image_anchors.pull + joint.own.pull)
         into_images = torch.zeros_like(image, dtype=wide(image))
         text_shift = joint.text_anchors.shift.to(into_images.dtype)

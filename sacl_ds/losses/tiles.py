@@ -22,11 +22,18 @@ from sacl_ds.losses.regulated import Regulation
 TILE = (1024, 1024)  # rows and columns of the largest tile
 HALF_SPAN = 50.0
 STEEPEST = 25.0  # of HALF_SPAN, what may go to r
+_SMALLEST_SCALE = 1e-20  # of the logits from which the student's similarity can be had again in float32
 
 
 def wide(features: Tensor) -> torch.dtype:
     """What sums over features are kept in: float32, or float64 for float64 features."""
     return torch.promote_types(features.dtype, torch.float32)
+
+
+def constant(features: Tensor) -> Tensor:
+    """The same without gradient, in a tensor that autograd can hold: an inference tensor is copied."""
+    copied = features.is_inference() and not torch.is_inference_mode_enabled()
+    return features.clone() if copied else features.detach()
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,11 @@ class Side:
     def to(self, dtype: torch.dtype) -> Side:
         teacher = None if self.teacher is None else self.teacher.to(dtype)
         return replace(self, features=self.features.to(dtype), teacher=teacher)
+
+    @property
+    def compared(self) -> list[Tensor]:
+        """The features of the model and, if there is one, of the teacher."""
+        return [self.features] if self.teacher is None else [self.features, self.teacher]
 
     def part(self, start: int, stop: int) -> Side:
         teacher, ids, shared = (None if x is None else x[start:stop] for x in (self.teacher, self.ids, self.shared))
@@ -206,7 +218,7 @@ class Similarities:
     ) -> tuple[Tensor, float, Tensor | None] | None:
         """e^(x - shift), the shift, and e^r (None where it is 1 or not asked for); None where no shift serves all."""
         regulation = self.regulation
-        if self._steepness > STEEPEST:
+        if self._steepness > STEEPEST or abs(self.scale) < _SMALLEST_SCALE:
             return None
         if not regulation.teacher:
             return self._without_teacher(row, column, normaliser and not regulation.even)
@@ -220,7 +232,8 @@ class Similarities:
             return z, shift, r.exp_() if normaliser else None
         s = self._product(1, *_teachers(row, column), regulation.teacher_sharpness).exp_()
         student = torch.mul(z, regulation.sharpness / self.scale, out=self.buffer(2, *z.shape)).exp_()
-        inverse = torch.lerp(student, s, regulation.alpha, out=s).reciprocal_()
+        # not lerp: in float32 its 1 - alpha is 0 for alpha next to 1
+        inverse = s.mul_(regulation.alpha).add_(student, alpha=1.0 - regulation.alpha).reciprocal_()
         z.sub_(shift).exp_().mul_(inverse)
         return z, shift, inverse if normaliser else None
 
@@ -254,7 +267,7 @@ class Similarities:
     def _shift(self, exponents: Tensor) -> float | None:
         """The number within whose reach all exponents lie, if there is one; 0 where that is certain beforehand."""
         reach = HALF_SPAN - self._steepness
-        if self.scale * self._longest <= reach:
+        if abs(self.scale) * self._longest <= reach:
             return 0.0
         low, high = (float(end) for end in torch.aminmax(exponents))
         return (low + high) / 2 if high - low <= 2 * reach else None

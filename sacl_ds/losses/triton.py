@@ -66,8 +66,8 @@ def _product(
 
 @triton.jit
 def _similarity(
-    v, t, teacher_v, teacher_t, row, column, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
-    teacher_sharpness, KIND: tl.constexpr,
+    v, t, teacher_v, teacher_t, row, column, n_rows, n_columns, width, teacher_width, scale, sharpness,
+    teacher_sharpness, log_student, log_teacher, KIND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z and r of the tile that begins at (row, column)."""
@@ -83,9 +83,10 @@ def _similarity(
         if KIND == TEACHER:
             r = -of_teacher
         else:
-            of_student = sharpness * cosine
+            of_teacher += log_teacher
+            of_student = sharpness * cosine + log_student
             top = tl.maximum(of_teacher, of_student)
-            r = -top - tl.log(alpha * tl.exp(of_teacher - top) + (1.0 - alpha) * tl.exp(of_student - top))
+            r = -top - tl.log(tl.exp(of_teacher - top) + tl.exp(of_student - top))
     return scale * cosine, r
 
 
@@ -119,7 +120,7 @@ def _log_sum(x, top, sums, AXIS: tl.constexpr):
 @triton.jit
 def sums_kernel(
     v, t, teacher_v, teacher_t, row_ids, column_ids, row_least, column_least, logit_scale, of_rows, of_columns,
-    n_rows, n_columns, width, teacher_width, offset, span, alpha, sharpness, teacher_sharpness,
+    n_rows, n_columns, width, teacher_width, offset, span, sharpness, teacher_sharpness, log_student, log_teacher,
     KIND: tl.constexpr, SAME_BATCH: tl.constexpr, ID_COLUMNS: tl.constexpr, KEPT: tl.constexpr, BOTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +138,7 @@ def sums_kernel(
       of_columns (row blocks, 3, n_columns), out if BOTH: the same of a column over each block of rows.
         The log-sum of r is left unwritten if KIND is EVEN, or KEPT.
     Numbers: offset, row i of the piece is the pair of column i + offset (if SAME_BATCH); span, columns a program walks
-    over; alpha, sharpness, teacher_sharpness, of the regulation.
+    over; sharpness, teacher_sharpness, of the regulation, and log_student, log_teacher, its log_shares.
     Constants: KIND, what s_ij is made of. SAME_BATCH, rows and columns are of one batch. ID_COLUMNS, how many ids a
     pair has. KEPT, sums are of z over what stays, in place of x over all negatives. BOTH, columns are anchors too.
     BLOCK_ROWS, BLOCK_COLUMNS, a tile's; BLOCK_WIDTH, how much of the width is multiplied at a time; PRECISION, of
@@ -159,8 +160,8 @@ def sums_kernel(
     for start in range(first, tl.minimum(first + span, n_columns), BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         z, r = _similarity(
-            v, t, teacher_v, teacher_t, row, start, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
-            teacher_sharpness, KIND, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,
+            v, t, teacher_v, teacher_t, row, start, n_rows, n_columns, width, teacher_width, scale, sharpness,
+            teacher_sharpness, log_student, log_teacher, KIND, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,
         )  # fmt: skip
         out = _excluded(row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH, ID_COLUMNS)
         r = tl.where(out, float("-inf"), r)
@@ -195,8 +196,8 @@ def sums_kernel(
 @triton.jit
 def gradient_kernel(
     v, t, teacher_v, teacher_t, row_ids, column_ids, row_least, column_least, logit_scale, row_shift, column_shift,
-    own, out, row_lost, column_lost, n_rows, n_columns, width, teacher_width, offset, alpha, sharpness,
-    teacher_sharpness,
+    own, out, row_lost, column_lost, n_rows, n_columns, width, teacher_width, offset, sharpness, teacher_sharpness,
+    log_student, log_teacher,
     KIND: tl.constexpr, SAME_BATCH: tl.constexpr, ID_COLUMNS: tl.constexpr, KEPT: tl.constexpr, BOTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -214,8 +215,8 @@ def gradient_kernel(
     row, column = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLUMNS
     rows, columns = row + tl.arange(0, BLOCK_ROWS), column + tl.arange(0, BLOCK_COLUMNS)
     z, r = _similarity(
-        v, t, teacher_v, teacher_t, row, column, n_rows, n_columns, width, teacher_width, scale, alpha, sharpness,
-        teacher_sharpness, KIND, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,
+        v, t, teacher_v, teacher_t, row, column, n_rows, n_columns, width, teacher_width, scale, sharpness,
+        teacher_sharpness, log_student, log_teacher, KIND, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, PRECISION,
     )  # fmt: skip
     # excluded exponents may lie above every sum: they must not reach exp
     out_of_sums = _excluded(row_ids, column_ids, rows, columns, n_rows, n_columns, offset, SAME_BATCH, ID_COLUMNS)
@@ -300,6 +301,7 @@ def _launch(
     with_ids = row.ids is not None and column.ids is not None
     ids = [side.ids.T.contiguous().int() if with_ids and side.ids is not None else none for side in (row, column)]
     same_batch = row.first is not None and column.first is not None
+    log_teacher, log_student = regulation.log_shares
     blocks = Blocks.of(kernel, features.dtype)
     kernel[grid](
         features.contiguous(), column.features.contiguous(), teacher[0].contiguous(), teacher[1].contiguous(), *ids,
@@ -307,8 +309,8 @@ def _launch(
         logit_scale.float().reshape(1), *own_arguments,
         len(row), len(column), features.shape[1], teacher[0].shape[1],
         row.first - column.first if row.first is not None and column.first is not None else 0,
-        **more, alpha=regulation.alpha, sharpness=regulation.sharpness,
-        teacher_sharpness=regulation.teacher_sharpness,
+        **more, sharpness=regulation.sharpness, teacher_sharpness=regulation.teacher_sharpness,
+        log_student=log_student, log_teacher=log_teacher,
         KIND=_kind(regulation), SAME_BATCH=same_batch, ID_COLUMNS=ids[0].shape[0] if with_ids else 0,
         KEPT=kept is not None, BOTH=both,
         BLOCK_ROWS=blocks.rows, BLOCK_COLUMNS=blocks.columns, BLOCK_WIDTH=blocks.width,

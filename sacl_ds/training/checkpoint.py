@@ -35,6 +35,7 @@ from sacl_ds.training.checkpoint_folder import (
     RunState,
     complete,
     frozen_tensors,
+    incomplete,
     latest,
     rank_files,
     read_manifest,
@@ -71,6 +72,14 @@ class Standing:
 
     schedules: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state of the checkpoint that was loaded, and notes on what is otherwise than its user may think."""
+
+    state: RunState
+    notes: list[str]
 
 
 def save(
@@ -200,18 +209,19 @@ def resume(
     identity: Identity,
     momentum: Momentum | None = None,
     id_columns: int = 1,
-) -> tuple[int, str | None]:
+) -> Resumed:
     """Load the newest checkpoint, also one of other ranks or another ZeRO stage; every rank calls it.
 
     id_columns: how many ids a pair has, for the queue of `momentum`.
-    Returns the number of steps done, and a note where the data that follow are not those that would have followed.
     """
     state: RunState
+    notes: list[str]
     with same_error():
         found = latest(run_folder) if rank() == 0 else None
         if rank() == 0 and found is None:
             raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
-    state = broadcast_object(found)  # nodes may not see the same file at once
+    passed_over = incomplete(run_folder / FOLDER, found.step) if found else []
+    state, notes = broadcast_object((found, passed_over))  # nodes may not see the same file at once
     with same_error():
         if state.vocabulary != identity.vocabulary:
             raise UserError(
@@ -231,9 +241,9 @@ def resume(
     _restore_loss_scale(engine, state.loss_scale)
     engine.global_steps = state.step
     engine.skipped_steps = state.step - state.optimizer_step
-    changed = state.data not in ("", identity.data)
-    note = "the data or their order are not those of the checkpoint, so this epoch repeats or misses samples"
-    return state.step, note if changed else None
+    if state.data not in ("", identity.data):
+        notes.append("the data or their order are not those of the checkpoint, so this epoch repeats or misses samples")
+    return Resumed(state, notes)
 
 
 def _require_same(saved: dict[str, tuple[int, ...]], now: dict[str, tuple[int, ...]], run_folder: Path) -> None:

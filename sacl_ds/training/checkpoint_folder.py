@@ -65,6 +65,14 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """By its name. Raises UserError for another."""
+    match = _TAG.fullmatch(folder.name)
+    if match is None:
+        raise UserError(f"{folder} is no checkpoint; give RUN/checkpoints/step_N, or RUN")
+    return int(match[1])
+
+
 def read_state(folder: Path) -> RunState:
     """Of RUN/checkpoints/step_N. Raises FileNotFoundError where it holds none, UserError where it cannot be used."""
     try:
@@ -170,6 +178,16 @@ def complete(checkpoints: Path) -> list[Path]:
     found = [(int(m[1]), path) for path in checkpoints.glob("step_*") if (m := _TAG.fullmatch(path.name))]
     named = [path for step, path in sorted(found) if path.name == tag_of(step)]
     return [path for path in named if (path / MANIFEST).exists() and (path / STATE).exists()]
+
+
+def incomplete(checkpoints: Path, taken: int) -> list[str]:
+    """A line for each checkpoint after the one of step `taken` that lacks a file, so that it was not taken."""
+    lines = []
+    for path in sorted(checkpoints.glob("step_*")):
+        missing = [name for name in (STATE, MANIFEST) if not (path / name).exists()]
+        if missing and _TAG.fullmatch(path.name) and step_of(path) > taken:
+            lines.append(f"the checkpoint {path} has no {missing[0]} and is passed over for {tag_of(taken)} before it")
+    return lines
 
 
 def latest(run_folder: Path) -> RunState | None:

@@ -24,9 +24,11 @@ from sacl_ds.distributed import barrier, broadcast_object, rank, world_size
 from sacl_ds.ds_config import EngineConfig
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Ranks
+from sacl_ds.launcher import take_place
 from sacl_ds.machine import Machine, this_machine
 from sacl_ds.model.fused_norm import use_fused_layer_norm
 
+_OWN_NUMBER = "SACL_DS_LOCAL_RANK"
 _GATHERED_AT_ONCE = 32_000_000  # parameters of ZeRO 3, 128 MB
 
 
@@ -35,6 +37,7 @@ def start_process() -> tuple[torch.device, Machine]:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # a script started by its interpreter's path lacks what activation adds: ninja, for what DeepSpeed compiles
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    take_place()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -42,12 +45,13 @@ def start_process() -> tuple[torch.device, Machine]:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(port)
     accelerator = get_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _local_rank()
     if accelerator.device_name() == "cpu":
         # compiled at first use for a gain only in DeepSpeed's own all-reduce; gloo serves every collective
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(max(1, cores() // local_ranks()))
     else:
+        local_rank = _device_number(local_rank, accelerator.device_count())
         accelerator.set_device(local_rank)
     try:
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
@@ -63,6 +67,26 @@ def start_process() -> tuple[torch.device, Machine]:
     return torch.device(name), this_machine(accelerator.device_name())
 
 
+def _local_rank() -> int:
+    """This rank's number on its node."""
+    return int(os.environ.get(_OWN_NUMBER) or os.environ.get("LOCAL_RANK", "0"))
+
+
+def _device_number(local_rank: int, devices: int) -> int:
+    """The one device that is visible (srun --gpus-per-task=1), or that of the rank's number on its node. DeepSpeed
+    takes it from LOCAL_RANK, and wants the same of mpirun."""
+    if devices == 1 and local_rank:
+        os.environ |= {_OWN_NUMBER: str(local_rank), "LOCAL_RANK": "0"}
+        os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
+        return 0
+    if local_rank >= devices:
+        raise UserError(
+            f"rank {os.environ['RANK']} is number {local_rank} on its node, which shows it {devices} devices; start as "
+            "many ranks a node as there are devices, or give each task one of its own (srun --gpus-per-task=1)"
+        )
+    return local_rank
+
+
 def local_ranks() -> int:
     """Ranks of this job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
@@ -70,7 +94,7 @@ def local_ranks() -> int:
 
 def ranks() -> Ranks:
     """This process among those of its job."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _local_rank()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     return Ranks(rank(), world_size(), local, address, broadcast_object, barrier)
 

@@ -105,6 +105,13 @@ class Loop:
             clock += time.perf_counter() - before  # neither is part of a step
         return result
 
+    def schedules(self, done: int) -> dict[str, float]:
+        """Where they stood in the last of so many steps."""
+        optim = self.run.optim
+        factor = learning_rate_factor(done - 1, self.run.train.steps, optim)
+        rates = {"lr_image": factor * optim.lr_image, "lr_text": factor * optim.lr_text}
+        return rates | self.task.schedules(done - 1)
+
     def _save(self, done: int, judged: Figures) -> None:
         """judged: held-out figures of this step."""
         keep = Retention.of(self.run.train)
@@ -112,7 +119,7 @@ class Loop:
             like = nearest(keep.best, judged) or next(iter(judged))
             raise UserError(f"train.keep_best={keep.best}: no such held-out figure; there is {like}")
         self.guard.at(done, "saving")
-        standing = checkpoint.Standing(self.task.schedules(done - 1), figures_of(judged))
+        standing = checkpoint.Standing(self.schedules(done), figures_of(judged))
         folder, identity = self.training.folder, self.training.identity
         checkpoint.save(self.engine, folder, done, identity, self.task.momentum, keep, standing)
         self.guard.saved(done)
@@ -188,19 +195,16 @@ class Loop:
         """Means over ranks of the step's losses, and where the run stands."""
         names = list(losses)
         means = sum_over_ranks(torch.stack([losses[name].detach().double() for name in names])) / world_size()
-        run, optim = self.run, self.run.optim
-        factor = learning_rate_factor(done - 1, run.train.steps, optim)
+        run = self.run
         norm = self.engine.get_global_grad_norm()
         figures: dict[str, Any] = {
             "step": done,
             **dict(zip(names, means.tolist(), strict=True)),
-            "lr_image": factor * optim.lr_image,
-            "lr_text": factor * optim.lr_text,
             "grad_norm": None if norm is None else float(norm),
             **speed,
             **data,
             "skipped_steps": self.bad_steps.count,
-            **self.task.schedules(done - 1),
+            **self.schedules(done),
         }
         if self.log:
             self.log.write(figures)

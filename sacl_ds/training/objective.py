@@ -89,6 +89,7 @@ class PretrainObjective(nn.Module):
         super().__init__()
         self.model = model
         self.settings = loss
+        self._agreed: object = None
         model.train_for(matching=loss.matching_weight > 0, words=loss.mlm_weight > 0)
 
     def forward(self, batch: Batch, targets: Targets | CachedGradients | None) -> dict[str, Tensor]:
@@ -137,9 +138,17 @@ class PretrainObjective(nn.Module):
     def contrastive(
         self, image: Tensor, text: Tensor, logit_scale: Tensor, pair_ids: Tensor, targets: Targets
     ) -> ContrastiveOutput:
-        """ITC of (b, d) unit features with (b, k) ids."""
+        """ITC of (b, d) unit features with (b, k) ids.
+
+        Ranks tell each other what they bring the first time, and where it is of another kind than the time before; else
+        nothing waits for the device.
+        """
         regulation, teacher = step_regulation(self.settings, targets)
         teacher_image, teacher_text = teacher or (None, None)
+        widths = image.shape, pair_ids.shape, None if teacher is None else teacher[0].shape
+        kind = image.dtype, widths, targets.keys is None, targets.soft_weight > 0
+        known = targets.even and kind == self._agreed
+        self._agreed = kind
         return similarity_regulated_loss(
             image,
             text,
@@ -156,7 +165,7 @@ class PretrainObjective(nn.Module):
             statistics=targets.statistics,
             keys=targets.keys,
             soft_weight=targets.soft_weight,
-            counts=[len(image)] * world_size() if targets.even else None,
+            counts=[len(image)] * world_size() if known else None,
         )
 
     def weighting(self, targets: Targets, least_kept: Features | None) -> Weighting | None:

@@ -23,6 +23,7 @@ from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.engine import build_engine, cores, local_ranks, ranks
 from sacl_ds.training.loop import Loop
 from sacl_ds.training.run_folder import limits, newest, open_run_folder, require_shared
+from sacl_ds.training.schedules import changed_schedules
 from sacl_ds.training.task import Figures, Training
 
 START = "start.txt"  # what the model started from
@@ -93,14 +94,13 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
     """
     run, folder, task, workers = training.run, training.folder, training.task, job.workers(training.workers)
     engine = build_engine(training.objective, training.engine_config, run.optim)
-    start, note = 0, None
+    start, resumed = 0, None
     with same_error():
         if resume:
-            start, note = checkpoint.resume(engine, folder, training.identity, task.momentum, training.id_columns)
+            resumed = checkpoint.resume(engine, folder, training.identity, task.momentum, training.id_columns)
+            start = resumed.state.step
         task.begin(engine, start if resume else None)
     guard.begin(start if resume else None)
-    if note:
-        progress.print(f"warning: --resume: {note}")
     loader = BatchLoader(
         training.source,
         training.order,
@@ -113,6 +113,10 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
     )
     log = MetricLog(folder / "metrics.jsonl", start if resume else None) if rank() == 0 else None
     loop = Loop(training, engine, iter(loader), job.device, log, progress, guard)
+    if resumed:
+        changed = changed_schedules(resumed.state.schedules, loop.schedules(start))
+        for note in [*resumed.notes, *changed]:
+            progress.print(f"warning: --resume: {note}")
     try:
         result = loop.train(start)
     finally:

@@ -6,6 +6,7 @@ So a resumed run needs no scheduler state.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from sacl_ds.config import OptimConfig, RecordsConfig, RunConfig
 
@@ -40,3 +41,15 @@ def soft_weight(step: int, run: RunConfig, pairs: int) -> float:
 def is_recorded(done: int, steps: int, records: RecordsConfig) -> bool:
     """Whether the step after which `done` are done is recorded: the first of `steps`, every so many, the last."""
     return bool(records.every) and (done in (1, steps) or done % (records.every or 1) == 0)
+
+
+def changed_schedules(before: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """A line where schedules stand elsewhere, at the step of a checkpoint, than they stood when it was saved."""
+    changed = [
+        f"{name} at {now[name]:.3g} in place of {value:.3g}"
+        for name, value in before.items()
+        if name in now and not math.isclose(value, now[name], rel_tol=1e-6, abs_tol=1e-12)
+    ]
+    if not changed:
+        return []
+    return [f"train.steps or other settings of schedules have changed: it goes on with {', '.join(changed)}"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from starting import ROOT, start
 
+from sacl_ds.analysis.patches import load_selecting
 from sacl_ds.analysis.subject import load_subject
 from sacl_ds.errors import UserError
 
@@ -29,6 +30,9 @@ def test_checkpoints_hold_the_weights_of_the_run(stage: int, tmp_path: Path) -> 
     assert all(torch.equal(expected[name], same[name]) for name in expected)
     assert not all(torch.equal(expected[name], other[name]) for name in expected)
     if stage == 0:
+        selecting, _ = load_selecting(run / "checkpoints/step_00000002", ["placement=tower", "layers=[1]"])
+        assert selecting.image_encoder.layers
+        assert all(torch.equal(other[name], value) for name, value in selecting.state_dict().items())
         (run / "model.safetensors").unlink()
         with pytest.raises(UserError, match=r"is not finished .*checkpoints/step_N"):
             load_subject(run)

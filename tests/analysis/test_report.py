@@ -71,7 +71,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on scenes with its report, against another run."""
     base = tmp_path_factory.mktemp("reported")
     run = base / "run"
-    start(run, *ITC, "train.steps=7", "records.every=3", "records.lowest=40", "loss.sharpness=4", "train.log_every=2")
+    start(run, *ITC, "train.steps=7", "records.every=3", "records.lowest=40", "loss.sharpness=4", "train.log_every=2",
+          "train.save_every=4")  # fmt: skip
     other = saved_run(base / "other", 5, teacher=False)
     report(run, "--against", other)
     return run
@@ -319,6 +320,21 @@ def test_a_run_that_is_not_finished(scenes: Path, tmp_path: Path, browser: Brows
     assert figures_of(run)["duplicates"]["cautions"] == [
         {"step": 6, "caution": "<b>sharpness</b> nears the logit scale"}
     ]
+
+
+def test_a_checkpoint_of_a_run(scenes: Path, tmp_path: Path) -> None:
+    """The records up to its step, and its own weights, in a finished run as in one that is not."""
+    run = shutil.copytree(scenes, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    (run / "model.safetensors").unlink()
+    report(run / "checkpoints/step_00000004")
+    assert {path.name for path in run.glob("report*")} == {"report_step_00000004"}
+    figures = json.loads((run / "report_step_00000004/report.json").read_text())
+    assert figures["weights"]["step"] == 3
+    text = (run / "report_step_00000004/report.html").read_text()
+    assert "not finished" not in text
+    assert 'id="matrix"' in text
+    with pytest.raises(UserError, match="is no checkpoint; give RUN/checkpoints/step_N"):
+        report(run / "checkpoints/latest")
 
 
 def test_mistakes(scenes: Path, tmp_path: Path) -> None:

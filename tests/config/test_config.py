@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from documented import assert_documented
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,12 @@ from sacl_ds.machine import Machine
         (["losses.sharpness=5"], ["unknown key 'losses'", "did you mean 'loss'"]),
         (["model.patchsize=5"], ["unknown key 'model.patchsize'"]),
         (["train.steps=many"], ["train.steps", "valid integer", "'many'"]),
+        (["train.steps=true"], ["train.steps in argument 'train.steps=true'", "a number", "not True"]),
+        (["loss.sharpness=no"], ["loss.sharpness", "a number", "not False"]),
+        (["train.save_every=on"], ["train.save_every", "a number", "not True"]),
+        (["optim.betas=[0.9, yes]"], ["optim.betas", "a number", "not [0.9, True]"]),
+        (["train.steps=1:30"], ["train.steps", "valid integer", "'1:30'"]),
+        (["loss.sharpness=1:30.5"], ["loss.sharpness", "valid number", "'1:30.5'"]),
         (["train.steps=-5"], ["train.steps", "greater than or equal to 0", "-5"]),
         (["data.source=coco"], ["data.source", "'scenes' or 'shards'", "'coco'"]),
         (["data.source=shards"], ["data.source=shards needs data.shards"]),
@@ -52,6 +59,10 @@ def test_bad_overrides(overrides: list[str], parts: list[str]) -> None:
         ("train: {stepss: 4}", ["unknown key 'train.stepss'", "run.yaml", "'train.steps'"]),
         ("train: [1", ["run.yaml line", "not valid YAML"]),
         ("- 1", ["run.yaml", "mapping"]),
+        ("train: {steps: yes}", ["train.steps in", "run.yaml", "a number", "not True"]),
+        ("train:\n  steps: 1:30", ["run.yaml line 2", "1:30 is a number of base 60; write it with base 10"]),
+        ("loss:\n  sharpness: 1:30.5", ["run.yaml line 2", "1:30.5 is a number of base 60"]),
+        ("seed: 010", ["run.yaml line 1", "010 is a number of base 8; write it with base 10, or '010' for a text"]),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -63,6 +74,14 @@ def test_bad_files(tmp_path: Path, text: str, parts: list[str]) -> None:
         assert part in str(error.value)
     with pytest.raises(UserError, match="cannot read the configuration"):
         load_config(tmp_path / "none.yaml", [])
+
+
+def test_what_yaml_makes_of_a_number_is_documented(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("train:\n  steps: 1:30\n")
+    for file, overrides in ((tmp_path / "run.yaml", []), (None, ["train.steps=true"])):
+        with pytest.raises(UserError) as caught:
+            load_config(file, overrides)
+        assert_documented(f"error: {caught.value}".replace(str(tmp_path), "/data"))
 
 
 def test_layers_and_the_saved_file(tmp_path: Path) -> None:

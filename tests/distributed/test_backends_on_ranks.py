@@ -2,17 +2,22 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sacl_ds.errors import SharedError
 from sacl_ds.losses import Keys, similarity_regulated_loss, tiles
+from sacl_ds.training.objective import Targets
 
-COUNTS = {1: [11], 2: [7, 4], 3: [2, 8, 1], 4: [5, 1, 3, 2]}  # uneven, and a rank with a single pair
+# uneven, a rank with a single pair, one with none
+COUNTS = [[11], [7, 4], *(pytest.param(each, marks=pytest.mark.slow) for each in ([2, 8, 1], [0, 11], [5, 1, 3, 2]))]
 N, D, QUEUE = 11, 6, 5
 OPTIONS = {
     "infonce": {"sharpness": 0.0},
@@ -54,14 +59,14 @@ def gradients(
     return [image.grad, text.grad, scale.grad], out.least_kept
 
 
-def on_each_rank(rank: int, world: int, folder: Path) -> None:
+def on_each_rank(rank: int, counts: list[int], folder: Path) -> None:
     tiles.TILE = (2, 3)
-    start = sum(COUNTS[world][:rank])
-    part = slice(start, start + COUNTS[world][rank])
+    world, start = len(counts), sum(counts[:rank])
+    part = slice(start, start + counts[rank])
     found = {}
     for name, (dtype, _) in BACKENDS.items():
         for option, values in OPTIONS.items():
-            values = values | ({"counts": COUNTS[world]} if option in TOLD else {})  # else the ranks ask each other
+            values = values | ({"counts": counts} if option in TOLD else {})  # else the ranks ask each other
             for soft_weight in (None, 0.0, 0.4):
                 of_pairs, least = gradients(name.split(",")[0], part, dtype, soft_weight, **values)
                 dist.all_reduce(of_pairs[2])
@@ -69,10 +74,11 @@ def on_each_rank(rank: int, world: int, folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))])
-def test_gradients_are_those_of_one_process(world: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("counts", COUNTS)
+def test_gradients_are_those_of_one_process(counts: list[int], tmp_path: Path) -> None:
     """An engine averages over ranks: the features' gradients reach the parameters divided by the world."""
-    on_ranks(world, on_each_rank, world, tmp_path)
+    world = len(counts)
+    on_ranks(world, on_each_rank, counts, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for name, (_, tolerance) in BACKENDS.items():
         for option, values in OPTIONS.items():
@@ -146,3 +152,102 @@ def test_bytes_sent(world: int, tmp_path: Path) -> None:
         print(f"{world} ranks, {dtype}: {shares[0]:.3f} of open_clip's bytes, with teacher {shares[1]:.3f}")
         assert 0.5 <= shares[0] <= 0.55
         assert 0.75 <= shares[1] <= 0.8
+
+
+def what_ranks_disagree_on(rank: int, folder: Path) -> None:
+    image, text, ids = drawn(0, 4), drawn(1, 4), torch.arange(4)
+
+    def said(error: type[Exception] = ValueError, **own) -> str:
+        """What this rank raises, which brings `own` where rank 0 brings what is usual."""
+        brought = {"image": image, "text": text, "logit_scale": torch.tensor(9.0), "pair_ids": ids, "alpha": 0.5}
+        brought |= {"teacher_image": text, "teacher_text": image} | (own if rank else {})
+        with pytest.raises(error) as caught:
+            similarity_regulated_loss(**brought)
+        return str(caught.value)
+
+    wide = {"image": drawn(0, 4)[:, :3], "text": drawn(1, 4)[:, :3]}
+    found = {
+        "pair_ids": said(pair_ids=None),
+        "two ids": said(pair_ids=ids[:, None].repeat(1, 2)),
+        "width": said(**wide),
+        "type": said(image=image.float(), text=text.float()),
+        "teacher's width": said(teacher_image=wide["image"], teacher_text=wide["text"]),
+        "alpha": said(alpha=0.25),
+        "no alpha": said(alpha=0.0),
+        "sharpness": said(sharpness=2.0, teacher_sharpness=1.0),
+        "drop_below": said(drop_below=0.5),
+        "scale": said(logit_scale=torch.tensor(9.1)),
+        "keys": said(keys=Keys(image, text)),
+        "statistics": said(statistics=True),
+        "backend": said(backend="reference"),
+        "a mistake": said(soft_weight=2.0),
+        "no teacher": said(teacher_image=None, teacher_text=None),
+    }
+    empty = {"image": image[:0], "text": text[:0], "teacher_image": text[:0], "teacher_text": image[:0]}
+    out = similarity_regulated_loss(image, text, torch.tensor(9.0 * (1 + 1e-6 * rank)), pair_ids=ids)
+    assert out.loss.isfinite()
+    with pytest.raises(ValueError, match="there are no pairs"):
+        similarity_regulated_loss(**empty, logit_scale=9.0, pair_ids=ids[:0])
+    leaf = image.clone().requires_grad_()
+    out = similarity_regulated_loss(leaf, text, 9.0, backend="reference")
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.autograd.grad(out.loss, leaf, create_graph=True)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_ranks_that_disagree_say_so_alike(tmp_path: Path) -> None:
+    on_ranks(2, what_ranks_disagree_on, tmp_path)
+    found, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert found == other
+    assert found == {
+        name: f"ranks disagree on {what} on rank 0, {theirs} on rank 1; call with the same on all ranks"
+        for name, what, theirs in (
+            ("pair_ids", "pair_ids: '1 a pair'", "None"),
+            ("two ids", "pair_ids: '1 a pair'", "'2 a pair'"),
+            ("width", "the width and type of text: (6, torch.float64)", "(3, torch.float64)"),
+            ("type", "the width and type of text: (6, torch.float64)", "(6, torch.float32)"),
+            (
+                "teacher's width",
+                "the width and type of teacher_text: (6, torch.float64)",
+                "(3, torch.float64)",
+            ),
+            ("alpha", "alpha: 0.5", "0.25"),
+            ("no alpha", "alpha: 0.5", "0.0"),
+            ("sharpness", "sharpness: 1.0", "2.0"),
+            ("drop_below", "drop_below: None", "0.5"),
+            ("scale", "logit_scale: 9.0", "9.100000381469727"),
+            ("keys", "keys: None", "'without a queue'"),
+            ("statistics", "statistics: False", "True"),
+            ("backend", "the backend: 'tiles'", "'reference'"),
+            ("a mistake", "arguments: None", "'soft_weight=2.0 must lie in [0, 1], and needs keys above 0'"),
+            ("no teacher", "arguments: None", "'alpha=0.5 needs teacher_image and teacher_text'"),
+        )
+    }
+
+
+def what_a_trainer_asks(rank: int) -> None:
+    objective = tiny.objective(tiny.config(sharpness=3.0, backend="streaming"))
+    gathered, gather = [], dist.all_gather_into_tensor
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        gathered.append(arguments[1].dtype)
+        return gather(*arguments, **options)
+
+    dist.all_gather_into_tensor = counted
+
+    def asked(columns: int, width: int = D) -> bool:
+        """Whether the ranks exchange more than features, ids and cosines."""
+        gathered.clear()
+        image, text, ids = drawn(0, 4).float(), drawn(1, 4).float(), torch.arange(4 * columns).view(4, columns)
+        targets = Targets((image[:, :width], text[:, :width]), 0.5, None, even=True)
+        objective.contrastive(image, text, torch.tensor(9.0), ids, targets)
+        assert len(gathered) in (4, 5)
+        return len(gathered) == 5
+
+    assert [asked(1), asked(1), asked(2), asked(2)] == [True, False, True, False]
+    with pytest.raises(SharedError, match="ranks disagree on the width and type of teacher_text"):
+        asked(2, width=3 + rank)
+
+
+def test_a_trainers_ranks_ask_each_other_at_a_change_alone() -> None:
+    on_ranks(2, what_a_trainer_asks)

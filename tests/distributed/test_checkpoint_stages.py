@@ -41,7 +41,8 @@ def resuming(rank: int, world: int, stages: list[Stage], sources: list[Path], ou
     for source in sources:
         for stage in stages:
             engine = engine_of(stage, world, seed=7)  # other weights to begin with
-            assert checkpoint.resume(engine, source, IDENTITY) == (STEPS, None)
+            resumed = checkpoint.resume(engine, source, IDENTITY)
+            assert (resumed.state.step, resumed.notes) == (STEPS, [])
             again = out / f"{source.name} to {stage} on {world}"
             checkpoint.save(engine, again, STEPS, IDENTITY)  # as it now is
             losses = steps(engine, rank, world, range(STEPS, STEPS + MORE))

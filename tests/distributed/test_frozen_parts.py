@@ -51,7 +51,8 @@ def resuming(rank: int, stage: int, world: int, folder: Path) -> None:
     from sacl_ds.training.engine import whole_state
 
     engine = engine_of(stage, world, seed=7)  # other weights to begin with
-    assert checkpoint.resume(engine, folder, IDENTITY) == (2, None)
+    resumed = checkpoint.resume(engine, folder, IDENTITY)
+    assert (resumed.state.step, resumed.notes) == (2, [])
     state = whole_state(engine, engine.module.model)
     if rank == 0:
         torch.save(state, folder / f"resumed {world}.pt")

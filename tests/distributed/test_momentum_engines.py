@@ -133,7 +133,8 @@ def loading_ranks(rank: int, world: int, folder: Path, stage: int) -> None:
     for parameter in momentum.average.parameters():
         parameter.zero_()  # nothing of what is loaded may have been there before
     identity = checkpoint.Identity("words", "data")
-    assert checkpoint.resume(engine, folder, identity, momentum, 2) == (3, None)
+    resumed = checkpoint.resume(engine, folder, identity, momentum, 2)
+    assert (resumed.state.step, resumed.notes) == (3, [])
     torch.save(momentum.state(), folder / f"loaded {rank}.pt")
     step_of(engine, momentum, 3, rank, world)
     parameters = {name: value.clone() for name, value in whole_parameters(engine, engine.module.model)}

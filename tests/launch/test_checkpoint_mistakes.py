@@ -1,15 +1,19 @@
 """Checkpoints that cannot be used, and settings of checkpoints and restarts: lines of `docs/mistakes.md`."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from documented import assert_documented, said
 from starting import losses, start
 
-SHORT = ["teacher.steps=0", "train.steps=4", "train.save_every=2", "train.eval_every=2"]
+from sacl_ds.config import RunConfig
+
+SHORT = ["teacher.steps=0", "train.steps=4", "train.save_every=2", "train.eval_every=2", "optim.warmup_steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,30 @@ def test_a_checkpoint_that_cannot_be_used(spoil: Callable[[Path], None], copy: P
         shutil.rmtree(copy / "run/checkpoints/step_00000004")
         start(copy / "run", "--resume", *SHORT, "train.steps=5")
         assert len(losses(copy / "run")) == 5
+
+
+def warnings(done: CompletedProcess[str], folder: Path) -> list[str]:
+    lines = done.stdout.replace(str(folder), "/data").splitlines()
+    return [line for line in lines if line.startswith("warning: --resume")]
+
+
+def test_a_newest_checkpoint_that_lost_its_state(copy: Path) -> None:
+    (copy / "run/checkpoints/step_00000004/state.json").unlink()
+    (line,) = warnings(start(copy / "run", "--resume", *SHORT), copy)
+    assert_documented(line)
+    assert len(losses(copy / "run")) == 4
+
+
+def test_more_steps_than_before(copy: Path) -> None:
+    """Cosine over 3 steps after the warm-up, of which the last stood at 2, and over 7."""
+    (line,) = warnings(start(copy / "run", "--resume", *SHORT, "train.steps=8"), copy)
+    assert_documented(line)
+    optim = RunConfig().optim
+    for name, peak in (("lr_image", optim.lr_image), ("lr_text", optim.lr_text)):
+        cosines = ((1 + math.cos(math.pi * 2 / steps)) / 2 for steps in (3, 7))
+        was, stands = (peak * (optim.final_lr + (1 - optim.final_lr) * cosine) for cosine in cosines)
+        assert f"{name} at {stands:.3g} in place of {was:.3g}" in line
+    assert warnings(start(copy / "run", "--resume", *SHORT, "train.steps=8"), copy) == []
 
 
 def test_other_losses(copy: Path) -> None:

@@ -3,13 +3,19 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from documented import assert_documented
 from ranks import free_port
-from starting import ROOT, SMALL, losses
+from starting import ROOT, SMALL, begin, losses, start
+
+from sacl_ds.errors import UserError
+from sacl_ds.launcher import take_place
+from sacl_ds.training.engine import _device_number, _local_rank
 
 # as SLURM's: starts SLURM_NTASKS tasks at once, each with its own number, and ends with a bad status of any
 SRUN = """#!/usr/bin/env bash
@@ -132,3 +138,135 @@ def test_torchrun_trains_alike(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(losses(tmp_path / "run")) == 3
     assert "2 ranks on this cpu" in done.stdout
+
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+def srun_task(number: int, count: int, tasks: str, nodes: str, node: int, local: int, **more: str) -> dict[str, str]:
+    """As srun sets them, over those that its batch script has; job 77, step 3."""
+    counted = {"SLURM_NTASKS": count, "SLURM_PROCID": number, "SLURM_LOCALID": local, "SLURM_NODEID": node}
+    counted |= {"SLURM_STEP_NUM_TASKS": count, "SLURM_STEP_NUM_NODES": len(tasks.split(",")), "SLURM_NNODES": 9}
+    named = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": "other[1-9]", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    own = {"SLURM_JOB_ID": 77, "SLURM_STEP_ID": 3, "SLURM_TASKS_PER_NODE": "8(x9)", **counted, **named, **more}
+    return {name: str(value) for name, value in own.items()}
+
+
+def mpirun_rank(number: int, count: int, local: int, local_count: int) -> dict[str, str]:
+    values = {"RANK": number, "SIZE": count, "LOCAL_RANK": local, "LOCAL_SIZE": local_count}
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in values.items()} | {"PMIX_NAMESPACE": "931@1"}
+
+
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+BATCH |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NNODES": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        (srun_task(1, 2, "2", "node7", 0, 1), "1 2 1 2 127.0.0.1"),
+        (srun_task(4, 5, "3,2", "gpu-[03-04,9]", 1, 1), "4 5 1 2 gpu-03"),
+        (srun_task(2, 5, "3,2", "a[7,9]-b[1-2],login1", 0, 2), "2 5 2 3 a7-b1"),
+        (srun_task(0, 5, "3,2", "first,second", 0, 0, MASTER_ADDR="10.0.0.1"), "0 5 0 3 10.0.0.1"),
+        (srun_task(1, 2, "2", "node7", 0, 1, SLURM_PTY_PORT="4711"), None),
+        (srun_task(0, 1, "1", "node7", 0, 0), None),
+        (BATCH, None),
+        (BATCH | {"SLURM_STEP_ID": "4294967291"}, None),
+        (BATCH | {"SLURM_STEP_ID": "4294967290"}, None),
+        ({name: value for name, value in BATCH.items() if "PROCID" not in name}, None),
+        (mpirun_rank(1, 2, 1, 2), "1 2 1 2 127.0.0.1"),
+        (mpirun_rank(3, 4, 1, 2) | {"MASTER_ADDR": "node1"}, "3 4 1 2 node1"),
+        (mpirun_rank(3, 4, 1, 2) | BATCH | {"SLURM_STEP_ID": "0"}, "3 4 1 2 node1"),
+        (mpirun_rank(0, 1, 0, 1), None),
+        (HYDRA, "1 2 1 2 127.0.0.1"),
+        ({}, None),
+    ],
+)
+def test_where_a_launcher_has_put_a_process(
+    env: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of srun and mpirun; shells of a batch script, of salloc and of srun --pty are alone."""
+    monkeypatch.setattr(os, "environ", dict(env))
+    take_place()
+    found = [os.environ.get(name) for name in PLACE]
+    if expected is None:
+        assert found[:4] == [None] * 4
+    else:
+        assert found == expected.split()
+        assert 10000 <= int(os.environ["MASTER_PORT"]) < 30000
+        before = dict(os.environ)
+        take_place()
+        assert os.environ == before
+
+
+def test_ports_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def port(env: dict[str, str]) -> str:
+        monkeypatch.setattr(os, "environ", dict(env))
+        take_place()
+        return os.environ["MASTER_PORT"]
+
+    step = [port(srun_task(number, 5, "3,2", "a,b", number // 3, number % 3)) for number in range(5)]
+    others = [{"SLURM_JOB_ID": "78"}, {"SLURM_STEP_ID": "4"}, {"SLURM_JOB_ID": "76"}]
+    assert len({*step, *(port(srun_task(0, 2, "2", "a", 0, 0, **other)) for other in others)}) == 4
+    # mpirun starts the ranks of other nodes by srun
+    assert port(mpirun_rank(0, 2, 0, 1) | BATCH) == port(mpirun_rank(1, 2, 0, 1) | BATCH | {"SLURM_STEP_ID": "0"})
+    assert port(mpirun_rank(0, 2, 0, 2)) != port(mpirun_rank(0, 2, 0, 2) | {"PMIX_NAMESPACE": "932@1"})
+
+
+def test_without_an_address_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", mpirun_rank(3, 4, 1, 2))
+    with pytest.raises(UserError) as caught:
+        take_place()
+    assert_documented(f"error: {caught.value}")
+
+
+def test_the_only_device_that_a_task_sees_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"RANK": "5", "LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    monkeypatch.setattr(os, "environ", dict(own))
+    assert _device_number(_local_rank(), 4) == 1
+    assert os.environ == own
+    assert _device_number(_local_rank(), 1) == 0
+    assert (os.environ["LOCAL_RANK"], _local_rank()) == ("0", 1)
+    monkeypatch.setattr(os, "environ", own | {"LOCAL_RANK": "2"})
+    with pytest.raises(UserError, match="rank 5 is number 2 on its node, which shows it 2 devices"):
+        _device_number(_local_rank(), 2)
+
+
+TWO = ("teacher.steps=0", "train.steps=3")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("two")
+    start(folder / "run", *TWO, ranks=2)
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun", "srun, few variables"])
+def test_two_tasks_train_one_model(launcher: str, two_ranks: list[float], tmp_path: Path) -> None:
+    line = ["launch/pretrain.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={tmp_path}/run", *SMALL, *TWO]
+    port = str(free_port())
+    of = {
+        "srun": lambda number: srun_task(number, 2, "2", "node7", 0, number),
+        "mpirun": lambda number: mpirun_rank(number, 2, number, 2),
+        "srun, few variables": lambda number: {"SLURM_PROCID": number, "SLURM_NTASKS": 2, "SLURM_LOCALID": number},
+    }[launcher]
+    out, err = tmp_path / "out", tmp_path / "err"
+    env = [{name: str(value) for name, value in of(number).items()} | {"MASTER_PORT": port} for number in range(2)]
+    tasks = [task for each in env for task in begin(line, 1, out, err, env=each)]
+    for task in tasks:
+        task.join()
+    assert [task.exitcode for task in tasks] == [0, 0], err.read_text()[-3000:]
+    assert out.read_text().count("2 ranks on this cpu") == 1
+    assert losses(tmp_path / "run") == pytest.approx(two_ranks, rel=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here")
+def test_mpirun_itself(two_ranks: list[float], tmp_path: Path) -> None:
+    env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "DS_ACCELERATOR": "cpu"}
+    line = [sys.executable, "launch/pretrain.py", "--ds_config", "ds_configs/zero2.json", *SMALL, *TWO]
+    command = ["mpirun", "--oversubscribe", "-n", "2", *line, f"output_dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(two_ranks, rel=1e-6)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import features
 from scipy.special import logsumexp
 
-from sacl_ds.losses import regulation_weights, similarity_regulated_loss
+from sacl_ds.losses import Keys, regulation_weights, similarity_regulated_loss
 
 
 def unit(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -226,8 +227,16 @@ def test_anchor_without_negatives_is_zero_with_zero_gradient() -> None:
     [
         ({"alpha": 0.5}, "needs teacher"),
         ({"alpha": 1.5}, r"\[0, 1\]"),
+        ({"alpha": math.nan}, r"\[0, 1\]"),
         ({"sharpness": -1.0}, "negative"),
+        ({"sharpness": math.inf}, "finite"),
+        ({"sharpness": math.nan}, "finite"),
+        ({"teacher_sharpness": math.inf}, "finite"),
         ({"negative_mass": 0.0}, "positive"),
+        ({"negative_mass": math.nan}, "positive"),
+        ({"negative_mass": math.inf}, "finite"),
+        ({"drop_below": math.nan}, "positive"),
+        ({"drop_below": math.inf}, "finite"),
         ({"backend": "fast"}, "choose one of"),
         ({"pair_ids": torch.zeros(3, dtype=torch.int64)}, "pair_ids"),
         ({"teacher_image": torch.randn(4, 2)}, "together"),
@@ -238,3 +247,102 @@ def test_anchor_without_negatives_is_zero_with_zero_gradient() -> None:
 def test_bad_arguments(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         similarity_regulated_loss(torch.randn(4, 3), torch.randn(4, 3), torch.tensor(1.0), **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", "streaming"])
+@pytest.mark.parametrize("scale", [0.0, torch.zeros(1), torch.zeros((), requires_grad=True), 14.0])
+def test_a_scale_of_any_form_and_of_zero(scale: torch.Tensor | float, backend: str) -> None:
+    """With every logit 0 the weights sum to their number: log n."""
+    pairs = [x.float() for x in features(9, 5, 1)]
+    out = similarity_regulated_loss(*pairs[:2], scale, *pairs[2:], alpha=0.4, sharpness=3.0, backend=backend)
+    if scale == 14.0:
+        exact = similarity_regulated_loss(*pairs[:2], torch.tensor(14.0), *pairs[2:], alpha=0.4, sharpness=3.0)
+        assert out.loss.item() == pytest.approx(exact.loss.item(), rel=1e-6)
+    else:
+        assert out.loss.item() == pytest.approx(math.log(9), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "streaming"])
+def test_no_pairs_and_several_scales_are_said(backend: str) -> None:
+    with pytest.raises(ValueError, match="no pairs"):
+        similarity_regulated_loss(torch.ones(0, 3), torch.ones(0, 3), 14.0, backend=backend)
+    with pytest.raises(ValueError, match=r"one number, got \(4,\)"):
+        similarity_regulated_loss(torch.eye(4), torch.eye(4), torch.ones(4), backend=backend)
+
+
+def of_everything(backend: str, queue: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What a loss is computed from, by name, and the loss; the scale and the pairs are differentiable."""
+    image, text, t_image, t_text = features(5, 4, 0)
+    held = {"image": image.requires_grad_(), "text": text.requires_grad_(), "teacher image": t_image}
+    held |= {"teacher text": t_text, "scale": torch.tensor(9.0, dtype=torch.float64, requires_grad=True)}
+    keys = None
+    if queue:
+        momentum, earlier = features(5, 4, 1)[:2], features(3, 4, 2)
+        held |= {"key image": momentum[0], "key text": momentum[1], "queue image": earlier[0], "queue text": earlier[1]}
+        held |= {"queue's teacher": earlier[2]}
+        keys = Keys(*momentum, *earlier)
+    out = similarity_regulated_loss(
+        image, text, held["scale"], t_image, t_text, alpha=0.5, sharpness=3.0, keys=keys, backend=backend
+    )
+    return held, out.loss
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_a_gradient_that_is_to_be_differentiated_again_is_refused(queue: bool) -> None:
+    """A penalty on it would train nothing. The dense form, of plain operations, has its second derivative."""
+    held, loss = of_everything("streaming", queue)
+    with pytest.raises(RuntimeError, match=r"create_graph=True: .* once only"):
+        torch.autograd.grad(loss, [held["image"]], create_graph=True)
+    image, text = (x.requires_grad_() for x in features(4, 3, 0)[:2])
+
+    def dense(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return similarity_regulated_loss(image, text, 5.0, sharpness=0.0, backend="reference").loss
+
+    assert torch.autograd.gradgradcheck(dense, [image, text])
+
+
+@pytest.mark.parametrize("name", [*of_everything("streaming", True)[0]])
+@pytest.mark.parametrize("queue", [False, True])
+def test_what_changes_between_forward_and_backward_is_noticed(queue: bool, name: str) -> None:
+    held, loss = of_everything("streaming", queue)
+    if name not in held:
+        return
+    with torch.no_grad():
+        held[name].mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "streaming"])
+def test_a_teacher_in_inference_mode(backend: str) -> None:
+    image, text, *teacher = features(5, 4, 0)
+    with torch.inference_mode():
+        inferred = [2 * x / 2 for x in teacher]
+    found = []
+    for each in (teacher, inferred):
+        leaf = image.clone().requires_grad_()
+        similarity_regulated_loss(leaf, text, 9.0, *each, alpha=0.5, backend=backend).loss.backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rest", [1e-4, 1e-6, 1e-8, 1e-10, 1e-12])
+@pytest.mark.parametrize("kappa", [12.0, 24.0, 60.0])
+@pytest.mark.parametrize("backend", ["reference", "streaming", "triton"])
+def test_the_student_counts_beside_a_teacher_of_nearly_all(backend: str, kappa: float, rest: float) -> None:
+    """In float32, whose 1 - alpha is 0 for the smaller of these, against the equations in float64.
+
+    The student sees alike what the teacher sees apart, so that its share decides most of the weights.
+    """
+    rng = np.random.default_rng(0)
+    v = unit(rng, 1, 4) + 0.1 * unit(rng, 9, 4)
+    v, tv = (
+        x.astype(np.float32).astype(np.float64) for x in (v / np.linalg.norm(v, axis=1, keepdims=True), unit(rng, 9, 4))
+    )
+    image, text, *_ = independent_loss(v, v, 14.0, tv, -tv, 1.0 - rest, kappa)
+    leaves = [torch.from_numpy(x).float() for x in (v, v, tv, -tv)]
+    out = similarity_regulated_loss(*leaves[:2], 14.0, *leaves[2:], alpha=1.0 - rest, sharpness=kappa, backend=backend)
+    np.testing.assert_allclose(out.image_to_text.numpy(), image, rtol=3e-5)
+    np.testing.assert_allclose(out.text_to_image.numpy(), text, rtol=3e-5)
+    without, *_ = independent_loss(v, v, 14.0, tv, -tv, 1.0, kappa)
+    assert (kappa < 24 and rest < 1e-6) or abs(without - image).max() > 1e-3 * image.max()

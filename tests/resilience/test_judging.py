@@ -7,6 +7,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sacl_ds.faults.ending import Status, may_follow
 from sacl_ds.faults.judging import Beat, Heard, Limits, verdict
 
 LIMITS = Limits(peer=60, step=600)
@@ -113,3 +114,12 @@ def test_a_rank_that_waits_for_the_end_of_the_first_is_not_missed() -> None:
     beats = [Beat(number, "node0", 4000 + number, 20, "ending", 500.0) for number in (0, 1)]
     assert verdict({0: Heard(beats[0]), 1: Heard(beats[1], ago=500.0, words="")}, LIMITS) is None
     assert verdict({0: Heard(beats[0]), 1: Heard(beats[1], ago=500.0)}, LIMITS) is not None
+
+
+def test_the_first_cause_of_a_start_stands() -> None:
+    running, failed = (Status(state, 4, 2, start="a") for state in ("running", "failed"))
+    assert may_follow(None, "a")
+    assert may_follow(running, "a")
+    assert not may_follow(failed, "a")
+    assert not may_follow(running, "b")  # of a rank that was left over when the run was started anew
+    assert not may_follow(failed, "b")

@@ -62,11 +62,15 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
         begun = time.monotonic()
         run.wait(lambda: run.processes[0].exitcode is not None, 30)
         seconds = time.monotonic() - begun
-        said = run.said
-    assert run.processes[0].exitcode == Exit.FAULT
+        said, before = run.said, read_status(tmp_path / "run")
+        os.kill(run.pid(1), signal.SIGCONT)
+        assert run.ended() == [Exit.FAULT, Exit.FAULT]
     assert 4 < seconds < 4 + SOON
     assert "error: rank 1 on " in said
     assert "has not been heard of for" in said
+    assert before is not None
+    assert f"(process {run.pid(1)}) has not been heard of for" in before.message
+    assert read_status(tmp_path / "run") == before  # whatever the rank thinks that wakes
 
 
 def test_a_rank_that_waits_for_data(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from sacl_ds.analysis.subject import (
     Pairs,
     Subject,
     data_source,
+    folder_of,
     load_subject,
     pictures,
     read_pairs,
@@ -38,6 +39,7 @@ from sacl_ds.data.shards.patterns import is_plain, is_remote
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import CONFIG, WEIGHTS
+from sacl_ds.training.checkpoint_folder import step_of
 
 _LARGEST_BATCH = 1024  # of the mini-batch that is held as a matrix
 _LIGHTEST = 64  # pairs per direction, where they are not from the run's records
@@ -59,7 +61,7 @@ def act(options: argparse.Namespace) -> None:
         raise UserError(f"--pairs {options.pairs}: at least two, of which one is a negative of the other")
     path = write_report(
         Path(options.run),
-        Path(options.out) if options.out else Path(options.run) / "report",
+        Path(options.out) if options.out else None,
         against=options.against,
         shards=options.shards,
         pairs=options.pairs,
@@ -70,8 +72,8 @@ def act(options: argparse.Namespace) -> None:
 
 
 def write_report(
-    folder: Path,
-    out: Path,
+    looked_at: Path,
+    out: Path | None = None,
     *,
     against: str | None = None,
     shards: Sequence[str] | None = None,
@@ -81,12 +83,17 @@ def write_report(
 ) -> Path:
     """Write out/report.html, report.json and pictures/; returns the path of the page.
 
+    looked_at: RUN, or RUN/checkpoints/step_N: its model, and the records up to that step.
     Raises UserError where the run kept no records, or `against`, `shards` or `teacher` cannot be read. Parts for which
     the run lacks something (held-out data, finished weights) are left out, with a line that says why.
     """
-    if against is not None and Path(against).resolve() == folder.resolve():
+    if against is not None and Path(against).resolve() == looked_at.resolve():
         raise UserError(f"--against {against} is the run itself; name another")
-    figures, lowest, metrics = recorded(folder)
+    folder, until = folder_of(looked_at), None
+    if folder != looked_at:
+        until = step_of(looked_at)
+    out = out or folder / ("report" if until is None else f"report_{looked_at.name}")
+    figures, lowest, metrics = recorded(folder, until)
     run = load_config(folder / CONFIG, [])
     drawn = out / "pictures"
     try:
@@ -95,8 +102,8 @@ def write_report(
         raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
 
     truth = truth_of(run) if shards is None else None
-    told = [line for line in [_unfinished(folder)] if line]
-    subject = None if told else load_subject(folder, teacher, device_named(device))
+    told = [line for line in [_unfinished(folder)] if line and until is None]
+    subject = None if told else load_subject(looked_at, teacher, device_named(device))
     held_out = None
     if subject is not None:
         held_out, why = _held_out(subject, shards, pairs, truth)
@@ -117,10 +124,10 @@ def write_report(
     every = [part for part in parts if part is not None]
     every[0].text += told
 
-    title = f"Weights of {folder.name or folder.resolve().name}"
-    subtitle = f"{_subtitle(run)} · {folder}"
+    title = f"Weights of {folder.name or folder.resolve().name}" + ("" if until is None else f" at step {until}")
+    subtitle = f"{_subtitle(run)} · {looked_at}"
     page = render(title, subtitle, _headlines(every), every)
-    numbers = {"run": str(folder), "against": against, **{part.name: part.numbers for part in every}}
+    numbers = {"run": str(looked_at), "against": against, **{part.name: part.numbers for part in every}}
     _write(out / "report.json", json.dumps(plain(numbers), indent=1, ensure_ascii=False) + "\n")
     _write(out / "report.html", page)
     return out / "report.html"

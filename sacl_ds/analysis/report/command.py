@@ -23,8 +23,9 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", type=expanduser, metavar="RUN", help="run directory, finished or not, with weights/ (records.every)"
-    )
+        "run", type=expanduser, metavar="RUN",
+        help="run directory, finished or not, with weights/ (records.every); or RUN/checkpoints/step_N, as far as that",
+    )  # fmt: skip
     parser.add_argument(
         "--against", type=expanduser, metavar="RUN_B", help="finished run or checkpoint: retrieval of both side by side"
     )
@@ -37,7 +38,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--teacher", type=expanduser, help="as teacher.checkpoint, or 'none' (default: the run's own)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     parser.add_argument(
-        "--out", type=expanduser, metavar="DIR", help="folder for what is written (default: RUN/report)"
+        "--out",
+        type=expanduser,
+        metavar="DIR",
+        help="folder for what is written (default: RUN/report, or RUN/report_step_N)",
     )
     parser.set_defaults(act=_act)
 

@@ -18,10 +18,18 @@ _LARGEST = 1e30  # of a figure that can be drawn
 Record = dict[str, Any]
 
 
-def recorded(folder: Path) -> tuple[list[Record], list[Record], list[Record]]:
-    """(figures, the lightest pairs of the last step, lines of metrics.jsonl). Raises UserError where there are no
-    records, or what stands there cannot be a run's."""
-    figures, lowest, metrics = read_figures(folder), read_lowest(folder), read(folder / METRICS)
+def recorded(folder: Path, until: int | None = None) -> tuple[list[Record], list[Record], list[Record]]:
+    """(figures, the lightest pairs of the last step, lines of metrics.jsonl), up to that step. Raises UserError where
+    there are no records, or what stands there cannot be a run's."""
+    figures, metrics, last = read_figures(folder), read(folder / METRICS), None
+    if until is not None:
+        figures, metrics = ([line for line in lines if line["step"] <= until] for lines in (figures, metrics))
+        if not figures:
+            raise UserError(
+                f"{folder / FOLDER}: no step up to {until} was recorded; give a later checkpoint, or {folder}"
+            )
+        last = figures[-1]["step"]
+    lowest = read_lowest(folder, last)
     here = f"{folder / FOLDER}: the record of step"
     for record in figures:
         if wrong := _wrong_figures(record):
