@@ -1,5 +1,7 @@
 """Losses. Needs torch and nothing else of this package but `sacl_ds.distributed`."""
 
+from typing import TYPE_CHECKING, Any
+
 from sacl_ds.losses.fusion import (
     HardNegatives,
     Weighting,
@@ -8,7 +10,6 @@ from sacl_ds.losses.fusion import (
     masked_language_loss,
     matching_loss,
 )
-from sacl_ds.losses.queue import Keys
 from sacl_ds.losses.regulated import (
     ContrastiveOutput,
     Regulation,
@@ -16,6 +17,9 @@ from sacl_ds.losses.regulated import (
     regulation_weights,
     similarity_regulated_loss,
 )
+
+if TYPE_CHECKING:
+    from sacl_ds.losses.queue import Keys
 
 __all__ = [
     "ContrastiveOutput",
@@ -31,3 +35,12 @@ __all__ = [
     "regulation_weights",
     "similarity_regulated_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Keys`, which a loss without a momentum model does not load."""
+    if name == "Keys":
+        from sacl_ds.losses.queue import Keys
+
+        return Keys
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

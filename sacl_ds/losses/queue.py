@@ -39,9 +39,8 @@ from sacl_ds.losses.streaming import (
     ids_by_column,
     least_kept,
     normalised,
-    row_products,
 )
-from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, constant, tiles_of, wide
+from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, constant, row_products, tiles_of, wide
 
 
 @dataclass(frozen=True)

@@ -259,9 +259,8 @@ def similarity_regulated_loss(
     loss must be the same on all ranks, as under every engine that averages gradients. Raises ValueError for shapes or
     settings that do not fit, and on all ranks where these disagree on what they bring.
     """
-    from sacl_ds.losses.queue import dense_keys_loss, keys_loss
-    from sacl_ds.losses.streaming import GlobalBatch, TileJob, joint_loss, row_products
-    from sacl_ds.losses.tiles import wide
+    from sacl_ds.losses.streaming import GlobalBatch, TileJob, joint_loss
+    from sacl_ds.losses.tiles import row_products, wide
     from sacl_ds.losses.weights import Contrast, WeightTiles, mutual_information
 
     with said_on_all_ranks(image.device, group, counts is None):
@@ -298,10 +297,13 @@ def similarity_regulated_loss(
         settings |= {"soft_weight": float(soft_weight), "keys": keys and keys.kind, "logit_scale": logit_scale}
         batch = GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, known, tiles is None, settings)
         joint = None
-        if keys is not None and tiles is None:
-            out = dense_keys_loss(batch, logit_scale, keys, soft_weight, regulation)
-        elif keys is not None and tiles is not None:
-            out = keys_loss(logit_scale, keys, soft_weight, TileJob.of(batch, regulation, tiles, keys.queue_ids))
+        if keys is not None:
+            from sacl_ds.losses.queue import dense_keys_loss, keys_loss
+
+            if tiles is None:
+                out = dense_keys_loss(batch, logit_scale, keys, soft_weight, regulation)
+            else:
+                out = keys_loss(logit_scale, keys, soft_weight, TileJob.of(batch, regulation, tiles, keys.queue_ids))
         elif tiles is None:
             out = dense_loss(batch, logit_scale, regulation)
         else:

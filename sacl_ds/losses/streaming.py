@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, cached_property, wraps
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +36,9 @@ from sacl_ds.distributed import (
     world_size,
 )
 from sacl_ds.losses.regulated import ContrastiveOutput, Regulation
-from sacl_ds.losses.tiles import Kept, Side, Sums, constant, wide
+from sacl_ds.losses.tiles import Kept, Side, Sums, constant, row_products, wide
 
 _GRADIENT_PARTS = 4  # in which the texts' gradient is sent: one travels while the next is computed
-_ROWS_AT_ONCE = 4096
 
 
 class Tiles(Protocol):
@@ -180,10 +179,10 @@ class Joint:
     image_anchors: Anchors
     text_anchors: Anchors
 
-    @property
+    @cached_property
     def own(self) -> Anchors:
         """This rank's texts as anchors."""
-        return self.text_anchors.part(self.job.batch.start, len(self.images))
+        return self.text_anchors.part(self.job.batch.start, len(self.job.batch.text))
 
 
 def joint_loss(logit_scale: Tensor, job: TileJob) -> tuple[ContrastiveOutput, Joint]:
@@ -261,13 +260,6 @@ def least_kept(sums: Sums, regulation: Regulation) -> Tensor:
     return math.log(regulation.drop_below) - normalised(0.0, sums, regulation)
 
 
-def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """(n,) float64: <a_i, b_i> of (n, d) features, in float32 at least."""
-    dtype = wide(a)
-    parts = zip(a.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE), strict=True)
-    return torch.cat([(x.to(dtype) * y.to(dtype)).sum(1).double() for x, y in parts])
-
-
 def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
     """The forward pass: sums over tiles, anchors. This rank's texts come first: the others' may be on their way."""
     batch, regulation = job.batch, job.regulation
@@ -290,7 +282,7 @@ def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
         kept = Kept(least_kept(of_images, regulation), least_kept(of_texts, regulation))
         of_images, of_texts = sums(kept)
     positive = batch["cosine"].double() * logit_scale.double()
-    mine = positive[batch.start : batch.start + len(images)]
+    mine = positive[batch.start : batch.start + len(batch.image)]
     return Joint(
         job,
         images,

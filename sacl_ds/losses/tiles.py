@@ -22,12 +22,20 @@ from sacl_ds.losses.regulated import Regulation
 TILE = (1024, 1024)  # rows and columns of the largest tile
 HALF_SPAN = 50.0
 STEEPEST = 25.0  # of HALF_SPAN, what may go to r
+_ROWS_AT_ONCE = 4096  # of the products of rows
 _SMALLEST_SCALE = 1e-20  # of the logits from which the student's similarity can be had again in float32
 
 
 def wide(features: Tensor) -> torch.dtype:
     """What sums over features are kept in: float32, or float64 for float64 features."""
     return torch.promote_types(features.dtype, torch.float32)
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) float64: <a_i, b_i> of (n, d) features, in float32 at least."""
+    dtype = wide(a)
+    parts = zip(a.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE), strict=True)
+    return torch.cat([(x.to(dtype) * y.to(dtype)).sum(1).double() for x, y in parts])
 
 
 def constant(features: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch.nn.functional import softplus
 
 from sacl_ds.distributed import Group, sum_over_ranks
 from sacl_ds.losses.regulated import Regulation, log_weights_of
-from sacl_ds.losses.streaming import GlobalBatch, normalised, row_products, shared_ids, sums_over_ranks
-from sacl_ds.losses.tiles import Excluded, Side, Sums, wide
+from sacl_ds.losses.streaming import GlobalBatch, normalised, shared_ids, sums_over_ranks
+from sacl_ds.losses.tiles import Excluded, Side, Sums, row_products, wide
 
 # |log s| up to which e^r of all pairs, and sums of it, stay within the range of the type
 _STEEPEST = {torch.float32: 80.0, torch.float64: 600.0}

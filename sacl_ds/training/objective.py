@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from sacl_ds.distributed import sum_over_ranks, world_size
 from sacl_ds.losses import (
     ContrastiveOutput,
     HardNegatives,
-    Keys,
     Regulation,
     Weighting,
     global_mean,
@@ -24,6 +24,9 @@ from sacl_ds.losses import (
 )
 from sacl_ds.model.sacl import SaclModel, encoded_texts, fused_texts, masked_texts, predictions
 from sacl_ds.model.vision import ImageStates
+
+if TYPE_CHECKING:
+    from sacl_ds.losses import Keys
 
 Features = tuple[Tensor, Tensor]  # (b, d) of images and of texts
 

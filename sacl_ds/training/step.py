@@ -22,7 +22,7 @@ from sacl_ds.data.draws import words
 from sacl_ds.data.loader import Loadable
 from sacl_ds.data.text import IGNORED
 from sacl_ds.distributed import sum_over_ranks
-from sacl_ds.losses import HardNegatives, Keys
+from sacl_ds.losses import HardNegatives
 from sacl_ds.model.teacher import Teacher, teacher_features
 from sacl_ds.training.engine import forget_order
 from sacl_ds.training.objective import CachedGradients, Features, PretrainObjective, Targets
@@ -79,6 +79,8 @@ class FrozenModels:
         """The targets of a step from what these models say of its pairs; tokens: logits of the masked tokens."""
         keys = None
         if self.momentum and momentum:
+            from sacl_ds.losses.queue import Keys
+
             queue, regulated = self.momentum.queue, self.momentum.settings.regulate_queue
             old = queue["image"], queue["text"], queue["teacher_image"], queue["teacher_text"], queue["ids"]
             keys = Keys(*momentum, *old, regulated)
