@@ -77,8 +77,10 @@ def test_bad_files(tmp_path: Path, text: str, parts: list[str]) -> None:
 
 
 def test_what_yaml_makes_of_a_number_is_documented(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("train:\n  steps: 1:30\n")
-    for file, overrides in ((tmp_path / "run.yaml", []), (None, ["train.steps=true"])):
+    for text, overrides in (("train:\n  steps: 1:30\n", []), ("seed: 010", []), (None, ["train.steps=true"])):
+        file = tmp_path / "run.yaml" if text else None
+        if file:
+            file.write_text(text)
         with pytest.raises(UserError) as caught:
             load_config(file, overrides)
         assert_documented(f"error: {caught.value}".replace(str(tmp_path), "/data"))

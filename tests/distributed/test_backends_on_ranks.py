@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from documented import assert_documented
 from ranks import on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -199,6 +200,8 @@ def test_ranks_that_disagree_say_so_alike(tmp_path: Path) -> None:
     on_ranks(2, what_ranks_disagree_on, tmp_path)
     found, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert found == other
+    for name in ("alpha", "no teacher"):
+        assert_documented(f"SharedError: {found[name]}")
     assert found == {
         name: f"ranks disagree on {what} on rank 0, {theirs} on rank 1; call with the same on all ranks"
         for name, what, theirs in (

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from documented import assert_documented
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import features
@@ -264,10 +265,10 @@ def test_a_scale_of_any_form_and_of_zero(scale: torch.Tensor | float, backend: s
 
 @pytest.mark.parametrize("backend", ["reference", "streaming"])
 def test_no_pairs_and_several_scales_are_said(backend: str) -> None:
-    with pytest.raises(ValueError, match="no pairs"):
-        similarity_regulated_loss(torch.ones(0, 3), torch.ones(0, 3), 14.0, backend=backend)
-    with pytest.raises(ValueError, match=r"one number, got \(4,\)"):
-        similarity_regulated_loss(torch.eye(4), torch.eye(4), torch.ones(4), backend=backend)
+    for pairs, scale in ((torch.ones(0, 3), 14.0), (torch.eye(4), torch.ones(4))):
+        with pytest.raises(ValueError, match=r"no pairs|one number") as caught:
+            similarity_regulated_loss(pairs, pairs, scale, backend=backend)
+        assert_documented(f"ValueError: {caught.value}")
 
 
 def of_everything(backend: str, queue: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -291,8 +292,9 @@ def of_everything(backend: str, queue: bool) -> tuple[dict[str, torch.Tensor], t
 def test_a_gradient_that_is_to_be_differentiated_again_is_refused(queue: bool) -> None:
     """A penalty on it would train nothing. The dense form, of plain operations, has its second derivative."""
     held, loss = of_everything("streaming", queue)
-    with pytest.raises(RuntimeError, match=r"create_graph=True: .* once only"):
+    with pytest.raises(RuntimeError, match="create_graph=True") as caught:
         torch.autograd.grad(loss, [held["image"]], create_graph=True)
+    assert_documented(f"RuntimeError: {caught.value}")
     image, text = (x.requires_grad_() for x in features(4, 3, 0)[:2])
 
     def dense(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
