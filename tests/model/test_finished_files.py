@@ -83,7 +83,7 @@ def is_exported(path: Path) -> None:
 
 
 def starts_an_image_encoder(path: Path) -> None:
-    said = json.loads((path / "config.json").read_text())["vision_config"]
+    said = json.loads((path.parent.parent / "hf/config.json").read_text())["vision_config"]
     sizes = {"embed_dim": said["hidden_size"], "depth": said["num_hidden_layers"], "patch_size": said["patch_size"],
              "num_heads": said["num_attention_heads"], "pre_norm": True, "act_layer": said["hidden_act"]}  # fmt: skip
     values = {

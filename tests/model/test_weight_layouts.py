@@ -274,7 +274,7 @@ def test_weights_that_timm_fetches_are_all_there(tmp_path: Path) -> None:
     asked = config(f"local-dir:{tmp_path}", image_encoder_arguments={}, image_pretrained=True)
     whole = load_file(tmp_path / "model.safetensors")
     for state, line in (
-        ({f"_orig_mod.{name}": value for name, value in whole.items()}, r"it lacks .* more of the model's tensors"),
+        ({f"net.{name}": value for name, value in whole.items()}, r"it lacks .* more of the model's tensors"),
         ({name: value for name, value in whole.items() if name != "norm.bias"}, r"it lacks norm\.bias of the model's"),
         (whole | {"norm.bias": torch.full((32,), float("nan"))}, r"norm\.bias holds numbers that are not finite"),
     ):
@@ -282,5 +282,9 @@ def test_weights_that_timm_fetches_are_all_there(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=line) as error:
             started(asked)
         assert is_one_line(error.value)
-    save_file(whole, tmp_path / "model.safetensors")
-    assert torch.equal(started(asked)["image_encoder.vit.norm.bias"], whole["norm.bias"])
+    for prefix in ("", "_orig_mod.", "module."):
+        save_file({f"{prefix}{name}": value for name, value in whole.items()}, tmp_path / "model.safetensors")
+        found = started(asked)
+        assert all(
+            torch.equal(found[f"image_encoder.vit.{name}"], whole[name]) for name in whole if "head." not in name
+        )

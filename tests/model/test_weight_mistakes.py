@@ -58,7 +58,7 @@ def test_a_teacher_that_lacks_a_part(clip: Path, tmp_path: Path) -> None:
     short = {name: value for name, value in state.items() if name != "text_projection.weight"}
     save_file(short, clip / "model.safetensors", {"format": "pt"})
     refused(lambda: load_teacher(str(clip), CPU), tmp_path)
-    renamed = {f"clip.{name}": value for name, value in state.items()}
+    renamed = {f"net.{name}": value for name, value in state.items()}
     save_file(renamed, clip / "model.safetensors", {"format": "pt"})
     refused(lambda: load_teacher(str(clip), CPU), tmp_path)
     save_file(state | {"logit_scale": torch.tensor(float("nan"))}, clip / "model.safetensors", {"format": "pt"})
