@@ -11,6 +11,7 @@ import pytest
 # each room may import those named here (and the standard library and what is installed)
 ALLOWED = {
     "atomic": set(),
+    "checksums": {"atomic", "errors"},
     "provenance": set(),
     "errors": set(),
     "config": {"config", "errors"},
@@ -25,16 +26,17 @@ ALLOWED = {
     "distributed": {"errors"},
     "losses": {"distributed", "losses"},
     "faults": {"atomic", "errors", "faults"},
-    "data": {"config", "data", "errors"},
-    "model": {"config", "config_file", "data", "distributed", "errors", "model"},
+    "data": {"checksums", "config", "data", "errors"},
+    "model": {"checksums", "config", "config_file", "data", "distributed", "errors", "model"},
     "telemetry": {"telemetry", "errors", "config"},
     "evaluation": {"atomic", "config", "data", "distributed", "errors", "evaluation", "model", "telemetry"},
     "analysis": {
-        "analysis", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors", "evaluation",
-        "losses", "machine", "model", "telemetry", "training",
+        "analysis", "checksums", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors",
+        "evaluation", "losses", "machine", "model", "telemetry", "training",
     },
     "tasks": {
-        "atomic", "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation", "faults",
+        "atomic", "checksums", "command_line", "config", "config_file", "data", "distributed", "errors", "evaluation",
+        "faults",
         "losses", "model", "tasks", "telemetry", "training",
     },
     "benchmark": {
@@ -42,15 +44,17 @@ ALLOWED = {
         "training",
     },
     "doctor": {"command_line", "data", "doctor", "errors", "machine"},
-    "exporting": {"atomic", "config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry"},
+    "exporting": {
+        "atomic", "checksums", "config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry",
+    },
     "inference": {"data", "errors", "model"},
     "study": {
         "analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training", "yaml_files",
     },
     "planning": {"config", "config_file", "ds_config", "errors", "model", "planning"},
     "training": {
-        "atomic", "config", "data", "distributed", "ds_config", "errors", "faults", "launcher", "losses", "machine",
-        "model", "provenance", "telemetry", "training", "yaml_files",
+        "atomic", "checksums", "config", "data", "distributed", "ds_config", "errors", "faults", "launcher", "losses",
+        "machine", "model", "provenance", "telemetry", "training", "yaml_files",
     },
 }  # fmt: skip
 # what pre-training loads later, where a run asks for it, or never

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from sacl_ds.analysis.pairs import Pairs, is_features
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import CaptionFilter, RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
@@ -33,7 +34,9 @@ from sacl_ds.data.sources import held_out_scenes
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
+from sacl_ds.evaluation.rounds import require_finite
 from sacl_ds.losses import Regulation
+from sacl_ds.model.placing import fill
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, load_model
 from sacl_ds.model.teacher import Teacher, load_teacher, teacher_features
@@ -193,6 +196,9 @@ def read_pairs(
     keys, shards, captions, hashes, urls = (list(column) for column in zip(*names, strict=True))
     image, text, ids = joined["image"], joined["text"], joined["ids"]
     assert image is not None and text is not None and ids is not None  # noqa: PT018
+    for part, said in (("image", "image"), ("text", "text"), ("t_image", "teacher"), ("t_text", "teacher")):
+        if (array := joined[part]) is not None:
+            require_finite(array, keys, f"{said} features")
     scale = float(subject.model.logit_scale().float())
     return Pairs(
         keys, shards, captions, image, text, joined["t_image"], joined["t_text"], ids, scale, hashes, urls, skipped
@@ -233,14 +239,11 @@ def _of_checkpoint(path: Path) -> tuple[SaclModel, RunConfig, Tokenizer, int]:
         if not (folder / name).exists():
             raise UserError(f"{path}: no {name} in {folder}; give RUN/checkpoints/step_N of a run")
     weights, state = read_checkpoint(path)
+    require_unchanged(folder, str(path), CONFIG)
     run = load_config(folder / CONFIG, [])
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     model = SaclModel(run.model, tokenizer.size, pretrained=False)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit {folder / CONFIG}: {reason}") from None
+    fill(model, weights, str(path), f" does not fit {folder / CONFIG}")
     return model, run, tokenizer, state.step
 
 

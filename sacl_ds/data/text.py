@@ -17,6 +17,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.data.draws import words
 from sacl_ds.errors import CannotLoad, UserError
 
@@ -103,6 +104,8 @@ class Tokenizer:
 
         setting: what error lines call it. Raises UserError.
         """
+        folder = Path(name_or_folder)
+        require_unchanged(folder.parent, f"{setting}={name_or_folder}", folder.name)
         try:
             fast = AutoTokenizer.from_pretrained(str(name_or_folder), use_fast=True, trust_remote_code=False)
         except Exception as error:  # the library's own, of which some are plain Exceptions

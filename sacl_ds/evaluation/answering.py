@@ -18,7 +18,7 @@ from sacl_ds.data.batch import ImageView, TextView
 from sacl_ds.data.downstream.question_batch import pixels
 from sacl_ds.data.downstream.vqa import Question, answer_weights
 from sacl_ds.data.text import attention_mask, pad
-from sacl_ds.evaluation.rounds import in_rounds, require_few
+from sacl_ds.evaluation.rounds import in_rounds, require_few, require_finite
 from sacl_ds.evaluation.vqa import majority_answer, vqa_accuracy
 from sacl_ds.model.vqa import VqaModel
 
@@ -110,6 +110,7 @@ def evaluate_questions(
         model.train(was_training)
     bad = require_few(faults, len(questions), max_bad_share)
     answered = [each for each in results if each is not None]
+    require_finite(np.array([each.score for each in answered]), [str(each.question_id) for each in answered], "scores")
     figures = _figures(answered)
     notes = [bad] if bad else []
     notes += [*_alike(answers, rows), *_unknown(answers, questions)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from sacl_ds.atomic import write_text
 from sacl_ds.data.batch import ImageView, TextView
 from sacl_ds.data.downstream.nlvr2 import Statement
 from sacl_ds.data.text import attention_mask, pad
-from sacl_ds.evaluation.rounds import in_rounds, require_few
+from sacl_ds.evaluation.rounds import in_rounds, require_few, require_finite
 from sacl_ds.model.nlvr2 import Nlvr2Model
 
 CHANCE = 0.5
@@ -116,6 +117,7 @@ def evaluate_statements(
         for statement, probability in zip(statements, rounds.results, strict=True)
         if probability is not None
     ]
+    require_finite(np.array([p for *_, p in judged]), [identifier for identifier, *_ in judged], "probabilities")
     notes = [spoiled] if spoiled else []
     return _result(judged, notes)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from sacl_ds.data.faults import BadSample, Fault
 from sacl_ds.distributed import gather_objects, rank, world_size
 from sacl_ds.errors import SharedError
@@ -84,3 +86,17 @@ def require_few(faults: Sequence[Fault], count: int, most: float, setting: str =
     if len(faults) > most * count:
         raise SharedError(f"{line}; that is more than {setting}={most:g}: put the files there, or raise it")
     return line
+
+
+def require_finite(values: np.ndarray, names: Sequence[str], what: str) -> None:
+    """values: (n,) or (n, d), of examples with these names, the same on every rank. what: they are called.
+
+    Raises SharedError, on every rank alike, where one is NaN or infinite: what is ranked by it says nothing.
+    """
+    finite = np.isfinite(values.reshape(len(names), -1)).all(1) if names else np.ones(0, bool)
+    wrong = np.flatnonzero(~finite)
+    if len(wrong):
+        raise SharedError(
+            f"{what} of {len(wrong)} of {len(names)} examples are not finite, those of {names[wrong[0]]!r} for one: "
+            "the model is damaged, or overflows in this precision; take another checkpoint, or train.precision=fp32"
+        )

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sacl_ds.checksums import require_unchanged, seal
 from sacl_ds.config import ModelConfig, RunConfig, TrainingConfig
 from sacl_ds.config_file import read_yaml, resolve_layers
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
+from sacl_ds.model.placing import fill, require_weights
 from sacl_ds.model.sacl import SaclModel
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer"
@@ -38,11 +40,26 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 def read_tensors(path: Path, label: str) -> dict[str, Tensor]:
     """Of a safetensors file. label: what error lines begin with. Raises UserError where it cannot be read."""
+    require_weights(path, label)
     try:
         return load_file(path)
     except Exception as error:  # a damaged header makes the library raise more than its own error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{label}: {path.name} cannot be read: {reason}") from None
+
+
+def seal_run(folder: Path, *more: str) -> None:
+    """Write the checksums of a finished run's configuration, weights and tokenizer, and of the files `more`.
+
+    Raises OSError.
+    """
+    seal(folder, (CONFIG, WEIGHTS, TOKENIZER, *more))
+
+
+def finished_weights(folder: Path, label: str) -> dict[str, Tensor]:
+    """Of a finished run. label: what error lines begin with. Raises UserError where they are not as it left them."""
+    require_unchanged(folder, label, WEIGHTS)
+    return read_tensors(folder / WEIGHTS, label)
 
 
 def load_model(
@@ -60,18 +77,20 @@ def load_model(
     run = _run_config(folder, setting)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     model = SaclModel(run.model, tokenizer.size, pretrained=False)
-    weights = read_tensors(folder / WEIGHTS, f"{setting}={folder}") if state is None else state
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{setting}={folder}: {WEIGHTS} does not fit its {CONFIG}: {reason}") from None
+    weights = finished_weights(folder, f"{setting}={folder}") if state is None else state
+    fill(model, weights, f"{setting}={folder}", f": {WEIGHTS} does not fit its {CONFIG}")
     return model, run, tokenizer
 
 
 def saved_model_config(folder: Path) -> ModelConfig:
     """The room `model` of the run in `folder`, of whatever kind it is. Raises UserError."""
-    return _model_config(folder, read_yaml(folder / CONFIG))
+    return _model_config(folder, saved_settings(folder, str(folder)))
+
+
+def saved_settings(folder: Path, label: str) -> dict[str, Any]:
+    """What a run's configuration says. label: what error lines begin with. Raises UserError."""
+    require_unchanged(folder, label, CONFIG)
+    return read_yaml(folder / CONFIG)
 
 
 def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
@@ -80,7 +99,7 @@ def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
 
 def _run_config(folder: Path, setting: str) -> RunConfig:
     """Of a pre-training run, or of one that was fine-tuned for retrieval, whose model is the same."""
-    values = read_yaml(folder / CONFIG)
+    values = saved_settings(folder, f"{setting}={folder}")
     task = values.get("task")
     if task is None:
         return resolve_layers([(f"in {folder / CONFIG}", values)], RunConfig)

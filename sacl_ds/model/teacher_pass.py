@@ -18,6 +18,7 @@ from sacl_ds.data.shards.reading import RawSample
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.data.teacher_features import ShardFeatures
 from sacl_ds.data.text import attention_mask, pad
+from sacl_ds.errors import UserError
 from sacl_ds.model.teacher import Teacher
 
 Seen = tuple[int, Tensor | None, list[str]]  # fingerprint, pixels, captions of a sample; 0, None, []: it cannot be used
@@ -34,7 +35,7 @@ def shard_features(
 ) -> ShardFeatures:
     """Of all samples of a shard, `batch_size` images and as many captions at a time; seen(n) is called as they go.
 
-    Raises UserError where the shard cannot be read to its end.
+    Raises UserError where the shard cannot be read to its end, and where features are not finite.
     """
     made = ShardFeatures([], [], [], [])
     for part in _batches(_look(teacher.view, source, shard, threads), batch_size):
@@ -46,6 +47,11 @@ def shard_features(
             made.image.append(next(images) if image is not None else np.zeros(0, np.float16))
         made.text += _texts(teacher, [caption for _, _, said in part for caption in said], device, batch_size)
         seen(len(part))
+    for what, rows in (("images", made.image), ("captions", made.text)):
+        if not all(np.isfinite(row).all() for row in rows):
+            raise UserError(
+                f"{source.shards[shard]}: the teacher's features of its {what} are not finite; give another teacher"
+            )
     return made
 
 

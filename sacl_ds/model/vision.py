@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -18,6 +20,7 @@ from sacl_ds.config import PatchSelectionConfig
 from sacl_ds.errors import CannotLoad, UserError
 from sacl_ds.model.indexing import take
 from sacl_ds.model.patch_selection import Scored, attention_scores, kept_count, select, token_scores
+from sacl_ds.model.placing import require_finite, require_none_lacking
 
 _ALL = PatchSelectionConfig()
 
@@ -73,9 +76,11 @@ class ImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         try:
-            self.vit = timm.create_model(
-                name, pretrained=pretrained, img_size=image_size, num_classes=0, **(arguments or {})
-            )
+            self.vit = timm.create_model(name, img_size=image_size, num_classes=0, **(arguments or {}))
+            if pretrained:
+                _load_published(self.vit, f"model.image_encoder={name}")
+        except UserError:
+            raise
         except OSError as error:  # what fetching weights raises
             raise CannotLoad("model.image_encoder", name.removeprefix("local-dir:"), error) from None
         except Exception as error:  # of arguments that the architecture does not take
@@ -218,6 +223,19 @@ class _FirstHalf:
 
 def _second_half(block: Block) -> Callable[[Tensor], Tensor]:
     return lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _load_published(vit: nn.Module, label: str) -> None:
+    """timm's weights of that model, all of them: without a classifier timm leaves at chance what they lack."""
+    lacking: list[str] = []
+    hook = vit.register_load_state_dict_post_hook(lambda _, names: lacking.extend(names.missing_keys))
+    filter_fn = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    if "flexi" in label and filter_fn:  # as timm does
+        filter_fn = partial(filter_fn, interpolation="bilinear", antialias=False)
+    timm.models.load_pretrained(vit, num_classes=0, filter_fn=filter_fn, strict=False)
+    hook.remove()
+    require_none_lacking(lacking, label)
+    require_finite(vit.state_dict(), label)
 
 
 def _selecting_layers(vit: nn.Module, name: str, selection: PatchSelectionConfig) -> list[int]:

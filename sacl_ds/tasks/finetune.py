@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
+from sacl_ds.checksums import unseal
 from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.downstream.examples import example_order
 from sacl_ds.data.order import GlobalOrder
@@ -20,7 +21,7 @@ from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.distributed import barrier, rank, same_error
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard
-from sacl_ds.model.saved import CONFIG, TOKENIZER
+from sacl_ds.model.saved import CONFIG, TOKENIZER, seal_run
 from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.evaluate import evaluated, judged, report
 from sacl_ds.tasks.kinds import task_of
@@ -69,6 +70,9 @@ class FineTuning(TrainingTask):
         if not self.task.count("val"):  # nothing to choose by: the last
             last = {self.task.main: (0.0, 0.0)}
             self.best.offer(self.task.run.steps, last, lambda: whole_state(engine, self.model))
+        with same_error():
+            if rank() == 0:
+                seal_run(self.folder, *self.task.kept)
 
 
 def finetune(run: FinetuneConfig, job: Job) -> Path:
@@ -86,6 +90,7 @@ def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
     started, run = time.monotonic(), task.run
     with same_error():
         if rank() == 0:
+            unseal(folder)
             _keep_tokenizer(task, folder, job.resume)
             task.keep(folder)
     resume = job.resumes(folder)

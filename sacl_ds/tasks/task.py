@@ -60,6 +60,7 @@ class Task(ABC):
     """Annotation files are read when a split is first asked for. Raises UserError, with file and place."""
 
     rows: str  # what a row of a batch is called
+    kept: tuple[str, ...] = ()  # files in the run's directory that `keep` writes
     origin: str  # where the parts of the task's model come from that a pre-trained one does not have
 
     def __init__(self, run: FinetuneConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from sacl_ds.atomic import write_text
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.downstream.examples import ExampleSource
 from sacl_ds.data.downstream.question_batch import QuestionCollator
@@ -45,6 +46,7 @@ class VqaOutcome:
 
 class VqaTask(Task):
     rows = "questions"
+    kept = (ANSWERS,)
     origin = "answer_decoder.* starts as a copy of the fusion encoder, word embeddings and MLM head"
     main = "accuracy"
 
@@ -123,6 +125,7 @@ class VqaTask(Task):
         write_text(folder / ANSWERS, json.dumps(kept, indent=1))
 
     def take(self, folder: Path) -> None:
+        require_unchanged(folder, f"checkpoint={folder}", ANSWERS)
         kept = read_json(folder / ANSWERS)
         try:
             self._answers, self._baseline = list(kept["answers"]), dict(kept["most_frequent"])

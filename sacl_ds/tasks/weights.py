@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
+from sacl_ds.model.placing import fill
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import TOKENIZER, WEIGHTS, read_tensors
+from sacl_ds.model.saved import TOKENIZER, WEIGHTS, finished_weights
 from sacl_ds.model.starts.report import StartReport
 from sacl_ds.model.starts.start import load_starts, tokenizer_source
 from sacl_ds.model.starts.whole import place_run
@@ -30,7 +31,7 @@ def saved_state(checkpoint: str) -> tuple[dict[str, Tensor], int | None]:
         return state, stood.step
     if not (folder / WEIGHTS).exists():
         raise UserError(f"checkpoint={checkpoint}: no {WEIGHTS} there; give a finished run, or its checkpoints/step_N")
-    return read_tensors(folder / WEIGHTS, f"checkpoint={checkpoint}"), None
+    return finished_weights(folder, f"checkpoint={checkpoint}"), None
 
 
 def task_tokenizer(run: FinetuneConfig) -> Tokenizer | None:
@@ -62,11 +63,5 @@ def trained_model(task: Task, tokenizer: Tokenizer, state: dict[str, Tensor], la
     """The task's model with all of its weights from `state`. Raises UserError where they are not its own."""
     run = task.run
     model: Any = task.model(SaclModel(run.model, tokenizer.size, pretrained=False), tokenizer)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{label}: its weights are not of a model for {run.task} with these settings: {reason}"
-        ) from None
+    fill(model, state, label, f": its weights are not of a model for {run.task} with these settings")
     return model

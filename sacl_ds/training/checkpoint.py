@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sacl_ds import provenance
 from sacl_ds.atomic import flush, write_text
+from sacl_ds.checksums import Written, checksum
 from sacl_ds.distributed import barrier, broadcast_object, gather_objects, rank, same_error, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import FULL, UserError
@@ -49,7 +50,7 @@ from sacl_ds.training.checkpoint_folder import (
 )
 from sacl_ds.training.engine import fill_parameters, whole_parameters
 from sacl_ds.training.retention import Retention
-from sacl_ds.training.tensor_files import Entry, Fragments, Written, checksum, write_entries
+from sacl_ds.training.tensor_files import Entry, Fragments, write_entries
 
 if TYPE_CHECKING:  # not every run has one
     from sacl_ds.model.momentum import Momentum

@@ -6,7 +6,6 @@ folder of that name is complete; `latest` names the one that --resume takes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -19,10 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sacl_ds.atomic import write_text
+from sacl_ds import checksums
+from sacl_ds.checksums import Written, first_changed, write_manifest
 from sacl_ds.errors import UserError
 from sacl_ds.model import saved
-from sacl_ds.training.tensor_files import Fragments, Written, checksum
+from sacl_ds.training.tensor_files import Fragments
 
 FOLDER, LATEST, STATE, MANIFEST = "checkpoints", "latest", "state.json", "manifest.json"
 FROZEN, MOMENTUM = "frozen.safetensors", "momentum.safetensors"
@@ -57,8 +57,7 @@ class Manifest:
     shapes: dict[str, tuple[int, ...]]
 
     def save(self, folder: Path) -> None:
-        values = asdict(self)
-        write_text(folder / MANIFEST, json.dumps({"sha256": _digest(values), **values}, indent=1))
+        write_manifest(folder / MANIFEST, asdict(self))
 
 
 def tag_of(step: int) -> str:
@@ -111,47 +110,25 @@ def read_state(folder: Path) -> RunState:
 def read_manifest(folder: Path) -> Manifest:
     """Raises UserError."""
     try:
-        said = json.loads((folder / MANIFEST).read_text())
-        values = {name: said[name] for name in ("files", "shapes")}
-        if said["sha256"] != _digest(values):
-            raise ValueError("it is not as it was written")
-        files = {_file_name(name): Written(**written) for name, written in values["files"].items()}
+        values, files = checksums.read_manifest(folder / MANIFEST, ("files", "shapes"))
         shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
         for name, shape in shapes.items():
             if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) > sys.maxsize:
                 raise ValueError(f"{name!r} cannot be of shape {shape}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / MANIFEST} cannot be read: {_line(error)}; take another checkpoint of this run"
         ) from None
     return Manifest(files, shapes)
 
 
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _file_name(name: str) -> str:
-    """Raises ValueError where it may lie outside the checkpoint."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts or not name.isprintable():
-        raise ValueError(f"{name!r} is not a file of it")
-    return name
-
-
 def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
     """That those files are as they were written. Raises UserError, naming the first that is not."""
-    for name in names:
-        try:
-            found: Written | str = checksum(folder / name)
-        except OSError as error:
-            found = error.strerror or "unreadable"
-        if found != manifest.files[name]:
-            how = found if isinstance(found, str) else "its checksum is not that of its manifest"
-            raise UserError(
-                f"the checkpoint {folder} is damaged: {name}: {how}; remove this folder, and --resume takes the one "
-                "before it"
-            )
+    if changed := first_changed(folder, {name: manifest.files[name] for name in names}):
+        raise UserError(
+            f"the checkpoint {folder} is damaged: {': '.join(changed)}; remove this folder, and --resume takes the one "
+            "before it"
+        )
 
 
 def rank_files(folder: Path, manifest: Manifest) -> list[Path]:

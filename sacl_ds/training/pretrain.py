@@ -16,6 +16,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sacl_ds.checksums import unseal
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.data.loader import BatchLoader
@@ -26,7 +27,7 @@ from sacl_ds.distributed import broadcast_object, rank, same_error, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights, seal_run
 from sacl_ds.model.teacher import Teacher, load_teacher
 from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
 from sacl_ds.telemetry.weight_records import WeightRecords
@@ -129,6 +130,7 @@ class PretrainTask(TrainingTask):
             if rank() == 0:
                 try:
                     save_weights(weights, self.folder, steps)
+                    seal_run(self.folder)
                 except (OSError, SafetensorError) as error:
                     raise UserError(
                         f"{self.folder / WEIGHTS} cannot be written: {error}; the checkpoint of step {steps} is whole: "
@@ -233,6 +235,7 @@ def _build(phase: Phase, job: Job, evaluators: Evaluators, progress: RunProgress
         run, said = with_falling_weights(run, iter(beginning), teacher, job.device)
         progress.print(said)
     if rank() == 0:
+        unseal(folder)
         run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     frozen = FrozenModels(teacher, _momentum(run, model, teacher, job.device), run.train.precision)
     canonical = View(CanonicalView(run.model.image_size), tokenizer)

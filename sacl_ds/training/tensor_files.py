@@ -18,21 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sacl_ds.checksums import Written
 from sacl_ds.errors import UserError
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Written:
-    """A file as it was written: bytes and hexadecimal sha256."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -80,16 +72,6 @@ def write_entries(path: Path, entries: Iterable[Entry]) -> Written:
         file.flush()
         os.fsync(file.fileno())
     return Written(8 + len(text) + end, digest.hexdigest())
-
-
-def checksum(path: Path) -> Written:
-    """Of a file that is there. Raises OSError."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return Written(size, digest.hexdigest())
 
 
 def fragment_name(kind: str, name: str, start: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 from faulty import dying
 from starting import losses, program, start
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.telemetry.metrics import read
 
 CONTRASTIVE_ONLY = ["loss.matching_weight=0", "loss.mlm_weight=0"]
@@ -43,6 +44,10 @@ def test_a_finished_run_holds_what_it_should(runs) -> None:
     assert {p.name for p in folder.iterdir()} >= {
         "config.yaml", "metrics.jsonl", "checkpoints", "plots", "tokenizer", "model.safetensors", "teacher"
     }  # fmt: skip
+    for place in (folder, folder / "teacher"):
+        require_unchanged(place, "RUN")
+        files = json.loads((place / "checksums.json").read_text())["files"]
+        assert files.keys() >= {"config.yaml", "model.safetensors", "tokenizer/tokenizer.json"}
     assert {p.name for p in (folder / "plots").iterdir()} == {"losses.png", "retrieval.png"}
     lines = read(folder / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
@@ -146,6 +151,7 @@ def test_resume_with_other_data_says_so(shards: str, tmp_path: Path) -> None:
     start(tmp_path / "run", *arguments, "train.steps=2")
     done = start(tmp_path / "run", "--resume", *arguments, "train.steps=3", "data.streams=2")
     assert "the data or their order are not those of the checkpoint" in done.stdout
+    require_unchanged(tmp_path / "run", "RUN")  # of the weights and the configuration that it went on to
     assert len(losses(tmp_path / "run")) == 3
 
 

@@ -98,16 +98,14 @@ def test_a_clip_folder_of_transformers(kind: str, act: str, tmp_path: Path) -> N
     assert any(name.startswith("visual_projection") for name in source.left_over) == (kind != "vision")
 
 
-def test_what_a_folder_lacks_is_new(tmp_path: Path) -> None:
+def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
     """transformers would fill it with chance, and hand that over with the rest."""
     clip("model").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["vision_model.post_layernorm.bias"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model, source = started(config(QUICK, tmp_path))
-    assert {f"image_encoder.vit.{name}" for name in model.image_encoder.vit.state_dict()} - set(source.loaded) == {
-        "image_encoder.vit.norm.bias"
-    }
+    with pytest.raises(UserError, match=r"it lacks norm\.bias of the model's tensors; give weights that are whole$"):
+        started(config(QUICK, tmp_path))
     del state["vision_model.encoder.layers.1.self_attn.k_proj.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.weight is 64 × 32 there and 96 × 32 in the model"):
@@ -253,7 +251,11 @@ def test_a_norm_before_the_blocks_is_never_silent(tmp_path: Path) -> None:
     new = set(model.state_dict()) - set(source.loaded)
     assert {name for name in new if ".vit." in name} == {f"image_encoder.vit.norm_pre.{x}" for x in ("weight", "bias")}
     assert "the weights have none: it is new" in source.notes[0]
-    save_file(model.image_encoder.vit.state_dict(), tmp_path / "pre.safetensors")
+    normed = model.image_encoder.vit.state_dict()
+    save_file(normed, tmp_path / "pre.safetensors")
+    with pytest.raises(UserError, match=r"it lacks patch_embed\.proj\.bias of the model's tensors"):
+        started(config("vit_base_patch16_224", tmp_path / "pre.safetensors"))
+    save_file(normed | {"patch_embed.proj.bias": torch.zeros(32)}, tmp_path / "pre.safetensors")
     _, source = started(config("vit_base_patch16_224", tmp_path / "pre.safetensors"))
     assert set(source.left_over) == {"norm_pre.weight", "norm_pre.bias"}
     assert "has none: it computes something else" in source.notes[0]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import sources
 import torch
+from clips import clip_folder
 from PIL import Image
 from starting import losses, start
 from tars import write_tar
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor
 
 from sacl_ds.data.batch import TrainingView
 from sacl_ds.data.collate import Collator
@@ -25,33 +26,12 @@ from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
 from sacl_ds.model.teacher import load_teacher, teacher_features
 
-WORDS = ["red", "blue", "circle", "cross", "left", "above", "a", "the"]
 CAPTIONS = ["a red circle left the blue cross", "cross", "the red circle above a red red red red red circle"]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIPModel as save_pretrained leaves it, with processor and tokenizer."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = sorted({c for word in WORDS for c in word})
-    tokens = [*letters, *(c + "</w>" for c in letters), *(word + "</w>" for word in WORDS if len(word) == 2)]
-    vocabulary = {t: i for i, t in enumerate(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[])
-    end = vocabulary["<|endoftext|>"]
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**tower, "vocab_size": len(vocabulary), "max_position_embeddings": 24, "eos_token_id": end,
-                     "bos_token_id": end - 1, "pad_token_id": end},
-        vision_config={**tower, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    processor = CLIPImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
+    return clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 def samples() -> list[Sample]:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from saved import saved_run
 from starting import losses, program
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.config.finetune import TASKS
 from sacl_ds.telemetry.metrics import read
 
@@ -57,6 +58,10 @@ def test_a_finished_run_holds_what_it_should(task: str, tuned) -> None:
         "config.yaml", "metrics.jsonl", "checkpoints", "plots", "tokenizer", "model.safetensors", "best.json",
         "results.json", "start.txt", *FILES[task],
     }  # fmt: skip
+    require_unchanged(folder, "RUN")
+    sealed = json.loads((folder / "checksums.json").read_text())["files"].keys()
+    assert sealed >= {"config.yaml", "model.safetensors", "tokenizer/tokenizer.json"}
+    assert ("answers.json" in sealed) == (task == "vqa")
     assert [p.name for p in (folder / "plots").iterdir() if p.suffix == ".png"]
     kept = {p.name for p in (folder / "checkpoints").iterdir() if p.is_dir()}
     assert kept == {"step_00000008"}  # the newest alone

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from lines import is_one_line
 
+from sacl_ds.checksums import Written
 from sacl_ds.errors import UserError
 from sacl_ds.training.checkpoint_folder import (
     Manifest,
@@ -27,7 +28,6 @@ from sacl_ds.training.checkpoint_folder import (
     sweep,
     verify,
 )
-from sacl_ds.training.tensor_files import Written
 
 KEPT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)  # of tmp_path, overwritten
 

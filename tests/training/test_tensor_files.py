@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from lines import is_one_line
 from safetensors.torch import load_file
 
+from sacl_ds.checksums import Written, checksum
 from sacl_ds.errors import UserError
-from sacl_ds.training.tensor_files import Entry, Fragments, Written, checksum, fragment_name, write_entries
+from sacl_ds.training.tensor_files import Entry, Fragments, fragment_name, write_entries
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -15,7 +15,7 @@ from sacl_ds.data.text import attention_mask, pad
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts, world_size
 from sacl_ds.errors import SharedError
 from sacl_ds.evaluation.retrieval.data import Done, ImageRounds, RetrievalSet, Seen
-from sacl_ds.evaluation.rounds import require_few
+from sacl_ds.evaluation.rounds import require_few, require_finite
 from sacl_ds.model.sacl import SaclModel
 
 
@@ -63,7 +63,8 @@ def encode(
     model: SaclModel, data: RetrievalSet, view: View, device: torch.device, batch_size: int, states: bool, done: Done
 ) -> Encoded:
     """Each rank takes every world-th image and its share of the captions, and all run equally many forward passes:
-    under ZeRO 3 every pass is collective. Raises SharedError where too many images cannot be read, or all."""
+    under ZeRO 3 every pass is collective. Raises SharedError where too many images cannot be read, or all, and where
+    features are not finite."""
     rounds = ImageRounds(data, view, batch_size)
     features: list[np.ndarray] = []
     listed: list[tuple[int, str, list[str]]] = []
@@ -79,16 +80,19 @@ def encode(
         faults += wrong
     found.sort(key=lambda each: each[0][0])
     check(faults, data)
+    keys = [key for (_, key, _), _ in found]
     captions = [caption for (_, _, said), _ in found for caption in said]
     if not captions:
         raise SharedError(f"none of {data.count} images can be read with a caption: {faults[0] if faults else ''}")
+    image = np.stack([row for _, row in found])
+    require_finite(image, keys, "image features")
     text, text_states = encode_texts(model, captions, view, device, batch_size, states, done)
     return Encoded(
         numbers=np.array([number for (number, _, _), _ in found]),
-        keys=[key for (_, key, _), _ in found],
+        keys=keys,
         captions=captions,
         owner=np.repeat(np.arange(len(found)), [len(said) for (_, _, said), _ in found]),
-        image=np.stack([row for _, row in found]),
+        image=image,
         text=text,
         states=text_states,
         faults=faults,
@@ -138,7 +142,9 @@ def encode_texts(
             tokens.append(_gathered(made[: len(mine)][kept]))
         done("captions", min(start + together, len(rows)), len(rows))
     starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return np.concatenate(features), TextStates(torch.cat(tokens), starts) if states else None
+    joined = np.concatenate(features)
+    require_finite(joined, captions, "text features")
+    return joined, TextStates(torch.cat(tokens), starts) if states else None
 
 
 def _gathered(rows: Tensor) -> Tensor:

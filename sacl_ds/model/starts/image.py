@@ -13,11 +13,11 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from transformers import AutoConfig, ChineseCLIPModel, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import ChineseCLIPModel, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from sacl_ds.errors import CannotLoad, UserError
-from sacl_ds.model.starts.placing import place, require_shapes
-from sacl_ds.model.starts.quiet import quiet
+from sacl_ds.errors import UserError
+from sacl_ds.model.placing import place, require_parts, require_shapes
+from sacl_ds.model.starts.pretrained import load_pretrained, load_settings
 from sacl_ds.model.starts.report import SourceReport
 from sacl_ds.model.starts.weights_file import read_weights
 from sacl_ds.model.vision import ImageEncoder
@@ -25,6 +25,7 @@ from sacl_ds.model.vision import ImageEncoder
 PART = "image_encoder.vit."
 SETTING = "model.image_weights"
 _WHOLE = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModel, "chinese_clip": ChineseCLIPModel}
+_MOMENTUM = "_m."  # ends the name of a tower's moving average
 _CLIP_HEAD = 64  # values a head in every tower of OpenAI's
 _ACTIVATIONS = {"quickgelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _TRANSFORMERS = {  # parts of names -> timm's
@@ -89,7 +90,8 @@ def image_tower(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[st
         ("transformers", "embeddings.class_embedding", "embeddings.patch_embedding.weight"),
         ("timm", "cls_token", "patch_embed.proj.weight"),
     ):
-        ends = (name.removesuffix(anchor) for name in state if name.endswith(anchor))
+        found = (name.removesuffix(anchor) for name in state if name.endswith(anchor))
+        ends = (end for end in found if not end.endswith(_MOMENTUM))
         prefix = min((end for end in ends if end + other in state), key=len, default=None)
         if prefix is None:
             continue
@@ -122,7 +124,8 @@ def load_vit(
         )
     notes = _differences(vit, computation, label, encoder_name)
     tensors, interpolated = _fitted(vit, tensors, label)
-    loaded, unused = place(vit, tensors)
+    loaded, unused = place(vit, tensors, label)
+    require_parts(vit, loaded, label, new=None if computation.clip else "norm_pre.")
     missing = [name for name in vit.state_dict() if name not in tensors]
     if interpolated:
         notes.append(interpolated)
@@ -222,28 +225,21 @@ def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
     written = Path(name).expanduser() / "config.json"
     if written.is_file() and re.search(r'"architecture"\s*:', written.read_text(errors="replace")):
         raise UserError(f"{SETTING}={name}: a folder of timm's; give its model.safetensors")
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            if config.model_type not in _WHOLE:
-                raise UserError(
-                    f"{SETTING}={name} holds a model of type {config.model_type!r}; give a CLIP, or a file of weights"
-                )
-            _require_narrow(config, name)
-            whole = _WHOLE[config.model_type]
-            if "CLIPVisionModelWithProjection" in (config.architectures or ()):
-                whole = CLIPVisionModelWithProjection
-            model, info = whole.from_pretrained(name, output_loading_info=True, attn_implementation="sdpa")
-    except UserError:
-        raise
-    except Exception as error:  # a damaged config.json makes the library raise anything
-        raise CannotLoad(SETTING, name, error) from None
+    config = load_settings(name, SETTING)
+    if config.model_type not in _WHOLE:
+        raise UserError(
+            f"{SETTING}={name} holds a model of type {config.model_type!r}; give a CLIP, or a file of weights"
+        )
+    _require_narrow(config, name)
+    whole = _WHOLE[config.model_type]
+    if "CLIPVisionModelWithProjection" in (config.architectures or ()):
+        whole = CLIPVisionModelWithProjection
+    model, missing, unexpected = load_pretrained(whole, name, SETTING)
     vision = getattr(config, "vision_config", config)
     act = str(vision.hidden_act)
     computation = Computation(_ACTIVATIONS.get(act, act), vision.num_attention_heads, vision.layer_norm_eps)
-    missing = set(info["missing_keys"])  # transformers fills them with chance
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
-    return state | {name: torch.empty(0) for name in info["unexpected_keys"]}, computation
+    return state | {name: torch.empty(0) for name in unexpected}, computation
 
 
 def _require_narrow(config: Any, name: str) -> None:

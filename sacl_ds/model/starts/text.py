@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
-from sacl_ds.errors import CannotLoad, UserError
+from sacl_ds.errors import UserError
+from sacl_ds.model.placing import place, require_parts, require_shapes
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.starts.placing import place, require_shapes
-from sacl_ds.model.starts.quiet import quiet
+from sacl_ds.model.starts.pretrained import load_pretrained, load_settings
 from sacl_ds.model.starts.report import SourceReport
 
 SETTING = "model.text_encoder"
@@ -45,18 +45,14 @@ def load_bert(model: SaclModel, name: str) -> SourceReport:
             f"{label}: {config.num_attention_heads} heads there and {own.num_attention_heads} in the model; "
             f"set model.text_heads={config.num_attention_heads}"
         )
-    try:
-        with quiet():
-            bert, info = BertForMaskedLM.from_pretrained(name, output_loading_info=True, attn_implementation="sdpa")
-    except Exception as error:  # a damaged config.json makes the library raise anything
-        raise CannotLoad(SETTING, name, error) from None
-    missing = set(info["missing_keys"])  # transformers fills them with chance
+    bert, missing, unexpected = load_pretrained(BertForMaskedLM, name, SETTING)
     state = {key.removeprefix("bert."): value for key, value in bert.state_dict().items() if key not in missing}
     if WORDS not in state:
         raise UserError(f"{label}: no BERT in its weights; give a folder of BertModel or BertForMaskedLM")
     tensors, left_over = bert_tensors(state, model, label)
-    left_over += sorted(info["unexpected_keys"])
-    loaded, _ = place(model, tensors)
+    left_over += unexpected
+    loaded, _ = place(model, tensors, label)
+    require_parts(model, loaded, label, PARTS[:2], new=".crossattention.")
     notes = []
     if config.layer_norm_eps != own.layer_norm_eps:
         notes.append(f"norms have eps {config.layer_norm_eps:g} there and {own.layer_norm_eps:g} in the model")
@@ -110,6 +106,12 @@ def _require_sizes(state: Mapping[str, Tensor], model: SaclModel, label: str) ->
             f"{label}: {WORDS} is {words.shape[0]} × {words.shape[1]} there and {own_words} × {width} in the model; "
             f"set model.text_width={words.shape[1]} and model.text_heads to match"
         )
+    crossed = {int(m[1]) for name in state if (m := re.match(r"encoder\.layer\.(\d+)\.crossattention\.", name))}
+    if 0 in crossed:
+        raise UserError(
+            f"{label}: BLIP's layout, whose text encoder reads the image from layer 0 on, so that none of its layers "
+            "sees texts alone; give an ALBEF, or this as model.image_weights, which takes its image encoder"
+        )
     layers = len({m[1] for name in state if (m := re.match(r"encoder\.layer\.(\d+)\.", name))})
     wanted = len(text.encoder.layer) + len(fusion.layer)
     if layers != wanted:
@@ -117,7 +119,6 @@ def _require_sizes(state: Mapping[str, Tensor], model: SaclModel, label: str) ->
             f"{label} has {layers} layers, and model.text_layers + model.fusion_layers is {wanted}; "
             f"set e.g. model.text_layers={layers - layers // 2} model.fusion_layers={layers // 2}"
         )
-    crossed = {int(m[1]) for name in state if (m := re.match(r"encoder\.layer\.(\d+)\.crossattention\.", name))}
     if crossed and min(crossed) != len(text.encoder.layer):
         raise UserError(
             f"{label} reads the image from layer {min(crossed)} on; model.text_layers is {len(text.encoder.layer)}; "
@@ -138,11 +139,7 @@ def _require_sizes(state: Mapping[str, Tensor], model: SaclModel, label: str) ->
 
 def _config(name: str):  # type: ignore[no-untyped-def]
     """The configuration of a BERT. Raises UserError where it cannot be loaded or is of another model."""
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise CannotLoad(SETTING, name, error) from None
+    config = load_settings(name, SETTING)
     if config.model_type != "bert":
         raise UserError(f"{SETTING}={name} holds a model of type {config.model_type!r}; give a BERT")
     return config

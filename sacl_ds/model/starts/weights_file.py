@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sacl_ds.errors import UserError
+from sacl_ds.model.placing import require_weights
 from sacl_ds.model.starts.torchscript import is_torchscript, read_torchscript
 
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+_WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # wherever they stand in a name
+_MODULE = "module."  # of DataParallel and DDP: before all names
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    tensors: dict[str, Tensor]  # by name, without a 'module.' that all of them have
+    tensors: dict[str, Tensor]  # by name, without what torch.compile, DDP and FSDP put into names
     torchscript: bool  # an archive as OpenAI publishes CLIP
 
 
@@ -33,6 +37,7 @@ def read_weights(path: str, setting: str) -> WeightsFile:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{setting}={path}: no such file; correct the path")
+    require_weights(file, f"{setting}={path}")
     torchscript = False
     try:
         torchscript = is_torchscript(file)
@@ -48,6 +53,8 @@ def read_weights(path: str, setting: str) -> WeightsFile:
                 f"{setting}={path}: a TorchScript archive that is damaged or more than weights ({error}); "
                 "fetch it again, or give the state dict of its model"
             ) from None
+        if not _names_objects(error):
+            raise UserError(f"{setting}={path} cannot be read: it is no file of torch.save; fetch it again") from None
         raise UserError(
             f"{setting}={path}: it holds objects other than tensors, which may run code when loaded; if you trust "
             "it, keep its weights: torch.save({'model': torch.load(FILE, weights_only=False)['model']}, NEW)"
@@ -58,16 +65,39 @@ def read_weights(path: str, setting: str) -> WeightsFile:
     tensors = _tensors(loaded)
     if not tensors:
         raise UserError(f"{setting}={path}: no state dict in it; give a file of names and tensors")
-    return WeightsFile(tensors, torchscript)
+    return WeightsFile(_plain(tensors, f"{setting}={path}"), torchscript)
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether a name shows that weights lie one level deeper, or that a wrapper of the model has named them."""
+    return name in _WRAPPERS or name.startswith(_MODULE) or any(part in name for part in _WRAPPED)
+
+
+def _names_objects(error: pickle.UnpicklingError) -> bool:
+    """Whether torch.load refused what a file asks for, rather than failed to read it."""
+    return re.search("GLOBAL|Can only (build|create)", str(error)) is not None
 
 
 def _tensors(loaded: Any) -> dict[str, Tensor]:
     for _ in _WRAPPERS:  # one in another, each at most once
-        if isinstance(loaded, Mapping) and not any(isinstance(value, Tensor) for value in loaded.values()):
-            loaded = next((loaded[key] for key in _WRAPPERS if key in loaded), None)
+        if isinstance(loaded, Mapping):
+            inner = (loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping))
+            loaded = next(inner, loaded)
     if not isinstance(loaded, Mapping):
         return {}
-    found = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-    if all(name.startswith("module.") for name in found):
-        found = {name.removeprefix("module."): value for name, value in found.items()}
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _plain(tensors: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    """Without the parts of names that wrappers of the model add. Raises UserError where two names become one."""
+    names = list(tensors)
+    for part in _WRAPPED:
+        names = [name.replace(part, "") for name in names]
+    while all(name.startswith(_MODULE) for name in names):
+        names = [name.removeprefix(_MODULE) for name in names]
+    found: dict[str, Tensor] = {}
+    for name, tensor in zip(names, tensors.values(), strict=True):
+        if name in found:
+            raise UserError(f"{label}: it holds {name} twice, with and without a wrapper's name; give one of the two")
+        found[name] = tensor
     return found

@@ -10,12 +10,13 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import ModelConfig
 from sacl_ds.errors import UserError
+from sacl_ds.model.placing import place, require_parts, require_shapes
 from sacl_ds.model.sacl import MAX_LOGIT_SCALE, SaclModel
-from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, read_tensors, saved_model_config
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, finished_weights, saved_model_config
 from sacl_ds.model.starts.image import PART, Computation, image_tower, load_vit
-from sacl_ds.model.starts.placing import place, require_shapes
 from sacl_ds.model.starts.report import SourceReport
 from sacl_ds.model.starts.text import WORDS, bert_tensors
 from sacl_ds.model.starts.weights_file import read_weights
@@ -29,6 +30,7 @@ _HEADS = {
 }
 _ALBEF = Computation(activation="gelu", eps=1e-6)  # of its image encoder
 _POSITIONS = "text_encoder.bert.embeddings.position_embeddings.weight"
+_ENCODERS = ("image_encoder.", "text_encoder.", "fusion_encoder.")
 _SIZES = ("text_width", "text_heads", "text_layers", "fusion_layers", "embed_dim")
 
 
@@ -46,7 +48,8 @@ def run_folder(start: str) -> Path | None:
 
 
 def run_positions(folder: Path) -> int:
-    """Text positions of a finished run's model."""
+    """Text positions of a finished run's model. Raises UserError."""
+    require_unchanged(folder, f"{SETTING}={folder}", WEIGHTS)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             return int(file.get_slice(_POSITIONS).get_shape()[0])
@@ -77,14 +80,14 @@ def _load_albef(model: SaclModel, config: ModelConfig, start: str) -> SourceRepo
         )
     heads = {own: state[name] for name, own in _HEADS.items() if name in state}
     if "temp" in state:
-        scale = -torch.log(state["temp"].float().view(1))
-        heads["logit_scale.log_scale"] = scale.clamp(0.0, math.log(MAX_LOGIT_SCALE))
+        heads["logit_scale.log_scale"] = _log_scale(state["temp"], label)
     bert, left_text = bert_tensors(text, model, label)
     shared = state.get("vision_proj.weight")
     dim = f"set model.embed_dim={shared.shape[0]}" if shared is not None else "choose its sizes"
     vit_loaded, vit_left, notes = load_vit(model.image_encoder.vit, tower[0], _ALBEF, label, config.image_encoder)
     require_shapes(model, heads, label, dim)
-    loaded, _ = place(model, {**bert, **heads})
+    loaded, _ = place(model, {**bert, **heads}, label)
+    require_parts(model, loaded, label, ("text_encoder.", "fusion_encoder."))
     original = {_bert_name(name): name for name in state if name.startswith("text_encoder.")}
     used = {*vision, *original.values(), "temp", *_HEADS}
     left = [f"visual_encoder.{name}" for name in vit_left] + [original[name] for name in left_text if name in original]
@@ -94,13 +97,20 @@ def _load_albef(model: SaclModel, config: ModelConfig, start: str) -> SourceRepo
     return SourceReport(SETTING, start, ("",), [PART + n for n in vit_loaded] + loaded, left, state.keys(), notes)
 
 
+def _log_scale(temperature: Tensor, label: str) -> Tensor:
+    """(1,) log of 1 / temperature, within the model's bounds. Raises UserError where that is no positive number."""
+    if temperature.numel() != 1 or not 0 < float(temperature) < math.inf:
+        raise UserError(f"{label}: its temp is {temperature.tolist()}, no temperature; give weights that are whole")
+    return -torch.log(temperature.float().view(1)).clamp(-math.log(MAX_LOGIT_SCALE), 0.0)
+
+
 def _bert_name(name: str) -> str:
     return name.removeprefix("text_encoder.").removeprefix("bert.")
 
 
 def _load_run(model: SaclModel, config: ModelConfig, folder: Path) -> SourceReport:
     label = f"{SETTING}={folder}"
-    return place_run(model, config, folder, read_tensors(folder / WEIGHTS, label), label)
+    return place_run(model, config, folder, finished_weights(folder, label), label)
 
 
 def place_run(
@@ -122,7 +132,8 @@ def place_run(
             notes.append(f"that run has model.{key}={there}, this one {here}")
     state, interpolated = _resampled(model, state)
     require_shapes(model, state, label, f"set model.image_encoder and model.image_size as in {folder / CONFIG}")
-    loaded, left_over = place(model, state)
+    loaded, left_over = place(model, state, label)
+    require_parts(model, loaded, label, _ENCODERS)
     return SourceReport(
         label.partition("=")[0], str(folder), ("",), loaded, left_over, state.keys(), (*notes, *interpolated)
     )

@@ -1,0 +1,114 @@
+"""Files as they were written: a manifest of their sizes and sha256, checked wherever they are read.
+
+A checkpoint has one (`sacl_ds.training.checkpoint_folder`), and so has what is finished: a run, its teacher, an export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sacl_ds.atomic import write_text
+from sacl_ds.errors import UserError
+
+FILE = "checksums.json"  # of what is finished
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file as it was written: bytes and hexadecimal sha256."""
+
+    size: int
+    sha256: str
+
+
+def checksum(path: Path) -> Written:
+    """Of a file that is there. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return Written(size, digest.hexdigest())
+
+
+def write_manifest(path: Path, values: dict[str, Any]) -> None:
+    """A manifest with its own checksum in it, atomically. values: JSON's. Raises OSError."""
+    write_text(path, json.dumps({"sha256": _digest(values), **values}, indent=1))
+
+
+def read_manifest(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Written]]:
+    """What `write_manifest` wrote under `names`, and the entry `files` among it. Raises OSError, or ValueError where it
+    is not as it was written."""
+    try:
+        said = json.loads(path.read_text())
+        values = {name: said[name] for name in names}
+        if said["sha256"] != _digest(values):
+            raise ValueError("it is not as it was written")
+        return values, {_inside(name): Written(**written) for name, written in values["files"].items()}
+    except KeyError as error:
+        raise ValueError(f"it lacks {error}") from None
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def first_changed(folder: Path, files: Mapping[str, Written]) -> tuple[str, str] | None:
+    """The first of these files that is not as it was written, and how; None where all are."""
+    for name in sorted(files):
+        try:
+            if checksum(folder / name) != files[name]:
+                return name, "its checksum is not that of its manifest"
+        except OSError as error:
+            return name, error.strerror or "unreadable"
+    return None
+
+
+def seal(folder: Path, names: Iterable[str]) -> None:
+    """Write the manifest of what is finished: of these files, and of all in these folders. Raises OSError."""
+    parts = [folder / name for name in names]
+    found = [file for part in parts for file in [part, *sorted(part.rglob("*"))] if file.is_file()]
+    written = {file.relative_to(folder).as_posix(): asdict(checksum(file)) for file in found}
+    write_manifest(folder / FILE, {"files": written})
+
+
+def unseal(folder: Path) -> None:
+    """Before any of its files changes. Raises OSError."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
+def require_unchanged(folder: Path, source: str, *names: str) -> None:
+    """Raises UserError where a file of `folder` is not as it was when that was finished.
+
+    names: files and folders in it, with all that was in them; without any, all that there was. Folders without a
+    manifest (of runs that are going on, or made by others) are taken as they are.
+    """
+    if not os.path.isfile(folder / FILE):  # False, too, for what no file system takes as a name
+        return
+    try:
+        _, files = read_manifest(folder / FILE, ("files",))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {FILE} cannot be read: {error}; take a whole copy of the folder") from None
+    chosen = {file: written for file, written in files.items() if not names or file.partition("/")[0] in names}
+    if changed := first_changed(folder, chosen):
+        raise UserError(
+            f"{source}: {': '.join(changed)} ({FILE}); take a whole copy of the folder, or, if you changed that file "
+            f"yourself, remove {FILE}"
+        )
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _inside(name: str) -> str:
+    """Raises ValueError where it may lie outside the folder."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise ValueError(f"{name!r} is not a file of it")
+    return name
