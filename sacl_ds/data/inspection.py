@@ -184,7 +184,7 @@ def _look(
     images.add(data)
     if future is None:
         reason = "no image"
-    elif PROBLEM not in fields:
+    else:
         found.image_bytes.append(len(data[0]))
         try:
             facts = future.result()
@@ -254,7 +254,7 @@ def _in_order(
 
 def _image_of(fields: dict[str, Any]) -> list[bytes]:
     data = image_of(fields)
-    return [] if data is None else [data]
+    return [] if data is None or PROBLEM in fields else [data]
 
 
 def _part(whole: int, number: int, parts: int) -> int:

@@ -89,8 +89,9 @@ def test_counts_of_remote_shards(served: Server) -> None:
     assert served.asked["1.tar"] == 1
 
 
-def test_gaps_on_a_server(served: Server) -> None:
+def test_gaps_on_a_server(served: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which says that it has no such shard; one that fails in another way is no gap."""
+    monkeypatch.setattr(index, "_ATTEMPTS", 1)
     stats_path(served.folder / "1.tar").unlink()
     (served.folder / "1.tar").unlink()
     found = index_shards(pattern(served), allow_missing=1)

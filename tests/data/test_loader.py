@@ -211,7 +211,7 @@ def test_duplicates_share_an_id(tmp_path: Path) -> None:
 BAD = {
     "no picture": (5, {"jpg": b"no picture", "txt": b"words"}, "the image cannot be decoded: not an image"),
     "cut": (9, {"jpg": jpeg(9, (64, 64))[:-30], "txt": b"words"}, "the image cannot be decoded: "),
-    "no caption": (17, {"jpg": jpeg(17)}, "no caption in its .txt or .json"),
+    "no caption": (17, {"jpg": jpeg(17)}, "no .txt or .json beside its picture in the tar"),
     "empty caption": (30, {"jpg": jpeg(30), "txt": b"   "}, "no caption in its .txt or .json"),
 }
 

@@ -210,13 +210,13 @@ def turned(kind: str, orientation: int, by: str) -> dict[str, object]:
 
 CLEAR = {
     "png": {"1": 0, "L": 85, "P": 1, "RGB": (85, 85, 85), "I;16": 85 * 257},
-    "gif": {"L": 1, "P": 1, "RGB": 1},
+    "gif": {"L": 1, "P": 1},
 }
 MODES = {
     "png": ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"],
     "jpeg": ["L", "RGB", "CMYK"],
     "webp": ["RGB", "RGBA"],
-    "gif": ["L", "P", "RGB"],
+    "gif": ["1", "L", "P"],
 }
 
 

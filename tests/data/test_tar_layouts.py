@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tars import batches, jpeg, sample
+from tars import batches, jpeg
 from webdataset import TarWriter
 
 from sacl_ds.data.faults import BadSample, Fault
@@ -21,11 +21,14 @@ from sacl_ds.data.shards.index import ShardIndex, count_samples
 from sacl_ds.data.shards.source import ShardSource
 
 SAMPLES = 6
+IMAGES = [jpeg(40 * i) for i in range(SAMPLES)]
 Entry = tuple[str, bytes | str | None]  # name; content, the name that a link leads to, None for a folder
 
 
 def files(key: Callable[[int], str] = "{:03d}".format) -> list[Entry]:
-    return [(f"{key(i)}.{ending}", data) for i in range(SAMPLES) for ending, data in sample(i)[1].items()]
+    return [
+        entry for i in range(SAMPLES) for entry in [(f"{key(i)}.jpg", IMAGES[i]), (f"{key(i)}.txt", f"{i}".encode())]
+    ]
 
 
 def repeated(draw: Any) -> list[Entry]:
@@ -140,8 +143,7 @@ def test_every_sample_is_read_or_named(layout: str, writer: str, data: Any, tmp_
     good = [each for each in served if not isinstance(each, Fault)]
     bad = [each for each in served if isinstance(each, Fault)]
     # what is read is a picture with its own caption
-    captions = {jpeg(i): f"picture number {i}" for i in range(SAMPLES)}
-    assert all(said == [captions[image]] for _, said, image in good)
+    assert all(said == [f"{IMAGES.index(image)}"] for _, said, image in good)
     # nobody is forgotten: every picture of the tar is read or named
     with tarfile.open(folder / "0.tar") as tar:
         pictures = {member.name[:-4] for member in tar if member.name.endswith(".jpg") and not member.isdir()}
