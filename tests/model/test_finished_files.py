@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documented import assert_documented
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lines import is_one_line
@@ -206,6 +207,8 @@ def test_features_that_are_not_finite_are_not_judged(part: str, folder: Path) ->
     with pytest.raises(UserError, match=rf"{kind} features of .* examples are not finite, those of '") as error:
         judge(model.eval(), view, CPU)
     assert is_one_line(error.value)
+    if part == "image_projection":
+        assert_documented(f"error: {error.value}")
     subject = load_subject(folder / "run")
     assert subject.teacher is not None
     subject.teacher.model.image_projection.weight.data[0, 0] = float("inf")  # type: ignore[attr-defined]
