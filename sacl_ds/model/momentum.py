@@ -78,7 +78,7 @@ class Momentum:
         counts = row_counts(image)
         together = gather_rows(torch.cat(list(columns.values()), 1), counts)
         parts = together.split([column.shape[1] for column in columns.values()], 1)
-        ids = gather_rows(pair_ids.view(len(image), -1), counts)
+        ids = gather_rows(pair_ids, counts)
         self.queue.push({**dict(zip(columns, parts, strict=True)), "ids": ids})
 
     @property
