@@ -263,6 +263,7 @@ def test_two_tasks_train_one_model(launcher: str, two_ranks: list[float], tmp_pa
     assert losses(tmp_path / "run") == pytest.approx(two_ranks, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here")
 def test_mpirun_itself(two_ranks: list[float], tmp_path: Path) -> None:
     env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "DS_ACCELERATOR": "cpu"}
