@@ -14,7 +14,7 @@ from sacl_ds.errors import UserError
 SHORT = ["train.steps=4", "train.save_every=2", "teacher.steps=0", "loss.matching_weight=0", "loss.mlm_weight=0"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
 def test_checkpoints_hold_the_weights_of_the_run(stage: int, tmp_path: Path) -> None:
     """The last one those that the run itself gathered and saved, an earlier one others."""
     settings = json.loads((ROOT / "ds_configs/zero1.json").read_text())

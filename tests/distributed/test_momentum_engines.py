@@ -82,7 +82,7 @@ def averaging_ranks(rank: int, world: int, folder: Path) -> None:
         torch.save({"trajectory": trajectory, "state": momentum.state()}, folder / f"{stage} {rank}.pt")
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_average_is_that_of_the_full_parameters(world: int, tmp_path: Path) -> None:
     """To the bit at every stage and on every rank; between stages, where Adam's rounding differs, to 1e-5."""
     on_ranks(world, averaging_ranks, world, tmp_path)

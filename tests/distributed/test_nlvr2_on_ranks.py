@@ -126,7 +126,7 @@ def engine_ranks(rank: int, world: int, folder: Path) -> None:
             engine.destroy()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_through_deepspeed(world: int, tmp_path: Path) -> None:
     on_ranks(world, engine_ranks, world, tmp_path)
     states = {}

@@ -214,6 +214,7 @@ def make_shards(folder: Path) -> str:
     return f"{folder}/{{00000..00003}}.tar"
 
 
+@pytest.mark.slow
 def test_one_node(tmp_path: Path) -> None:
     done = doctor("--shards", make_shards(tmp_path / "train"), "--output_dir", str(tmp_path / "run"), "--json")
     assert done.returncode == 0, done.stdout + done.stderr

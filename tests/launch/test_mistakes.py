@@ -63,10 +63,10 @@ def shard(
     "how",
     [
         {"broken": {20: (b"not a picture", None)}},
-        {"broken": {20: (None, b"  ")}},
+        pytest.param({"broken": {20: (None, b"  ")}}, marks=pytest.mark.slow),
         {"broken": {20: (None, b"caf\xe9")}},
-        {"broken": {}, "twice": [20]},
-        {"broken": {}, "apart": [20]},
+        pytest.param({"broken": {}, "twice": [20]}, marks=pytest.mark.slow),
+        pytest.param({"broken": {}, "apart": [20]}, marks=pytest.mark.slow),
     ],
     ids=["image", "caption", "encoding", "twice", "apart"],
 )

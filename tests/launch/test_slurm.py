@@ -244,7 +244,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun", "srun, few variables"])
+@pytest.mark.parametrize(
+    "launcher", ["srun", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mpirun", "srun, few variables"))]
+)
 def test_two_tasks_train_one_model(launcher: str, two_ranks: list[float], tmp_path: Path) -> None:
     line = ["launch/pretrain.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={tmp_path}/run", *SMALL, *TWO]
     port = str(free_port())

@@ -53,7 +53,7 @@ def read_weights(path: str, setting: str) -> WeightsFile:
                 f"{setting}={path}: a TorchScript archive that is damaged or more than weights ({error}); "
                 "fetch it again, or give the state dict of its model"
             ) from None
-        if not _names_objects(error):
+        if not _names_objects(file, error):
             raise UserError(f"{setting}={path} cannot be read: it is no file of torch.save; fetch it again") from None
         raise UserError(
             f"{setting}={path}: it holds objects other than tensors, which may run code when loaded; if you trust "
@@ -73,9 +73,11 @@ def is_wrapped(name: str) -> bool:
     return name in _WRAPPERS or name.startswith(_MODULE) or any(part in name for part in _WRAPPED)
 
 
-def _names_objects(error: pickle.UnpicklingError) -> bool:
-    """Whether torch.load refused what a file asks for, rather than failed to read it."""
-    return re.search("GLOBAL|Can only (build|create)", str(error)) is not None
+def _names_objects(file: Path, error: pickle.UnpicklingError) -> bool:
+    """Whether torch.load refused what a pickle asks for, rather than failed to read the file."""
+    with file.open("rb") as opened:
+        pickled = opened.read(1) == pickle.PROTO or zipfile.is_zipfile(file)
+    return pickled and re.search("GLOBAL|Can only (build|create)", str(error)) is not None
 
 
 def _tensors(loaded: Any) -> dict[str, Tensor]:
