@@ -171,12 +171,14 @@ class Court:
         if mistake:
             self._mistaken.add(beat.rank)
         self._heard[beat.rank], self._at[beat.rank] = Heard(beat, words=words), time.monotonic()
-        answer = {"verdict": self._said, "mistake": self._mistake, "host": socket.gethostname()}
+        with self._lock:  # a verdict that is reached from here on is fetched with the next beat
+            verdict, mistake = self._said, self._mistake
+        answer = {"verdict": verdict, "mistake": mistake, "host": socket.gethostname()}
         try:
             peer.sendall(json.dumps(answer).encode() + b"\n")
         except OSError:
             return False
-        return self._said is None
+        return verdict is None
 
 
 class Witness:

@@ -167,6 +167,21 @@ def test_a_mistake_of_one_is_a_mistake_of_all(number: int, job: Callable[..., Jo
             assert place.mistake is True
 
 
+def test_a_verdict_that_is_reached_while_a_beat_is_answered(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes with the next beat: the connection stays."""
+    made, name = job(1), socket.gethostname()
+    beaten(made.court, 1)
+
+    def host() -> str:
+        made.court._said = "rank 0 failed: no such file"
+        return name
+
+    monkeypatch.setattr(socket, "gethostname", host)
+    assert made.others[0].told(SOON + 1)[0] == "rank 0 failed: no such file"
+
+
 def test_a_process_that_stands_still(job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
     """And the others are told though it fetches no verdict."""
     made = job(1, world=3)
