@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from os.path import expanduser
 from typing import Any
+
+from sacl_ds.config.paths import expanded
 
 _RAW = argparse.RawDescriptionHelpFormatter
 _SUBJECT = "finished run, RUN/checkpoints/step_N, or features saved by --save-features"
@@ -22,9 +23,9 @@ def data_options(parser: argparse.ArgumentParser, shards: bool = True) -> None:
         )
     else:
         parser.set_defaults(shards=None, count=10**9)
-    data.add_argument("--teacher", type=expanduser, help="as teacher.checkpoint, or 'none' (default: the run's own)")
+    data.add_argument("--teacher", type=expanded, help="as teacher.checkpoint, or 'none' (default: the run's own)")
     data.add_argument(
-        "--save-features", type=expanduser, metavar="DIR", help="keep the features, to be given in the place of the run"
+        "--save-features", type=expanded, metavar="DIR", help="keep the features, to be given in the place of the run"
     )
     data.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
 
@@ -59,7 +60,7 @@ def _scan(subparsers: Any) -> None:
         "python tools/weight_analysis.py scan runs/scenes-001 runs/scenes-002",
     )
     parser.add_argument(
-        "paths", nargs="+", type=expanduser, metavar="RUN", help=f"{_SUBJECT}; several are shown side by side"
+        "paths", nargs="+", type=expanded, metavar="RUN", help=f"{_SUBJECT}; several are shown side by side"
     )
     data_options(parser)
     weight_options(parser)
@@ -79,7 +80,7 @@ def _calibrate(subparsers: Any) -> None:
         "python tools/weight_analysis.py calibrate runs/scenes-001 --share 0.3\n"
         "  python tools/weight_analysis.py calibrate runs/scenes-001 --false-share 0.04",
     )
-    parser.add_argument("path", type=expanduser, metavar="RUN", help=_SUBJECT)
+    parser.add_argument("path", type=expanded, metavar="RUN", help=_SUBJECT)
     data_options(parser)
     wanted = parser.add_argument_group("what is wanted")
     wanted.add_argument("--share", type=float, default=0.2, help="of the negatives (default: %(default)s, the paper's)")
@@ -106,7 +107,7 @@ def _suspects(subparsers: Any) -> None:
         "python tools/weight_analysis.py suspects runs/cc3m-001 \\\n"
         "      --shards '/data/{00000..00331}.tar' --out suspects.parquet",
     )
-    parser.add_argument("path", type=expanduser, metavar="RUN", help=_SUBJECT)
+    parser.add_argument("path", type=expanded, metavar="RUN", help=_SUBJECT)
     data_options(parser)
     weight_options(parser)
     chosen = parser.add_argument_group("which pairs")
@@ -119,9 +120,9 @@ def _suspects(subparsers: Any) -> None:
     )
     chosen.add_argument("--top", type=int, default=10_000, metavar="N", help="at most so many (default: %(default)s)")
     files = parser.add_argument_group("files")
-    files.add_argument("--out", required=True, type=expanduser, metavar="FILE", help="suspects.parquet or suspects.csv")
+    files.add_argument("--out", required=True, type=expanded, metavar="FILE", help="suspects.parquet or suspects.csv")
     files.add_argument(
-        "--grouping", type=expanduser, metavar="FILE", help="parquet for data.grouping: samples that are no negatives"
+        "--grouping", type=expanded, metavar="FILE", help="parquet for data.grouping: samples that are no negatives"
     )
     files.add_argument(
         "--largest-group", type=int, default=20, metavar="N", help="no group grows past this (default: %(default)s)"
@@ -138,18 +139,18 @@ def _detect(subparsers: Any) -> None:
         "  python tools/weight_analysis.py detect runs/coco-001 \\\n"
         "      --coco dataset_coco.json --images coco/",
     )
-    parser.add_argument("path", type=expanduser, metavar="RUN", help=_SUBJECT)
+    parser.add_argument("path", type=expanded, metavar="RUN", help=_SUBJECT)
     data_options(parser, shards=False)
     weight_options(parser)
     truth = parser.add_argument_group("truth")
     truth.add_argument("--scenes", type=int, metavar="N", help="held-out scenes (default: the run's eval_count)")
     truth.add_argument(
         "--coco",
-        type=expanduser,
+        type=expanded,
         metavar="JSON",
         help="Karpathy's dataset_coco.json: ECCV Caption and CxC (eccv_caption)",
     )
-    truth.add_argument("--images", type=expanduser, metavar="DIR", help="COCO's images, in or under this folder")
+    truth.add_argument("--images", type=expanded, metavar="DIR", help="COCO's images, in or under this folder")
     _out(parser, "detection")
     parser.set_defaults(act=_act_detect)
 
@@ -158,7 +159,7 @@ def _out(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--out",
         default=default,
-        type=expanduser,
+        type=expanded,
         metavar="DIR",
         help="folder for what is written (default: %(default)s)",
     )

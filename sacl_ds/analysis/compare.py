@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from os.path import expanduser
 from typing import Any
+
+from sacl_ds.config.paths import expanded
 
 _EXAMPLE = """example:
   python tools/weight_analysis.py compare runs/scenes-001 runs/scenes-002 --out compare
@@ -21,9 +22,9 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("a", type=expanduser, metavar="RUN_A", help="finished run, or RUN/checkpoints/step_N")
+    parser.add_argument("a", type=expanded, metavar="RUN_A", help="finished run, or RUN/checkpoints/step_N")
     parser.add_argument(
-        "b", type=expanduser, metavar="RUN_B", help="another; or 'teacher': A's model alone against its teacher alone"
+        "b", type=expanded, metavar="RUN_B", help="another; or 'teacher': A's model alone against its teacher alone"
     )
     parser.add_argument(
         "--shards", nargs="+", metavar="PATTERN", help="pairs to weigh, as data.shards (default: A's held-out data)"
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out",
         default="compare",
-        type=expanduser,
+        type=expanded,
         metavar="DIR",
         help="folder for what is written (default: %(default)s)",
     )

@@ -12,7 +12,7 @@ _BEFORE_PATHS = ("@", "local-dir:")  # of a list of shards; of timm
 
 
 def expanded(path: str) -> str:
-    """Also behind `@` and `local-dir:`; other text, such as a hub name, as it is."""
+    """Also after `@` and `local-dir:`; other text, such as a hub name, as it is."""
     before = next((each for each in _BEFORE_PATHS if path.startswith(each)), "")
     return before + os.path.expanduser(path.removeprefix(before))
 

@@ -32,14 +32,7 @@ from sacl_ds.losses.regulated import (
     log_weights_of,
     negatives_in_batch,
 )
-from sacl_ds.losses.streaming import (
-    GlobalBatch,
-    TileJob,
-    exactly_once,
-    ids_by_column,
-    least_kept,
-    normalised,
-)
+from sacl_ds.losses.streaming import GlobalBatch, TileJob, exactly_once, ids_by_column, least_kept, normalised
 from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, constant, row_products, tiles_of, wide
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from os.path import expanduser
 from typing import Any
+
+from sacl_ds.config.paths import expanded
 
 _EXAMPLE = """example:
   python tools/weight_analysis.py report runs/scenes-001
@@ -23,11 +24,11 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", type=expanduser, metavar="RUN",
+        "run", type=expanded, metavar="RUN",
         help="run directory, finished or not, with weights/ (records.every); or RUN/checkpoints/step_N, as far as that",
     )  # fmt: skip
     parser.add_argument(
-        "--against", type=expanduser, metavar="RUN_B", help="finished run or checkpoint: retrieval of both side by side"
+        "--against", type=expanded, metavar="RUN_B", help="finished run or checkpoint: retrieval of both side by side"
     )
     parser.add_argument(
         "--shards", nargs="+", metavar="PATTERN", help="held-out pairs, as data.eval_shards (default: the run's own)"
@@ -35,11 +36,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--pairs", type=int, default=1000, metavar="N", help="read the first N held-out pairs (default: %(default)s)"
     )
-    parser.add_argument("--teacher", type=expanduser, help="as teacher.checkpoint, or 'none' (default: the run's own)")
+    parser.add_argument("--teacher", type=expanded, help="as teacher.checkpoint, or 'none' (default: the run's own)")
     parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     parser.add_argument(
         "--out",
-        type=expanduser,
+        type=expanded,
         metavar="DIR",
         help="folder for what is written (default: RUN/report, or RUN/report_step_N)",
     )
