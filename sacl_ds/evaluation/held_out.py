@@ -11,7 +11,6 @@ from sacl_ds.data.batch import View
 from sacl_ds.data.sample import Source
 from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.sources import held_out_scenes
-from sacl_ds.evaluation.retrieval.data import RetrievalSet
 from sacl_ds.model.sacl import SaclModel
 
 Evaluator = Callable[[SaclModel, View, torch.device], dict[str, tuple[float, float]]]
@@ -30,13 +29,14 @@ def held_out_evaluator(run: RunConfig) -> Evaluator | None:
     else:
         scenes = held_out_scenes(run)
         source, count, true_of_both = SceneSource(scenes), len(scenes), scenes.relevance() == 1
-    data = RetrievalSet(source, count, true_of_both)
     batch_size = 256 if run.model.image_size <= 128 else 64
 
     def evaluate(model: SaclModel, view: View, device: torch.device) -> dict[str, tuple[float, float]]:
         from sacl_ds.evaluation.binding import binding_accuracy
+        from sacl_ds.evaluation.retrieval.data import RetrievalSet
         from sacl_ds.evaluation.retrieval.evaluate import evaluate_retrieval
 
+        data = RetrievalSet(source, count, true_of_both)
         figures = evaluate_retrieval(model, data, view, device, batch_size).figures
         if scenes is None:
             return figures

@@ -17,8 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sacl_ds.telemetry.peaks import dense_peak
-
 _PEAK = "memory_peak_bytes"
 WARM_UP = 5  # steps in which memory is claimed and kernels are compiled; medians of a run leave them out
 _LENGTHS = (8, 16, 24)
@@ -140,6 +138,8 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     """
     if device.type != "cuda":
         return None
+    from sacl_ds.telemetry.peaks import dense_peak
+
     name = torch.cuda.get_device_name(device)
     tf32 = precision == "fp32" and torch.get_float32_matmul_precision() != "highest"
     return (dense_peak(name, "tf32") if tf32 else None) or dense_peak(name, precision)

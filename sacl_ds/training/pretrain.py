@@ -207,20 +207,18 @@ class Phase:
 
 
 def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tuple[Figures, RunProgress]:
-    """Train one phase, and leave the finished run in its directory."""
-    resume = job.resumes(phase.folder)
-    progress = RunProgress(phase.title, phase.run.train.steps, 0, enabled=rank() == 0)
-    training = _build(phase, job, evaluators, progress, resume)
-    return train(training, job, guard, progress, resume), progress
-
-
-def _build(phase: Phase, job: Job, evaluators: Evaluators, progress: RunProgress, resume: bool) -> Training:
-    """All parts of one phase."""
-    run, folder = phase.run, phase.folder
+    """Build all parts of one phase, train it, and leave the finished run in its directory."""
+    run, folder, resume, begun = phase.run, phase.folder, job.resumes(phase.folder), None
+    progress = RunProgress(phase.title, run.train.steps, 0, enabled=rank() == 0)
     with same_error():
         engine_config = job.engine_config(run, folder)
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
-        model, begun = _model(run, tokenizer, resume)
+        torch.manual_seed(run.seed)  # every rank starts from the same weights
+        model = SaclModel(run.model, tokenizer.size, pretrained=not resume)
+        if run.model.starts_from_weights and not resume:
+            from sacl_ds.model.starts.start import load_starts
+
+            begun = load_starts(model, run.model)
         teacher = load_teacher(phase.teacher, job.device) if phase.teacher else None
         seen = (teacher.view, teacher.identity if run.teacher.features else "") if teacher else None
         data = training_data(run, phase.index, tokenizer, seen, rank() == 0)
@@ -240,7 +238,7 @@ def _build(phase: Phase, job: Job, evaluators: Evaluators, progress: RunProgress
     frozen = FrozenModels(teacher, _momentum(run, model, teacher, job.device), run.train.precision)
     canonical = View(CanonicalView(run.model.image_size), tokenizer)
     judge = (lambda: evaluator(model, canonical, job.device)) if evaluator else None
-    return Training(
+    training = Training(
         run,
         folder,
         PretrainTask(run, folder, frozen, sum(map(sum, data.source.sets)), judge),
@@ -255,6 +253,7 @@ def _build(phase: Phase, job: Job, evaluators: Evaluators, progress: RunProgress
         data.collator.id_columns,
         pair_flops(run, tokenizer.size),
     )
+    return train(training, job, guard, progress, resume), progress
 
 
 def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport | None, progress: RunProgress) -> None:
@@ -272,14 +271,10 @@ def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport
         (folder / START).write_text(f"{begun}\n")
 
 
-def _checkpoints(run: RunConfig) -> int:
-    """How many a whole run writes."""
-    return math.ceil(run.train.steps / run.train.save_every) if run.train.save_every else 1
-
-
 def _check_space(run: RunConfig, folder: Path, model: SaclModel) -> str | None:
     """`check_space` of what this run writes; a teacher's features are taken to be as wide as the model's."""
     parameters = sum(p.numel() for p in model.parameters())
+    checkpoints = math.ceil(run.train.steps / run.train.save_every) if run.train.save_every else 1
     beside = 0
     if run.momentum.enabled:
         from sacl_ds.model.momentum import saved_bytes
@@ -287,18 +282,7 @@ def _check_space(run: RunConfig, folder: Path, model: SaclModel) -> str | None:
         width = run.model.embed_dim
         queued = width if run.uses_teacher and run.momentum.regulate_queue else 0
         beside = saved_bytes(run.momentum, parameters, width, queued)
-    return check_space(folder, parameters, _checkpoints(run), beside)
-
-
-def _model(run: RunConfig, tokenizer: Tokenizer, resume: bool) -> tuple[SaclModel, StartReport | None]:
-    """The same starting weights on every rank, from the seed or published ones; those of a resumed run follow."""
-    torch.manual_seed(run.seed)
-    model = SaclModel(run.model, tokenizer.size, pretrained=not resume)
-    if resume or not run.model.starts_from_weights:
-        return model, None
-    from sacl_ds.model.starts.start import load_starts
-
-    return model, load_starts(model, run.model)
+    return check_space(folder, parameters, checkpoints, beside)
 
 
 def _with_positions(run: RunConfig, folder: Path, resume: bool) -> RunConfig:

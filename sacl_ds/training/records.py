@@ -34,6 +34,7 @@ def step_record(
     """
     scale = float(losses["logit_scale"])
     both = weigh(*features, scale, teacher=teacher, pair_ids=batch.pair_ids, regulation=regulation, lowest=lowest)
+    named = _named(both, batch)
     figures: Row = {
         "alpha": regulation.alpha,
         "sharpness": regulation.sharpness,
@@ -42,7 +43,6 @@ def step_record(
         **{name: float(losses[name]) if name in losses else math.nan for name in _INFORMATION},
         "duplicates": duplicates(gather_rows(batch.pair_ids, row_counts(batch.pair_ids))),
     }
-    named = _named(both, batch)
     of_directions = list(zip(DIRECTIONS, both, strict=True))
     return (
         [{**figures, **_figures(direction, one)} for direction, one in of_directions],
