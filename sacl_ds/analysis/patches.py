@@ -22,9 +22,9 @@ from sacl_ds.analysis.subject import folder_of, load_trained
 from sacl_ds.config_file import load_config
 from sacl_ds.data.text import Tokenizer, attention_mask, pad
 from sacl_ds.errors import UserError
+from sacl_ds.model.patch_selection import Choice
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG
-from sacl_ds.model.vision import Choice
 
 _DIMMED = 0.22  # of the brightness of a patch that is left out, on white
 _ALONE = "#ff7f0e"

@@ -88,6 +88,10 @@ class PatchSelectionConfig(Room):
             raise ValueError("model.patch_selection.keep_rate=0.0 keeps no patch; give a share above 0")
         return self
 
+    def kept_count(self, patches: int) -> int:
+        """How many of so many patches one selection keeps: the share, rounded up."""
+        return min(patches, math.ceil(round(self.keep_rate * patches, 6)))
+
 
 class ModelConfig(Room):
     """Fields left out come from the preset."""

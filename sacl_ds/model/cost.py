@@ -20,7 +20,6 @@ from torch import nn
 
 from sacl_ds.config import LossConfig, ModelConfig
 from sacl_ds.errors import UserError
-from sacl_ds.model.patch_selection import kept_count
 from sacl_ds.model.sacl import SaclModel
 
 BACKWARD = 3  # forward and backward, of forward: a product has two gradients, each as dear as itself
@@ -204,7 +203,7 @@ class ModelCost:
         return texts * self.fused(length, tokens) + len(layers) * Cost(-spared, copied - (own - 1) * 2 * tokens * width)
 
     def _selected(self, held: bool) -> tuple[Cost, int]:
-        """From the scores at the first selecting layer on: `ImageEncoder._selected`.
+        """From the scores at the first selecting layer on: `SelectingEncoder._selected`.
 
         held: the tokens chosen from there are kept for backward anyway.
         """
@@ -226,7 +225,7 @@ class ModelCost:
             if settings.guide != "random":  # a copy of the keys, and what each head gives them
                 heads = block.attn.num_heads
                 cost += Cost(2 * candidates * width, candidates * (width + heads) if by_keys else candidates)
-            keep = kept_count(patches, settings.keep_rate)
+            keep = settings.kept_count(patches)
             if keep < patches:
                 # the tokens chosen from, the fused one's weights before and after they are scaled, places (int64)
                 first_held = held and number == encoder.layers[0]

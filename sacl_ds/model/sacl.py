@@ -31,15 +31,7 @@ class SaclModel(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, *, pretrained: bool) -> None:
         """pretrained: whether timm's published weights are loaded where wanted; `starts.start` loads all others."""
         super().__init__()
-        self.image_encoder = ImageEncoder(
-            config.image_encoder,
-            config.image_size,
-            config.image_mean,
-            config.image_std,
-            pretrained=pretrained and config.timm_weights,
-            arguments=config.image_encoder_arguments,
-            selection=config.patch_selection,
-        )
+        self.image_encoder = _image_encoder(config, pretrained and config.timm_weights)
         image_width = self.image_encoder.width
         by_text = self.image_encoder.layers and config.patch_selection.guide == "text"
         if by_text and image_width != config.text_width:
@@ -141,6 +133,16 @@ class SaclModel(nn.Module):
     def token_logits(self, states: Tensor) -> Tensor:
         """(n, width) fused states of masked tokens -> (n, vocabulary)."""
         return self.mlm_head(states, self.text_encoder.bert.embeddings.word_embeddings.weight)
+
+
+def _image_encoder(config: ModelConfig, pretrained: bool) -> ImageEncoder:
+    name, size, mean, std = config.image_encoder, config.image_size, config.image_mean, config.image_std
+    if config.patch_selection.placement == "none":
+        return ImageEncoder(name, size, mean, std, pretrained, config.image_encoder_arguments)
+    from sacl_ds.model.patch_selection import SelectingEncoder
+
+    further, selection = config.image_encoder_arguments, config.patch_selection
+    return SelectingEncoder(name, size, mean, std, pretrained, further, selection=selection)
 
 
 class Projection(nn.Linear):

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from sacl_ds.config import ModelConfig, PatchSelectionConfig
 from sacl_ds.errors import UserError
-from sacl_ds.model.patch_selection import kept_count, select
+from sacl_ds.model.patch_selection import SelectingEncoder, select
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import load_model
-from sacl_ds.model.vision import ImageEncoder
 from sacl_ds.training.objective import PretrainObjective, Targets
 
 LEAK_FREE = ("tower", "output")
@@ -89,7 +88,7 @@ def slow_select(tokens: list[Tensor], scores: list[Tensor], names: list[int], ra
     return [tokens[0], *(tokens[1 + place] for place in kept), fused], [names[place] for place in kept]
 
 
-def slow_tower(made: ImageEncoder, image: Tensor, guide: Tensor | None) -> tuple[Tensor, list[int]]:
+def slow_tower(made: SelectingEncoder, image: Tensor, guide: Tensor | None) -> tuple[Tensor, list[int]]:
     vit, settings = made.vit, made.selection
     x = (image.double() - 255 * torch.tensor(MEAN)[:, None, None]) / (255 * torch.tensor(STD)[:, None, None])
     tokens = [vit.cls_token[0, 0] + vit.pos_embed[0, 0]]
@@ -160,7 +159,7 @@ def test_select(patches: int, rate: float, fused: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, 1 + patches + fused, 3, generator=generator, dtype=torch.float64)
     scores = torch.rand(2, patches + fused, generator=generator, dtype=torch.float64).softmax(1)
-    keep = kept_count(patches, rate)
+    keep = PatchSelectionConfig(keep_rate=rate).kept_count(patches)
     assert 1 <= keep <= patches
     assert keep - 1 < rate * patches + 1e-6
     chosen, places = select(tokens, scores, keep, fused)
@@ -193,8 +192,9 @@ def test_other_vits_and_sizes(name: str, size: int) -> None:
     if "r26" not in name:
         arguments["patch_size"] = 8
     selection = PatchSelectionConfig(placement="tower", layers=[2, 3])
-    made = ImageEncoder(name, 2 * size if "r26" in name else size, MEAN, STD, False, arguments, selection).eval()
-    images = pixels(2, 2 * size if "r26" in name else size)
+    pixels_a_side = 2 * size if "r26" in name else size
+    made = SelectingEncoder(name, pixels_a_side, MEAN, STD, False, arguments, selection=selection).eval()
+    images = pixels(2, pixels_a_side)
     patches = made.vit.patch_embed.num_patches
     kept = math.ceil(0.7 * math.ceil(0.7 * patches - 1e-9) - 1e-9)
     assert made(images, texts(2).float()).tokens.shape == (2, kept + 2, WIDTH)

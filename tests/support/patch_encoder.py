@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sacl_ds.config import PatchSelectionConfig
-from sacl_ds.model.vision import ImageEncoder
+from sacl_ds.model.patch_selection import SelectingEncoder
 
 WIDTH, HEADS, DEPTH = 32, 2, 4
 
@@ -17,13 +17,13 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.3, 0.3, 0.3)
 def encoder(
     placement: str, *, guide: str = "text", score: str = "keys", size: int = 32, name: str = "vit_tiny_patch16_224",
     seed: int = 0, **settings: object,
-) -> ImageEncoder:  # fmt: skip
+) -> SelectingEncoder:  # fmt: skip
     """Four layers over (size / 8)^2 patches, of which layers 2 and 3 select; weights large enough to tell apart."""
     torch.manual_seed(seed)
     arguments = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "patch_size": 8}
     chosen = {"placement": placement, "guide": guide, "score": score, "layers": [2, 3], **settings}
     selection = PatchSelectionConfig.model_validate(chosen)
-    made = ImageEncoder(name, size, MEAN, STD, False, arguments, selection)
+    made = SelectingEncoder(name, size, MEAN, STD, False, arguments, selection=selection)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.2)
     return made.double()
