@@ -144,12 +144,12 @@ def tracked(root: Path, *patterns: str) -> list[Path]:
 
 
 def test_pages_that_are_named_are_there(root: Path) -> None:
-    """Whatever the code, its messages and the pages call docs/... exists, and so does what the pages link to."""
+    """What code, messages and pages name below docs/, tests/ and tools/ exists, and so do the targets of links."""
     pages = tracked(root, "*.md")
     named = {
         (file, path)
         for file in [*pages, *tracked(root, "*.py", "*.yaml", "*.toml", "*.sh", "Makefile")]
-        for path in re.findall(r"(?<![\w/.])docs/[\w/.]*\w", file.read_text())
+        for path in re.findall(r"(?<![\w/.])(?:docs|tests|tools)/[\w/.]*\w", file.read_text())
     }
     assert len(named) > 50
     assert not [(str(file), path) for file, path in named if not (root / path).exists()]
