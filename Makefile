@@ -36,7 +36,7 @@ lint: venv
 soak: venv
 	python -m pytest -m soak -s
 
-# which weights find the false negatives (docs/study.md): hours on two cores, goes on where it was stopped
+# which weights find the false negatives (docs/lab/study.md): hours on two cores, goes on where it was stopped
 study: venv
 	python tools/study.py --plan launch/configs/study.yaml --out runs/study
 	python tools/study.py --plan launch/configs/study_long.yaml --out runs/study_long
@@ -44,7 +44,7 @@ study: venv
 study-quick: venv
 	python tools/study.py --plan launch/configs/study_quick.yaml --out runs/study
 
-# what only a GPU can show (docs/step_benchmark.md): tests, a step beside open_clip's, a batch of 32,768 pairs on one device
+# what only a GPU can show (docs/lab/step_benchmark.md): tests, a step beside open_clip's, a batch of 32,768 pairs on one device
 gpu: BESIDE := --device cuda --preset base --precision bf16 --batch 256 --warm-up 10 --repeats 5 --rounds 9
 gpu: venv
 	python -m pytest -m gpu -q
@@ -59,8 +59,9 @@ gpu: venv
 
 docs: venv
 	python -m sacl_ds.config_help docs/configuration.md
-	python -m sacl_ds.model.cost_page docs/presets.md
-	python -m sacl_ds.planning.page docs/scaling.md
+	python -m sacl_ds.model.cost_page docs/lab/presets.md
+	python -m sacl_ds.planning.page docs/lab/scaling.md
+	python tests/support/documented.py docs/lab/mistakes.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

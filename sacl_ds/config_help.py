@@ -23,6 +23,7 @@ class Setting:
     kind: str  # what it takes, in words
     default: str
     description: str
+    choices: tuple[str, ...]  # where it is one of a few
 
     def __str__(self) -> str:
         return f"{self.key} = {self.default}\n    {self.kind}; {self.description}"
@@ -56,19 +57,25 @@ def markdown(root: type[BaseModel] = RunConfig) -> str:
         same = set(settings())
         known = [setting for setting in known if setting not in same]
     for setting in known:
-        here, _, name = setting.key.rpartition(".")
+        here = setting.key.rpartition(".")[0]
         if here != room:
-            lines += ["", f"### {here or 'run'}", "", "| key | takes | default | |", "|---|---|---|---|"]
+            lines += ["", f"### {here or 'run'}", "", "| key=default | |", "|---|---|"]
             room = here
-        cells = [f"`{here + '.' if here else ''}{name}`", setting.kind, f"`{setting.default}`", setting.description]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        if setting.default.startswith("by "):
+            cells = [f"`{setting.key}`", f"{setting.description} ({setting.default})"]
+        else:
+            cells = [f"`{setting.key}={setting.default}`", setting.description]
+        others = [choice for choice in setting.choices if choice != setting.default]
+        cells[0] += f" or {', '.join(others)}" if others else ""
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip() + "\n"
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     plain = {name: field for name, field in model.model_fields.items() if not _is_room(field.annotation)}
     for name, field in plain.items():
-        yield Setting(prefix + name, _kind(field), _default(model, name, field), field.description or "")
+        default, described = _default(model, name, field), field.description or ""
+        yield Setting(prefix + name, _kind(field), default, described, _choices(field))
     for name, field in model.model_fields.items():
         if name not in plain:
             assert isinstance(field.annotation, type)
@@ -77,6 +84,10 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
 
 def _is_room(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
 def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:

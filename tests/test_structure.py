@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented import MISTAKES, mistakes_page
 
 # each room may import those named here (and the standard library and what is installed)
 ALLOWED = {
@@ -135,3 +136,45 @@ def line_of(file: Path, name: str) -> int | None:
             return None
         body = found.body
     return found.lineno if found else None
+
+
+def tracked(root: Path, *patterns: str) -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=root, capture_output=True, text=True, check=True)
+    return [root / name for name in listed.stdout.splitlines()]
+
+
+def test_pages_that_are_named_are_there(root: Path) -> None:
+    """What code, messages and pages name below docs/, tests/ and tools/ exists, and so do the targets of links."""
+    pages = tracked(root, "*.md")
+    named = {
+        (file, path)
+        for file in [*pages, *tracked(root, "*.py", "*.yaml", "*.toml", "*.sh", "Makefile")]
+        for path in re.findall(r"(?<![\w/.])(?:docs|tests|tools)/[\w/.]*\w", file.read_text())
+    }
+    assert len(named) > 50
+    assert not [(str(file), path) for file, path in named if not (root / path).exists()]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    assert len(links) > 50
+    for page, link in links:
+        if not link.startswith("https://"):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page}: {link}"
+            assert not heading or heading in anchors(target), f"{page}: {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_page_of_mistakes_is_what_the_tests_hold(root: Path) -> None:
+    assert (root / "docs/lab/mistakes.md").read_text() == mistakes_page(), "make docs"
+    for test in (test for tests in MISTAKES.values() for test in tests):
+        path, name = test.split("::")
+        assert line_of(root / path, name), f"{test} has lines in tests/mistakes.yaml, and is not there"
+    lines = {line for tests in MISTAKES.values() for rows in tests.values() for line in rows.values()}
+    common = re.findall(r"\| `(error: .*)` \|$", (root / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(common) >= 10
+    assert set(common) <= lines

@@ -4,9 +4,9 @@ Every case is a job of fresh processes over gloo, on the CPU: the model is built
 (with smaller buckets, since the model is), and three steps are made as pre-training makes them. What a step sends is
 read from PyTorch's dispatcher, what it holds from PyTorch's allocator and Python's list of tensors: none of these knows
 the formulas. Options name the cases; each is done with all of --offload, --micro-batches, --coalesce and --checkpoint
-that are given. Prints a row of the table for each, and puts it in the file that docs/scaling.md is made of.
+that are given. Prints a row of the table for each, and puts it in the file that docs/lab/scaling.md is made of.
 
-example: python tools/measure_scaling.py --worlds 2 --stages 2 3 --micro-batches 4 --docs docs/scaling_measured.json
+example: python tools/measure_scaling.py --worlds 2 --stages 2 3 --micro-batches 4 --docs docs/lab/scaling_measured.json
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Every rank gets the same limit (RLIMIT_DATA, on top of what the libraries take before there is a model); the kernel
 refuses what is beyond. One rank without ZeRO runs out of memory; four with ZeRO 3 stay within, also with the optimizer
 and the parameters offloaded, which on a CPU means the same memory and shows that it works, not that it saves. Puts a
-line for each in the file that docs/scaling.md is made of, and a picture beside it, offload.png: resident memory over
-time, by rank.
+line for each in the file that docs/lab/scaling.md is made of, and a picture beside it, offload.png: resident memory
+over time, by rank.
 
-example: python tools/show_offload.py --docs docs/scaling_measured.json
+example: python tools/show_offload.py --docs docs/lab/scaling_measured.json
 """
 
 from __future__ import annotations

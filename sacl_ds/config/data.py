@@ -54,8 +54,7 @@ class DataConfig(Room):
     )
     allow_missing: Natural = Field(
         0,
-        description="so many of data.shards may be missing: they are left out, named, and stay out where the run is "
-        "resumed",
+        description="so many of data.shards may be missing: they are named and stay out on --resume",
     )
     weights: list[PositiveFloat] | None = Field(
         None, description="share of each of several data.shards in every batch; null: one set, by its sizes"
@@ -68,15 +67,15 @@ class DataConfig(Room):
     )
     streams: Positive = Field(64, description="shards read side by side over all ranks; part of the data order")
     shuffle_buffer: Positive = Field(
-        32768, description="samples held encoded for shuffling, over all streams and ranks; part of the data order"
+        32768, description="samples held encoded for shuffling, over all ranks; part of the data order"
     )
     duplicates: Literal["image+caption", "image", "none"] = Field(
-        "image+caption", description="what makes two pairs of a batch no negatives of each other, where it is the same"
+        "image+caption", description="pairs with the same are no negatives of each other"
     )
     grouping: PathText | None = Field(
         None,
-        description="parquet or CSV of key, group and perhaps shard, as tools/weight_analysis.py suspects writes it: "
-        "samples of one group are no negatives of each other either",
+        description="parquet or CSV of key, group and perhaps shard (weight_analysis.py suspects): samples of one "
+        "group are no negatives of each other",
     )
     captions: CaptionFilter = CaptionFilter()
     max_bad_share: Fraction = Field(
@@ -90,7 +89,7 @@ class DataConfig(Room):
     cache_gb: PositiveFloat = Field(100, description="size of that folder; what was not used for longest goes first")
     augment: Literal["auto", "none", "crop"] = Field(
         "auto",
-        description="crop: random resized crop; auto: crop for shards, none for scenes, whose captions it falsifies",
+        description="crop: random resized crop; auto: crop for shards, none for scenes",
     )
     crop_scale: tuple[Fraction, Fraction] = Field((0.5, 1.0), description="share of the picture that a crop keeps")
     flip: bool = Field(False, description="mirror half of the pictures; falsifies captions that say left or right")

@@ -48,7 +48,7 @@ _SCENES = {
 class TaskDataConfig(Room):
     source: Literal["scenes", "files"] = Field(
         "scenes",
-        description="files: the task's official files, named in the room of the task; scenes: the built-in set",
+        description="files: the task's official files, named in the section of the task; scenes: the built-in set",
     )
     images: PathText | None = Field(None, description="folder of the images that the files name")
     scenes: ScenesConfig = ScenesConfig(count=100_000, eval_count=500)
@@ -60,8 +60,8 @@ class TaskDataConfig(Room):
     )
     max_bad_share: Fraction = Field(
         0.01,
-        description="stop where more examples than this cannot be used; until then others stand in for them in "
-        "training, and evaluation leaves them out and says so",
+        description="stop where more examples than this cannot be used; until then others stand in in training, and "
+        "evaluation leaves them out",
     )
 
 
@@ -69,7 +69,7 @@ class AugmentConfig(Room):
     """How training pictures are varied; evaluation sees the square in the middle."""
 
     crop_scale: tuple[Fraction, Fraction] | None = Field(
-        None, description="random resized crops that keep such a share of the picture; null: the square in the middle"
+        None, description="share of the picture that random resized crops keep; null: the square in the middle"
     )
     flip: bool = Field(False, description="mirror half of the pictures whose text says neither left nor right")
     operations: Natural = Field(0, description="of RandAugment, a picture; ALBEF and the paper: 2; 0: none")
@@ -90,10 +90,10 @@ class RetrievalConfig(Room):
     test_split: str = Field("test", description="its name there")
     rerank: Natural = Field(
         128,
-        description="candidates of each query that ITM puts in order, as in ALBEF (COCO 256, Flickr30k 128); 0: none",
+        description="candidates of each query that ITM puts in order (ALBEF: COCO 256, Flickr30k 128); 0: none",
     )
     rerank_similarity: NaturalFloat = Field(
-        0.0, description="how much of ITC's logit is added to ITM's log-odds in that order; 0 as in ALBEF, 1 as in BLIP"
+        0.0, description="how much of ITC's logit is added to ITM's log-odds there; 0 as in ALBEF, 1 as in BLIP"
     )
     gallery: Natural = Field(8, description="queries shown in gallery.png with their first images; 0: none")
 
@@ -115,7 +115,7 @@ class VqaConfig(Room):
         None, description="JSON list of the answers to choose from; null: built from the training questions"
     )
     answers_at_least: Positive = Field(
-        9, description="an answer is chosen from where it is the most frequent one of so many training questions"
+        9, description="an answer counts where it is the most frequent one of so many training questions"
     )
     ranked: Positive = Field(128, description="answers, by their first token, whose whole likelihood is computed")
     first_token_twice: bool = Field(
@@ -151,8 +151,7 @@ class FinetuneConfig(TrainingConfig):
     task: TaskName = Field(description="what the model is for")
     checkpoint: PathText | None = Field(
         None,
-        description="start from this: the directory of a run, or its checkpoints/step_N; brings the room model; "
-        "null: as the room model says, from scratch at the worst",
+        description="the run, or its checkpoints/step_N, to start from, with its model; null: as section model says",
     )
     data: TaskDataConfig = TaskDataConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -21,8 +21,8 @@ class LossConfig(Room):
     )
     false_share: Fraction | None = Field(
         None,
-        description="share of the pairs that the teacher takes for false negatives: weights are even for the others "
-        "and fall steeply for these (sets sharpness and alpha before training); null: e^(kappa c)",
+        description="share of the negatives that are false: weights fall steeply for those most similar to the teacher "
+        "and are even for the others (sets sharpness and alpha); null: e^(kappa c)",
     )
     alpha_start: Fraction = Field(1.0, description="the teacher's share of the similarity at step 0")
     alpha_end: Fraction = Field(

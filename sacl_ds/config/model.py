@@ -63,18 +63,17 @@ def _is_plain(value: Any) -> bool:
 
 
 class PatchSelectionConfig(Room):
-    """Fewer image tokens, chosen by what the text asks for (`sacl_ds.model.patch_selection`, docs/patches.md)."""
+    """Fewer image tokens, chosen by what the text asks for (`sacl_ds.model.patch_selection`, docs/lab/patches.md)."""
 
     placement: Literal["none", "tower", "output", "published"] = Field(
         "none",
-        description="where patches are left out: tower: inside the image encoder, anew for every text (VQA, NLVR2); "
-        "output: behind it (pre-training, re-ranking); published: inside, by the image's own caption, which ITC "
-        "can then see through the image",
+        description="where patches are left out: inside the image encoder for every text (tower: VQA, NLVR2), after it "
+        "(output: pre-training, re-ranking), inside by the own caption (published: leaks it to ITC)",
     )
-    layers: list[Positive] = Field([5, 10], description="layers, from 1, behind whose attention the tower selects")
+    layers: list[Positive] = Field([5, 10], description="layers, from 1, after whose attention the tower selects")
     keep_rate: Fraction = Field(0.7, description="share of the patches that each selection keeps; output selects once")
     guide: Literal["text", "cls", "random"] = Field(
-        "text", description="who chooses: the text's [CLS], or, to compare with, the image's [CLS] or chance"
+        "text", description="who chooses: the text's [CLS], the image's, or chance"
     )
     score: Literal["keys", "tokens"] = Field(
         "keys", description="what the text's query is compared with: keys of the attention, or tokens (published)"
@@ -102,8 +101,8 @@ class ModelConfig(Room):
     image_pretrained: bool = Field(description="start from timm's published weights of image_encoder")
     image_weights: PathText | None = Field(
         None,
-        description="start image_encoder from these, not timm's: a CLIP of transformers by folder or hub name, or a "
-        "file of weights in the layout of OpenAI's CLIP, open_clip, transformers or timm",
+        description="start image_encoder from a CLIP of transformers (folder or hub name), or a file in the layout of "
+        "OpenAI's CLIP, open_clip, transformers or timm",
     )
     image_size: Positive = Field(description="pixels a side")
     image_mean: tuple[float, float, float] = Field(_CLIP_MEAN, description="pixel normalisation, of values in [0, 1]")
@@ -113,8 +112,7 @@ class ModelConfig(Room):
     )
     start: PathText | None = Field(
         None,
-        description="start the whole model from this: a file in ALBEF's layout (text_encoder gives the tokenizer), "
-        "or the directory of a finished run",
+        description="start the whole model from a file of ALBEF's (text_encoder gives the tokenizer) or a finished run",
     )
     text_width: Positive = Field(description="width of the text and fusion encoders")
     text_heads: Positive = Field(description="attention heads of the text and fusion encoders")

@@ -12,7 +12,7 @@ from sacl_ds.errors import UserError
 
 
 class RecordsConfig(Room):
-    """What the negatives weigh, in weights/ of the run directory (docs/weights.md)."""
+    """What the negatives weigh, in weights/ of the run directory (docs/tools.md)."""
 
     every: Natural | None = Field(100, description="steps between records, besides the first and last; 0 or null: none")
     lowest: Natural = Field(64, description="pairs of least weight kept in each record, for both directions")

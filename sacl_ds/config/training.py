@@ -32,59 +32,55 @@ class TrainConfig(Room):
     global_batch_size: Positive = Field(128, description="pairs contrasted with each other in a step, over all ranks")
     micro_batch_size: Positive | None = Field(
         None,
-        description="pairs that a rank passes through the model at once; null: global_batch_size / ranks. Fewer need "
-        "less memory and a second forward pass (docs/scaling.md); ITC and MLM keep their gradients, ITM draws its "
-        "negatives from these pairs",
+        description="pairs that a rank passes through the model at once, for less memory and a second forward pass; "
+        "ITC and MLM keep their gradients, ITM draws its negatives from these pairs; null: global_batch_size / ranks",
     )
     coalesce_reduction: bool = Field(
         False,
-        description="with several micro-batches a step: under ZeRO 2 and 3 add up their gradients whole on each rank "
-        "and reduce them once, not at every one: less traffic for the memory of a whole gradient",
+        description="with micro-batches under ZeRO 2 and 3: reduce gradients once a step, for the memory of a whole "
+        "gradient on each rank",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="bf16, fp16: autocast; parameters, logit scale and losses stay fp32. fp16, for GPUs without bf16 "
-        "and without ZeRO, scales the loss and leaves out steps that overflow",
+        description="bf16, fp16: autocast; parameters, logit scale and losses stay fp32. fp16: for GPUs without bf16, "
+        "without ZeRO",
     )
     checkpoint_activations: bool = Field(
         False,
-        description="recompute each block in backward instead of keeping what it made: less memory, about a third more "
-        "time",
+        description="recompute each block in backward: less memory, about a third more time",
     )
     max_bad_steps: Natural = Field(
         10,
-        description="steps with NaN or inf, among the last 1000, that are left out; one more ends the run. The keys of "
-        "their samples are in bad_steps.jsonl",
+        description="steps with NaN or inf, among the last 1000, that are left out; one more ends the run",
     )
     max_restarts: Natural = Field(
-        0, description="how often each rank is started anew after a fault, to go on from the newest checkpoint"
+        0, description="how often each rank is started anew after a fault, from the newest checkpoint"
     )
     peer_timeout: PositiveFloat = Field(
         60.0, description="seconds without a word of another rank after which all ranks end"
     )
     step_timeout: PositiveFloat = Field(
         1800.0,
-        description="seconds of a step behind the first, or of waiting for its data, after which all ranks end",
+        description="seconds of a step after the first, or of waiting for its data, after which all ranks end",
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Positive | None = Field(100, description="steps between held-out retrievals; null: only at the end")
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: only at the end")
     keep_checkpoints: Positive | None = Field(
-        None, description="remove all checkpoints but so many of the newest, and those named next; null: keep all"
+        None, description="keep so many of the newest checkpoints, and those named next; null: keep all"
     )
     keep_every: Positive | None = Field(
-        None, description="with keep_checkpoints: those at every so many steps stay too"
+        None, description="with keep_checkpoints: those of every so many steps stay, too"
     )
     keep_best: str | None = Field(
         None,
-        description="with keep_checkpoints: the one stays, too, at whose step this held-out figure was highest, e.g. "
-        "text_to_image_any_R@1",
+        description="with keep_checkpoints: the best by this held-out figure stays, too, e.g. text_to_image_any_R@1",
     )
 
 
 class KernelsConfig(Room):
     apex: Literal["auto", "on", "off"] = Field(
-        "auto", description="NVIDIA apex's FusedAdam and FusedLayerNorm; auto: where it is installed and there is a GPU"
+        "auto", description="NVIDIA apex's fused kernels; auto: where it is installed and there is a GPU"
     )
 
     compile: bool = Field(
@@ -104,8 +100,7 @@ class TrainingConfig(Room):
 
     output_dir: PathText | None = Field(
         None,
-        description="run directory; null: runs/scenes-001, -002 and so on (a task's: runs/vqa-scenes-001), or the last "
-        "of them with --resume",
+        description="run directory; null: runs/scenes-001, -002, ..., or the last of them with --resume",
     )
     seed: Natural = Field(0, description="of initial weights, data order, masking and dropout")
     model: ModelConfig = ModelConfig.model_validate({})

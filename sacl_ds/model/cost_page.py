@@ -1,4 +1,4 @@
-"""docs/presets.md, what the presets cost: `python -m sacl_ds.model.cost_page FILE` writes it; without FILE, stdout."""
+"""docs/lab/presets.md: `python -m sacl_ds.model.cost_page FILE` writes what the presets cost; without FILE, stdout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CASES: dict[str, dict[str, Any]] = {
 
 _PAGE = """# What the presets cost
 
-Made by `python -m sacl_ds.model.cost_page docs/presets.md` (in `make docs`) from the configuration alone; do not edit.
+Made by `python -m sacl_ds.model.cost_page docs/lab/presets.md` (in `make docs`) from the configuration; do not edit.
 
 Counted are matrix products, convolution and attention, 2 FLOPs a multiply-add, just as torch's FlopCounterMode counts
 them (`sacl_ds/model/cost.py`, `tests/model/test_cost.py`). Captions are `model.max_tokens` long; MLM predicts
@@ -51,7 +51,7 @@ Layers {layers}, `keep_rate` {rate}. *of none*: of the same column without selec
 
 
 def page() -> str:
-    """docs/presets.md."""
+    """docs/lab/presets.md."""
     selection = PatchSelectionConfig()
     return _PAGE.format(
         predicted=f"{100 * LossConfig().mlm_probability:g}",

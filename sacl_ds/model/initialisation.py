@@ -10,7 +10,7 @@ def initialise(module: nn.Module, gain: float) -> None:
 
     The 0.02 of BERT and timm is meant for width 768. At width 128 it makes the towers nearly linear, and a model whose
     features are sums over words and patches learns which colours and shapes there are, but for a long time not which
-    goes with which (docs/log.md).
+    goes with which (docs/lab/log.md).
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

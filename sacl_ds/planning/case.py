@@ -1,4 +1,4 @@
-"""Steps that are both measured and computed (`tools/measure_scaling.py`, docs/scaling.md)."""
+"""Steps that are both measured and computed (`tools/measure_scaling.py`, docs/lab/scaling.md)."""
 
 from __future__ import annotations
 

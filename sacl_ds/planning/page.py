@@ -1,6 +1,6 @@
-"""docs/scaling.md: `python -m sacl_ds.planning.page FILE` writes it; without FILE, stdout.
+"""docs/lab/scaling.md: `python -m sacl_ds.planning.page FILE` writes it; without FILE, stdout.
 
-It is made of the formulas, and of docs/scaling_measured.json, which `tools/measure_scaling.py` gave.
+It is made of the formulas, and of docs/lab/scaling_measured.json, which `tools/measure_scaling.py` gave.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sacl_ds.planning.record import read_record
 from sacl_ds.planning.time import H100, hours, step_time
 from sacl_ds.planning.wire import transfers
 
-_MEASURED = ROOT / "docs/scaling_measured.json"
+_MEASURED = ROOT / "docs/lab/scaling_measured.json"
 _WORLDS = {8: 4096, 64: 16384, 512: 32768}
 _STAGES = (0, 1, 2, 3)
 _ADVISED = 2
@@ -36,9 +36,9 @@ _SAVED = 12  # bytes a parameter in a checkpoint: weights and two moments, fp32
 
 _PAGE = """# Scaling: memory, traffic, time
 
-Made by `python -m sacl_ds.planning.page docs/scaling.md` (in `make docs`) from the formulas in `sacl_ds/planning/` and
-from what `tools/measure_scaling.py` measured; do not edit. **No figure on this page is from a GPU**: what is measured
-was measured on CPUs over gloo, and the tables for H100s are computed from assumptions that are named.
+Made by `python -m sacl_ds.planning.page docs/lab/scaling.md` (in `make docs`) from the formulas in `sacl_ds/planning/`
+and from what `tools/measure_scaling.py` measured; do not edit. **No figure on this page is from a GPU**: what is
+measured was measured on CPUs over gloo, and the tables for H100s are computed from assumptions that are named.
 
 ## What fills a rank's memory
 
@@ -103,7 +103,7 @@ measured: a momentum model's memory (its loss's traffic is, in `tests/planning/t
 `stage3_max_live_parameters` below the model's size, checkpointing at ZeRO 3, NVMe, GPUs.
 
 ```
-measure="python tools/measure_scaling.py --docs docs/scaling_measured.json"  # then: make docs
+measure="python tools/measure_scaling.py --docs docs/lab/scaling_measured.json"  # then: make docs
 $measure --worlds 1 2 4
 $measure --worlds 2 --stages 2 3 --offload
 $measure --worlds 2 --precision bf16
@@ -117,10 +117,10 @@ $measure --worlds 2 --stages 2 --checkpoint                     # and again with
 
 ![resident memory by rank and time](offload.png)
 
-`python tools/show_offload.py --docs docs/scaling_measured.json`: {shown} million parameters, for which Adam in float32
-needs {needed:.2f} GiB with weights and gradients; the kernel lets each rank have {limit} GiB above what the libraries
-take. ZeRO 3 runs here with `stage3_max_live_parameters` of 4 million. On a CPU offloading moves nothing: it shows that
-it trains.
+`python tools/show_offload.py --docs docs/lab/scaling_measured.json`: {shown} million parameters, for which Adam in
+float32 needs {needed:.2f} GiB with weights and gradients; the kernel lets each rank have {limit} GiB above what the
+libraries take. ZeRO 3 runs here with `stage3_max_live_parameters` of 4 million. On a CPU offloading moves nothing: it
+shows that it trains.
 
 {offload}
 
@@ -137,7 +137,7 @@ reached, {inside:.0f} GB/s within a node of {node}, {outside:.0f} GB/s between n
 micro-batches ZeRO 1, which reduces them once a step (or `train.coalesce_reduction`). 3 pays only when parameters and
 optimizer no longer fit, or to offload. Pass fewer pairs at once, or checkpoint, first: activations are the most of it.
 
-## From one GPU to 128: what to change, in this order
+## From one GPU to 128
 
 `base` at 256 px as above; computed, with what `launch/configs/sacl.yaml` has at batch {first_batch} as the first row.
 Peak in GB; a step in seconds, transfers covered or not. Momentum and queue, which that file turns on, come on top:
@@ -145,40 +145,13 @@ another 4P = {momentum:.1f} GB a GPU and a forward pass.
 
 {road}
 
-1. **Batch**: `train.global_batch_size` up with the ranks, as long as a rank's pairs fit. Larger batches mean more false
-   negatives in each: look at `tools/weight_analysis.py report` again. Past some 16384, fewer pairs a GPU rather
-   than a larger batch.
-2. **Learning rate**: about with the square root of the batch (Adam), `optim.warmup_steps` longer by as much, up to a
-   tenth of `train.steps`, which go down with the batch, and `loss.alpha_end_step` with them; try two. It is the column
-   to doubt first: where the loss jumps behind the warm-up, take the rate of the row above.
-3. **ZeRO stage**: `zero1.json` or `zero2.json` with several ranks. `zero3.json` only where memory asks for it.
-4. **Precision**: `train.precision=bf16`: about half the activations and half the gradient traffic.
-5. **Fewer pairs at once**: `train.micro_batch_size`. All pairs stay contrasted, with the gradients of one pass (ITM
-   alone draws its negatives from fewer); it costs one more forward pass of both encoders. With ZeRO 2 and 3 gradients
-   travel once a micro-batch, unless `train.coalesce_reduction=true`. Needed at one GPU; with 8 and more, give each as
-   many pairs as it takes at once, and leave it out.
-6. **Checkpointing**: `train.checkpoint_activations=true`: inputs of blocks only, for about a third more compute. Where
-   step 5 no longer helps: larger images, `large`, 40 GB.
-7. **Teacher**: `tools/precompute_teacher.py` and `teacher.features`: its pass leaves the step. Worth it from a few
-   epochs on, at any size; the more GPUs read the shards' features, the more a fast shared disk counts.
-8. **Patch selection**: what each placement and guide costs and saves is in docs/patches.md; not all save.
-9. **Workers**: `data.workers` is for a rank. Left out it is what the node's cores allow, at most 8. At the page's rates
-   a GPU takes {rate:.0f} pairs/s; `tools/benchmark_loader.py` says how many one worker decodes on your machine, and
-   metrics.jsonl how much of a step waited for data. Shards at least as many as ranks × workers, better several times.
-10. **Checkpoints**: `train.save_every` by the clock: what a fault costs is the time since the last one, and faults come
-   with the number of nodes. Every rank writes its part to the shared `output_dir`, 12P = {saved:.1f} GB together.
-11. **Timeouts**: a step waits for the slowest rank, and the slowest of 128 reads the slowest disk. A run that was ended
-   for silence while all were well needs a longer `train.peer_timeout` or `train.step_timeout`, not more restarts; one
-   that shall go on by itself after a fault, `train.max_restarts`.
-12. **Several nodes**: first `python -m sacl_ds.doctor --hostfile hosts` ([many_nodes.md](many_nodes.md)). The hours
-   above take 80 % of a 400 Gbit/s port for each GPU as given. On a network of a tenth of that, what is sent takes ten
-   times as long: hold it beside the column of computing time. More pairs a GPU make it less, and so does ZeRO 2 in
-   place of 1, whose gradients travel during backward.
+A GPU then takes {rate:.0f} pairs/s, and a checkpoint {saved:.1f} GB of the shared disk. What each column does and
+what else to change: [running.md](../running.md#from-one-gpu-to-128).
 """
 
 
 def page(measured: dict[str, Any]) -> str:
-    """docs/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
+    """docs/lab/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
     job, rows, limited = _job(8, _ADVISED), [Compared.of(row) for row in measured["rows"]], measured["limited"]
     return _PAGE.format(
         million=f"{rows[0].case.job.parameters / 1e6:.1f}",

@@ -1,4 +1,4 @@
-"""docs/scaling_measured.json: what tools measured for docs/scaling.md, each its own part of it.
+"""docs/lab/scaling_measured.json: what tools measured for docs/lab/scaling.md, each its own part of it.
 
 {"rows": of `tools/measure_scaling.py`, {"case", "measured"} each,
 "limited": of `tools/show_offload.py`, {"parameters", "limit", "arms": lines}}

@@ -1,7 +1,7 @@
 """What the negatives of a run weighed: RUN/weights/, two parquet files a recorded step, written atomically.
 
 figures_NNNNNNNN.parquet holds a row a direction, lowest_NNNNNNNN.parquet the pairs of least weight; NNNNNNNN is the
-number of steps done, as `step` in metrics.jsonl. docs/weights.md says what every column means.
+number of steps done, as `step` in metrics.jsonl. docs/tools.md says what every column means.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Twenty steps with the momentum model, its queue and soft targets, against a simulation that shares no code with them.
 
-The simulation is one process with the whole batch; its losses are written from the formulas of docs/method.md, dense,
-and its queue is a list.
+The simulation is one process with the whole batch; its losses are written from the formulas of docs/lab/computation.md,
+dense, and its queue is a list.
 """
 
 from dataclasses import replace

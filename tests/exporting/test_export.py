@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from documented import assert_documented
 from exports import PICTURES, TEXTS
 from PIL import Image
 from safetensors import safe_open
@@ -214,7 +215,7 @@ def test_towers_start_an_image_encoder(runs, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_image_weights(begun.image_encoder, str(tmp_path / "towers1"), vit)
     line = str(error.value).replace(str(tmp_path / "towers1"), "/data/towers")
-    assert f"`error: {line}`" in (ROOT / "docs/mistakes.md").read_text(), line
+    assert_documented(f"error: {line}")
 
 
 def test_both_forms_are_the_same_teacher(runs, work: Path, tmp_path: Path) -> None:

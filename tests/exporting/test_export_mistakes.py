@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from documented import assert_documented
 from PIL import Image
 from saved import saved_run
 from starting import ROOT
@@ -29,8 +30,6 @@ from sacl_ds.exporting.card import card
 from sacl_ds.exporting.folder import new_folder
 from sacl_ds.exporting.settings import last_name
 from sacl_ds.exporting.source import read_source
-
-DOCUMENTED = (ROOT / "docs/mistakes.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,6 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return call
 
 
-def documented(line: str) -> bool:
-    return f"`{line}`" in DOCUMENTED
-
-
 def changed(run: Path, folder: Path, **settings: object) -> Path:
     """The run's configuration, files and weights, with other settings of the model."""
     folder.mkdir()
@@ -71,7 +66,7 @@ def test_a_folder_in_use(run: Path, said: Callable[..., str], tmp_path: Path) ->
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     line = said(str(run), "--to", "hf", "--out", str(tmp_path / "out"))
-    assert documented(line), line
+    assert_documented(line)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
@@ -85,7 +80,7 @@ def test_what_is_no_run(run: Path, said: Callable[..., str], tmp_path: Path) -> 
         (tmp_path / "vqa" / name).symlink_to(run / name)
     lines.append(said(str(tmp_path / "vqa"), *out))
     for line in lines:
-        assert documented(line), line
+        assert_documented(line)
     assert not (tmp_path / "out").exists()
 
 
@@ -93,14 +88,14 @@ def test_towers_that_the_class_cannot_hold(run: Path, said: Callable[..., str], 
     selection = {"placement": "tower", "layers": [1], "guide": "cls"}
     by_cls = changed(run, tmp_path / "cls", patch_selection=selection)
     line = said(str(by_cls), "--to", "hf", "--out", str(tmp_path / "out"))
-    assert documented(line), line
+    assert_documented(line)
     assert not list(tmp_path.glob(".*"))
     relu = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 16, "act_layer": "relu"}
     line = said(
         str(changed(run, tmp_path / "relu", image_encoder_arguments=relu)),
         *("--to", "hf", "--out", str(tmp_path / "out")),
     )
-    assert documented(line), line
+    assert_documented(line)
     # as the lines advise
     assert said(by_cls, "--to", "safetensors", "--out", tmp_path / "out", status=0) == ""
     assert sacl_ds.load(tmp_path / "out", "cpu").encode_text(["a circle"]).shape == (1, 16)
@@ -142,7 +137,7 @@ def test_loading(run: Path, tmp_path: Path) -> None:
             call()
         line = str(error.value).replace(str(tmp_path), "/data")
         assert "\n" not in line
-        assert documented(f"UserError: {line}"), line
+        assert_documented(f"UserError: {line}")
     with pytest.raises(UserError, match="no such device"):
         sacl_ds.load(run, device="gpu7")
 

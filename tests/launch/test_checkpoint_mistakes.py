@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be used, and settings of checkpoints and restarts: lines of `docs/mistakes.md`."""
+"""Checkpoints that cannot be used, and settings of checkpoints and restarts: lines of `docs/lab/mistakes.md`."""
 
 import json
 import math

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from attacks import Writes, one_line
+from documented import assert_documented
 from starting import ROOT
 from tars import batches, sample, write_tar
 
@@ -92,7 +93,6 @@ def test_presets_and_other_choices_of_any_type() -> None:
 
 
 def test_the_documented_lines(tmp_path: Path, proof: Path) -> None:
-    documented = (ROOT / "docs/mistakes.md").read_text()
     torch.save({"w": Writes(proof)}, tmp_path / "w.pt")
     (tmp_path / "list.txt").write_text("pipe:cat 0.tar")
     entry = {"filename": "../private.jpg", "split": "train", "sentences": [{"raw": "words"}]}
@@ -108,5 +108,4 @@ def test_the_documented_lines(tmp_path: Path, proof: Path) -> None:
     ):
         with pytest.raises(UserError) as error:
             fails()
-        line = one_line(error).replace(str(tmp_path), "/data")
-        assert f"`error: {line}`" in documented, line
+        assert_documented(f"error: {one_line(error)}".replace(str(tmp_path), "/data"))

@@ -1,4 +1,4 @@
-"""Each mistake of docs/mistakes.md as a user makes it: that line is the one they see, once, and status is not 0."""
+"""Each mistake of docs/lab/mistakes.md as a user makes it: that line is the one they see, once, and status is not 0."""
 
 import fcntl
 import io
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documented import DOCUMENTED, assert_documented, said
+from documented import assert_documented, said
 from PIL import Image
 from starting import ROOT, SMALL, launch, losses, program, start
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -76,7 +76,7 @@ def test_a_broken_sample(how: dict, tmp_path: Path) -> None:
     arguments = ["data.source=shards", f"data.shards={path}", "teacher.steps=0"]
     done = start(tmp_path / "run", *arguments, ranks=2)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("another sample stands in")]
-    assert f"`{line.replace(str(tmp_path), '/data')}`" in DOCUMENTED
+    assert_documented(line.replace(str(tmp_path), "/data"))
     lines = read(tmp_path / "run/metrics.jsonl")
     named = [fault for line in lines for fault in line.get("faults", ())]
     assert {(fault["kind"], fault["shard"], fault["key"]) for fault in named} == {("bad", str(path), "0020")}

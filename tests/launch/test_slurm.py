@@ -124,8 +124,8 @@ def test_slurm_trains(stand_ins: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_trains_alike(tmp_path: Path) -> None:
-    """The line of docs/many_nodes.md, with this node alone."""
-    page = (ROOT / "docs/many_nodes.md").read_text().replace("\\\n", " ")
+    """The line of docs/running.md, with this node alone."""
+    page = (ROOT / "docs/running.md").read_text().replace("\\\n", " ")
     line = re.search(r"^ {4}(torchrun .*)$", page, re.MULTILINE)
     assert line is not None
     words = line[1].replace("...", "").split()

@@ -141,4 +141,4 @@ def test_an_encoder_of_unknown_cost_says_so(name: str) -> None:
 
 
 def test_the_page_in_docs_is_what_the_command_prints(root: Path) -> None:
-    assert (root / "docs/presets.md").read_text() == page(), "python -m sacl_ds.model.cost_page docs/presets.md"
+    assert (root / "docs/lab/presets.md").read_text() == page(), "python -m sacl_ds.model.cost_page docs/lab/presets.md"

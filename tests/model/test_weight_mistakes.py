@@ -1,4 +1,4 @@
-"""Weights, teachers and finished folders that are not what they should be: the lines of docs/mistakes.md."""
+"""Weights, teachers and finished folders that are not what they should be: the lines of docs/lab/mistakes.md."""
 
 from __future__ import annotations
 

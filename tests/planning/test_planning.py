@@ -351,6 +351,6 @@ def test_options_that_do_not_fit_say_so(
 
 @pytest.mark.slow
 def test_the_page_in_docs_is_what_the_command_prints(root: Path) -> None:
-    measured = read_record(root / "docs/scaling_measured.json")
-    told = "python -m sacl_ds.planning.page docs/scaling.md"
-    assert (root / "docs/scaling.md").read_text() == page(measured), told
+    measured = read_record(root / "docs/lab/scaling_measured.json")
+    told = "python -m sacl_ds.planning.page docs/lab/scaling.md"
+    assert (root / "docs/lab/scaling.md").read_text() == page(measured), told

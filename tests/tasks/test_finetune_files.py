@@ -105,7 +105,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes(mistake: tuple[str, list[str]], pretrained: Path, tmp_path: Path) -> None:
-    """Each as a row of docs/mistakes.md says."""
+    """Each as a row of docs/lab/mistakes.md says."""
     downstream_files.nlvr2(tmp_path)
     (tmp_path / "broken.json").write_text('{"identifier": "a-1-2-3", "sentence": "x"}\n{"identifier": \n')
     task, arguments = mistake
