@@ -34,6 +34,7 @@ STEPS = 47  # of 4: four epochs
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setattr(reading, "_PAUSES", (0.05,))
+    monkeypatch.setattr(index, "_PAUSE", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -125,7 +126,7 @@ REASONS = {
     "short": "curl: (18)",
     "cut": "fewer than its index says",
     "garbage": "",
-    "stall": "it gave nothing for 1.5 s",
+    "stall": "it gave nothing for 0.6 s",
 }
 
 
@@ -134,7 +135,7 @@ def test_what_does_not_pass_is_replaced_and_named(served: Server, fault: str) ->
     """Shard 1 fails for good: its samples, or those behind the fault, are replaced; all others stay where they were."""
     expected = keys(batches(f"{served.folder}/{{0..2}}.tar", STEPS, batch=4, streams=1))
     served.faults["1.tar"] = fault, 10_000
-    limit, attempts = (1.5, 1) if fault == "stall" else (60, 2)  # silence is waited for in each epoch
+    limit, attempts = (0.6, 1) if fault == "stall" else (60, 2)  # silence is waited for in each epoch
     found = batches(pattern(served), STEPS, batch=4, streams=1, stall_seconds=limit, attempts=attempts)
     lost = faults(found)
     ours = {sample(number)[0] for number in range(15, 35)}
