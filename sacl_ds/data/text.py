@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,6 @@ SPECIAL = {
 }
 _ALWAYS = set(string.ascii_lowercase + string.digits)  # any English text of a later task can be spelled
 _LETTERS = 1000  # so many different ones are kept, or half of the vocabulary: the most frequent
-_TOGETHER = 500  # captions
 _LONGEST_WORD = 1000  # characters; scripts without spaces write a whole caption as one
 IGNORED = -100  # label of a token that MLM does not predict, as in torch's cross_entropy
 
@@ -44,10 +42,9 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     comes from `captions`, always the same from the same."""
     backend = _bert({"[UNK]": 0})
     found: Counter[str] = Counter()
-    left = iter(captions)
-    while text := "\n".join(islice(left, _TOGETHER)):  # many calls with little would take twice as long
-        pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
-        found.update(word for word, _ in pieces)
+    for caption, times in Counter(captions).items():
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption)):
+            found[word] += times
     # the trainer goes through words in an order that differs from one run to the next, and numbers letters, which
     # decide between merges that are equally frequent, as it meets them; so they are numbered beforehand
     letters: Counter[str] = Counter()
