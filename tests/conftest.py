@@ -41,6 +41,8 @@ _LONGEST = ("launch", "resilience", "tasks", "training", "distributed", "exporti
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: a collection would walk all of it, and copy its pages in forked processes."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter  # noqa: F401
     gc.collect()
     gc.freeze()
 

@@ -18,7 +18,7 @@ from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.saved_checkpoint import read_checkpoint
 
 LONG = ["train.steps=100000", "train.save_every=5", "train.keep_checkpoints=2", "train.eval_every=null"]
-STEPS = 24  # of a run that is asked to stop behind the fourth
+STEPS = 40  # of a run that is asked to stop behind the fourth; ranks look about once a second
 SOON = 10  # seconds in which all ranks end when one is gone
 
 
