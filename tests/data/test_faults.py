@@ -111,7 +111,7 @@ def test_what_passes_is_tried_again(served: Server, fault: str) -> None:
     """Once wrong, then right: the same batches, nothing replaced."""
     expected = keys(batches(f"{served.folder}/{{0..2}}.tar", 12, batch=4))
     served.faults["1.tar"] = fault, 1
-    found = batches(pattern(served), 12, batch=4, streams=1, stall_seconds=1)
+    found = batches(pattern(served), 12, batch=4, streams=1, stall_seconds=0.6)
     plain = batches(f"{served.folder}/{{0..2}}.tar", 12, batch=4, streams=1)
     assert keys(found) == keys(plain)
     assert not faults(found)
@@ -207,9 +207,9 @@ def test_a_source_that_cannot_be_broken_off_ends_the_run(tmp_path: Path) -> None
 
 def test_slow_use_is_no_stall(tmp_path: Path) -> None:
     steps = iter(loader(write_tars(tmp_path, [90]), batch=4, streams=1, stall_seconds=0.2))
-    for _ in range(4):
+    for _ in range(3):
         assert not next(steps).faults
-        time.sleep(0.5)
+        time.sleep(0.45)
 
 
 def test_pipes_and_what_fsspec_opens(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_the_cache_fetches_once(served: Server, tmp_path: Path) -> None:
 def test_the_cache_keeps_no_fault(served: Server, tmp_path: Path, fault: str) -> None:
     """What came damaged is fetched anew, and a server that falls silent is broken off while it is fetched from."""
     served.faults["1.tar"] = fault, 1
-    found = batches(pattern(served), 12, batch=4, streams=1, cache_dir=str(tmp_path / "kept"), stall_seconds=1)
+    found = batches(pattern(served), 12, batch=4, streams=1, cache_dir=str(tmp_path / "kept"), stall_seconds=0.6)
     assert keys(found) == keys(batches(f"{served.folder}/{{0..2}}.tar", 12, batch=4, streams=1))
     assert not faults(found)
 
@@ -269,8 +269,8 @@ def test_silent_streams_are_broken_off_together(served: Server) -> None:
     for name in ("0.tar", "1.tar", "2.tar"):
         served.faults[name] = "stall", 2
     began = time.monotonic()
-    batches(pattern(served), 1, batch=8, streams=8, stall_seconds=1, attempts=4)
-    assert time.monotonic() - began < 6
+    batches(pattern(served), 1, batch=8, streams=8, stall_seconds=0.6, attempts=4)
+    assert time.monotonic() - began < 4
 
 
 def running_children() -> set[psutil.Process]:

@@ -57,7 +57,7 @@ def test_a_killed_rank(lost: int, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_stands_still(tmp_path: Path) -> None:
-    with going(tmp_path / "run", *LONG, "train.peer_timeout=4") as run:
+    with going(tmp_path / "run", *LONG, "train.peer_timeout=3") as run:
         run.reach(3)
         os.kill(run.pid(1), signal.SIGSTOP)
         begun = time.monotonic()
@@ -66,7 +66,7 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
         said, before = run.said, read_status(tmp_path / "run")
         os.kill(run.pid(1), signal.SIGCONT)
         assert run.ended() == [Exit.FAULT, Exit.FAULT]
-    assert 4 < seconds < 4 + SOON
+    assert 3 < seconds < 3 + SOON
     assert "error: rank 1 on " in said
     assert "has not been heard of for" in said
     assert before is not None
