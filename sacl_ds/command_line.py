@@ -132,7 +132,9 @@ def exit_status(main: Callable[[], int | None]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if held := guard():
             held.failed(str(error), alone, mistake=True)
-        if not (_first() or alone):  # the launcher ends all ranks when one has ended: not before the first has spoken
+            if not (_first() or alone):
+                held.let_the_first_speak(_SECONDS_TO_SPEAK)
+        elif not (_first() or alone):  # the launcher ends all ranks when one has ended: not before the first has spoken
             time.sleep(_SECONDS_TO_SPEAK)
         return Exit.MISTAKE
     except Fault as error:

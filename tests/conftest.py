@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,14 @@ def root() -> Path:
 
 # longest first, so that of two processes none is left with a long file at the end; other folders come after
 _LONGEST = ("launch", "resilience", "tasks", "training", "distributed", "exporting", "doctor", "study", "planning")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a collection would walk all of it, and copy its pages in forked processes."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter  # noqa: F401
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,9 +42,9 @@ def train_wordpiece(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     comes from `captions`, always the same from the same."""
     backend = _bert({"[UNK]": 0})
     found: Counter[str] = Counter()
-    for caption in captions:
-        pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
-        found.update(word for word, _ in pieces)
+    for caption, times in Counter(captions).items():
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption)):
+            found[word] += times
     # the trainer goes through words in an order that differs from one run to the next, and numbers letters, which
     # decide between merges that are equally frequent, as it meets them; so they are numbered beforehand
     letters: Counter[str] = Counter()

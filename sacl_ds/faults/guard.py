@@ -97,9 +97,15 @@ class Guard:
             self._write("failed", message, by_any=True)
             self._pulse.say(message, mistake)
         elif self._pulse:
-            self._pulse.silence()
             self._write("failed", message)
+            self._pulse.silence()
         self.requests.close()
+
+    def let_the_first_speak(self, seconds: float) -> None:
+        """After `failed`: the launcher ends all ranks when one has ended, so none does before the first has said why,
+        and is done with the pulse."""
+        if isinstance(self._pulse, Witness):
+            self._pulse.outlast(seconds)
 
     def wait_for_the_cause(self, seconds: float) -> None:
         """A collective has failed because another rank has: the pulse ends this process when it knows which."""

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class Court:
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._closed = threading.Event()
+        self._wakes, self._woken = socket.socketpair()
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def say(self, words: str, mistake: bool = False) -> None:
@@ -65,7 +67,7 @@ class Court:
             self._alone = True
             self._mistake = mistake if not self._said else self._mistake
             self._said = self._said or f"{own} failed: {words}"
-        self._closed.wait(_TOLD + 1)
+        self._await_end()
 
     def silence(self) -> None:
         """All ranks end alike, for a reason that is said elsewhere: the others are told that this one's end means
@@ -73,11 +75,16 @@ class Court:
         with self._lock:
             self._alone = True
             self._said = self._said or _ALIKE
-        self._closed.wait(_TOLD + 1)
+        self._await_end()
 
     def close(self) -> None:
         """The run ends as it should; so have the others."""
         self._ending.set()
+        self._await_end()
+
+    def _await_end(self) -> None:
+        with suppress(OSError):  # it has ended
+            self._wakes.send(b".")
         self._closed.wait(_TOLD + 1)
 
     def _run(self) -> None:
@@ -93,6 +100,7 @@ class Court:
         selector = selectors.DefaultSelector()
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ)
+        selector.register(self._woken, selectors.EVENT_READ)
         lines: dict[socket.socket, bytes] = {}
         owners: dict[socket.socket, int] = {}
         told: float | None = None
@@ -100,6 +108,8 @@ class Court:
             for key, _ in selector.select(INTERVAL / 4):
                 if key.fileobj is self._listener:
                     _accept(self._listener, selector, lines)
+                elif key.fileobj is self._woken:
+                    self._woken.recv(_LONGEST)
                 elif isinstance(key.fileobj, socket.socket):
                     self._receive(key.fileobj, selector, lines, owners)
             if told is None and (said := self._judgement()) is not None:
@@ -111,7 +121,7 @@ class Court:
             waiting = [rank for rank in owners.values() if self._heard[rank].words is None]
             if told is not None and (not waiting or time.monotonic() - told > _TOLD):
                 break
-        for peer in [*lines, self._listener]:
+        for peer in [*lines, self._listener, self._woken]:
             peer.close()
         selector.close()
 
@@ -211,6 +221,13 @@ class Witness:
     def close(self) -> None:
         """The run ends as it should."""
         self.say("")
+
+    def outlast(self, seconds: float) -> None:
+        """After last words: return when the first rank's part has ended, or so many seconds later."""
+        self._socket.settimeout(seconds)
+        with suppress(OSError):
+            while self._socket.recv(_LONGEST):
+                pass
 
     def _send(self, words: str | None, mistake: bool = False) -> None:
         said = {"token": self._address.token, "beat": asdict(self._now()), "words": words, "mistake": mistake}

@@ -47,7 +47,8 @@ def run_plan(
     waiting = _missing(plan, folder)
     running: dict[Future[dict[str, Any]], Trial] = {}
     failed: tuple[Trial, BaseException] | None = None
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once for all processes
     with ProcessPoolExecutor(processes, context, _start, (max(1, torch.get_num_threads() // processes),)) as workers:
         while running or (waiting and failed is None):
             ready = [] if failed else _ready(plan, folder, waiting, running.values())

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import CUDAMismatchException
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.distributed import DistNetworkError
@@ -28,6 +29,9 @@ from sacl_ds.launcher import take_place
 from sacl_ds.machine import Machine, this_machine
 from sacl_ds.model.fused_norm import use_fused_layer_norm
 
+# every engine imports DeepSpeed's Muon, which compiles functions where they are defined: seconds of imports in each
+# process, for an optimizer that no run uses
+compiler.compile = lambda: lambda function: function
 _OWN_NUMBER = "SACL_DS_LOCAL_RANK"
 _GATHERED_AT_ONCE = 32_000_000  # parameters of ZeRO 3, 128 MB
 

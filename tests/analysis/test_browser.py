@@ -30,14 +30,16 @@ FAULTS = {
 }
 
 
+PAGE = '<!doctype html><html lang="en"><meta charset="utf-8"><title>x</title><p>{}</p>'
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_browser_tells_faults(fault: str, browser: Browser, tmp_path: Path) -> None:
-    """The same page without the fault passes."""
     code, said = FAULTS[fault]
-    page = '<!doctype html><html lang="en"><meta charset="utf-8"><title>x</title><p>{}</p>'
-    (tmp_path / "bad.html").write_text(page.format(code))
-    assert any(
-        problem.startswith(said) or said in problem for problem in browser.look(tmp_path / "bad.html").problems()
-    )
-    (tmp_path / "good.html").write_text(page.format("nothing"))
+    (tmp_path / "bad.html").write_text(PAGE.format(code))
+    assert any(said in problem for problem in browser.look(tmp_path / "bad.html").problems())
+
+
+def test_the_same_page_without_a_fault_passes(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "good.html").write_text(PAGE.format("nothing"))
     assert browser.look(tmp_path / "good.html").problems() == []

@@ -34,6 +34,7 @@ STEPS = 47  # of 4: four epochs
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setattr(reading, "_PAUSES", (0.05,))
+    monkeypatch.setattr(index, "_PAUSE", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -110,7 +111,7 @@ def test_what_passes_is_tried_again(served: Server, fault: str) -> None:
     """Once wrong, then right: the same batches, nothing replaced."""
     expected = keys(batches(f"{served.folder}/{{0..2}}.tar", 12, batch=4))
     served.faults["1.tar"] = fault, 1
-    found = batches(pattern(served), 12, batch=4, streams=1, stall_seconds=1)
+    found = batches(pattern(served), 12, batch=4, streams=1, stall_seconds=0.6)
     plain = batches(f"{served.folder}/{{0..2}}.tar", 12, batch=4, streams=1)
     assert keys(found) == keys(plain)
     assert not faults(found)
@@ -125,7 +126,7 @@ REASONS = {
     "short": "curl: (18)",
     "cut": "fewer than its index says",
     "garbage": "",
-    "stall": "it gave nothing for 1.5 s",
+    "stall": "it gave nothing for 0.6 s",
 }
 
 
@@ -134,7 +135,7 @@ def test_what_does_not_pass_is_replaced_and_named(served: Server, fault: str) ->
     """Shard 1 fails for good: its samples, or those behind the fault, are replaced; all others stay where they were."""
     expected = keys(batches(f"{served.folder}/{{0..2}}.tar", STEPS, batch=4, streams=1))
     served.faults["1.tar"] = fault, 10_000
-    limit, attempts = (1.5, 1) if fault == "stall" else (60, 2)  # silence is waited for in each epoch
+    limit, attempts = (0.6, 1) if fault == "stall" else (60, 2)  # silence is waited for in each epoch
     found = batches(pattern(served), STEPS, batch=4, streams=1, stall_seconds=limit, attempts=attempts)
     lost = faults(found)
     ours = {sample(number)[0] for number in range(15, 35)}
@@ -206,9 +207,9 @@ def test_a_source_that_cannot_be_broken_off_ends_the_run(tmp_path: Path) -> None
 
 def test_slow_use_is_no_stall(tmp_path: Path) -> None:
     steps = iter(loader(write_tars(tmp_path, [90]), batch=4, streams=1, stall_seconds=0.2))
-    for _ in range(4):
+    for _ in range(3):
         assert not next(steps).faults
-        time.sleep(0.5)
+        time.sleep(0.45)
 
 
 def test_pipes_and_what_fsspec_opens(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_the_cache_fetches_once(served: Server, tmp_path: Path) -> None:
 def test_the_cache_keeps_no_fault(served: Server, tmp_path: Path, fault: str) -> None:
     """What came damaged is fetched anew, and a server that falls silent is broken off while it is fetched from."""
     served.faults["1.tar"] = fault, 1
-    found = batches(pattern(served), 12, batch=4, streams=1, cache_dir=str(tmp_path / "kept"), stall_seconds=1)
+    found = batches(pattern(served), 12, batch=4, streams=1, cache_dir=str(tmp_path / "kept"), stall_seconds=0.6)
     assert keys(found) == keys(batches(f"{served.folder}/{{0..2}}.tar", 12, batch=4, streams=1))
     assert not faults(found)
 
@@ -268,8 +269,8 @@ def test_silent_streams_are_broken_off_together(served: Server) -> None:
     for name in ("0.tar", "1.tar", "2.tar"):
         served.faults[name] = "stall", 2
     began = time.monotonic()
-    batches(pattern(served), 1, batch=8, streams=8, stall_seconds=1, attempts=4)
-    assert time.monotonic() - began < 6
+    batches(pattern(served), 1, batch=8, streams=8, stall_seconds=0.6, attempts=4)
+    assert time.monotonic() - began < 4
 
 
 def running_children() -> set[psutil.Process]:

@@ -35,8 +35,8 @@ def whole(pattern: str) -> tuple[Batch, ...]:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_the_first_global_batches(uneven: str, world: int, workers: int) -> None:
-    """200, or, of loaders whose processes have each to be started and heard, 40: ten epochs."""
-    steps = 40 if workers else 200
+    """200, or, of loaders whose processes have each to be started and heard, 24: six epochs."""
+    steps = 24 if workers else 200
     assert global_keys(uneven, steps, world, workers=workers) == [batch.keys for batch in whole(uneven)[:steps]]
 
 
@@ -247,7 +247,7 @@ def test_bad_samples_are_replaced_and_named(damaged: str, uneven: str) -> None:
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 3)])
 def test_what_stands_in_is_the_same_everywhere(damaged: str, world: int, workers: int) -> None:
-    assert global_keys(damaged, 40, world, workers=workers) == [batch.keys for batch in batches(damaged, 40)]
+    assert global_keys(damaged, 24, world, workers=workers) == [batch.keys for batch in batches(damaged, 24)]
 
 
 def test_nothing_usable_ends_at_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sacl_ds.training.checkpoint_folder import rank_files, read_manifest
 from sacl_ds.training.saved_checkpoint import read_checkpoint
 from sacl_ds.training.tensor_files import Fragments
 
-MORE = 4  # steps
+MORE = 2  # steps
 # by number of ranks
 SAVED: dict[int, list[Stage]] = {1: [0], 2: [1, 3], 3: [2]}
 RESUMED: dict[int, list[Stage]] = {1: [1, 3], 2: [0, 2, 3], 3: [1, 3]}

@@ -3,10 +3,10 @@
 import json
 import pickle
 import struct
-import subprocess
 import sys
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 from attacks import Writes, one_line
 from saved import saved_run
+from starting import program
 from torch import nn
 
 from sacl_ds.config_file import load_config
@@ -132,6 +133,11 @@ def test_timm_is_given_no_files(tmp_path: Path) -> None:
             load_config(None, [f"model.image_encoder_arguments={{{name}: {tmp_path}/evil.pth}}"])
 
 
+def answering(path: Path) -> None:
+    """Take what is asked for on the terminal from that file."""
+    sys.stdin = path.open()
+
+
 def test_a_folder_with_code_of_its_own(tmp_path: Path, proof: Path) -> None:
     """As transformers runs it where `trust_remote_code` is given, or a question on the terminal answered with yes."""
     (tmp_path / "code.py").write_text(f"import os\nos.mkdir({str(proof)!r})\nclass Own: pass\n")
@@ -139,14 +145,16 @@ def test_a_folder_with_code_of_its_own(tmp_path: Path, proof: Path) -> None:
     config = json.dumps({"model_type": "own", "auto_map": named, "tokenizer_class": "Own"})
     for name in ("config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text(config)
-    script = (
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/load.py").write_text(
         "import sys; from sacl_ds.data.text import Tokenizer; from sacl_ds.model.starts.text import bert_positions\n"
         "from sacl_ds.errors import UserError\n"
         "for load in (lambda: Tokenizer.load(sys.argv[1], 8), lambda: bert_positions(sys.argv[1])):\n"
         "    try: load()\n"
         "    except UserError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], input="y\ny\n", capture_output=True, text=True)
+    (tmp_path / "answers").write_text("y\ny\n")
+    done = program(str(tmp_path / "script/load.py"), tmp_path, before=partial(answering, tmp_path / "answers"))
     assert done.stdout.count("cannot be loaded") == 2, done.stdout + done.stderr
     assert "[y/N]" not in done.stdout
     assert not proof.exists()

@@ -15,25 +15,35 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from sacl_ds.faults import pulse
 from sacl_ds.faults.judging import Beat, Limits
 from sacl_ds.faults.pulse import Address, Court, Witness
 
-LIMITS = Limits(peer=3, step=600)
-SOON = 2.5  # seconds in which what the system tells is passed on; a beat comes every second
+INTERVAL = 0.25  # seconds between beats here
+LIMITS = Limits(peer=1.5, step=600)
+SOON = 2.5  # seconds in which what the system tells is passed on
+SILENCE = LIMITS.peer + 2 * INTERVAL  # seconds after which nothing is to have been said
 
 WITNESS = """
-import os, sys, threading, time
+import os, sys
+from sacl_ds.faults import pulse
 from sacl_ds.faults.judging import Beat, Limits
-from sacl_ds.faults.pulse import Address, Witness
+pulse.INTERVAL = float(sys.argv.pop())
 host, port, token, rank, doing = sys.argv[1:]
 now = lambda: Beat(int(rank), "there", os.getpid(), 7, doing, 0.0)
 act = lambda said, speaks, mistake: print("verdict", said, flush=True)
-witness = Witness(Address(host, int(port), token), now, Limits(3, 600), act, True)
+witness = pulse.Witness(pulse.Address(host, int(port), token), now, Limits(1.5, 600), act, True)
 print("ready", flush=True)
 for line in sys.stdin:
     witness.say(line.strip())
     print("said", flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "INTERVAL", INTERVAL)
+    monkeypatch.setattr(pulse, "_TOLD", 3 * INTERVAL)
 
 
 @dataclass
@@ -106,6 +116,7 @@ def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(address: Address, rank: int, doing: str = "step") -> subprocess.Popen[str]:
         line = [sys.executable, "-c", WITNESS, address.host, str(address.port), address.token, str(rank), doing]
+        line.append(str(INTERVAL))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         child = subprocess.Popen(line, **pipes)
         started.append(child)
@@ -128,7 +139,7 @@ def beaten(court: Court, rank: int) -> None:
 
 
 def test_all_is_well(job: Callable[..., Job]) -> None:
-    assert job(3).verdicts(LIMITS.peer + 2) == []
+    assert job(3).verdicts(SILENCE) == []
 
 
 def test_a_process_that_is_killed(job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
@@ -190,7 +201,7 @@ def test_a_process_that_stands_still(job: Callable[..., Job], process: Callable[
     os.kill(child.pid, signal.SIGSTOP)
     begun = time.monotonic()
     said, _ = made.first.told(LIMITS.peer + 5)
-    assert time.monotonic() - begun > LIMITS.peer - 1
+    assert time.monotonic() - begun > LIMITS.peer - INTERVAL
     assert said.startswith(f"rank 2 on there (process {child.pid}) has not been heard of for ")
     assert "last waiting for data, step 8" in said
     assert made.others[0].told(1) == (said, False)
@@ -225,7 +236,7 @@ def test_all_fail_alike(order: str, job: Callable[..., Job], process: Callable[.
     if order == "first ahead":  # the one that is slow to end was told that the first one's end means nothing
         out, _ = child.communicate("\n", timeout=10)
         assert out == "said\n"
-    assert made.verdicts(LIMITS.peer + 1) == []
+    assert made.verdicts(SILENCE) == []
 
 
 def test_the_end_of_a_run_takes_its_time(job: Callable[..., Job]) -> None:
@@ -233,16 +244,17 @@ def test_the_end_of_a_run_takes_its_time(job: Callable[..., Job]) -> None:
     made = job(3)
     for witness in made.witnesses:
         witness.close()
-    assert made.verdicts(LIMITS.peer + 2) == []
+    assert made.verdicts(SILENCE) == []
     made.court.close()
-    assert made.verdicts(1.5) == []
+    assert made.verdicts(2 * INTERVAL) == []
 
 
 COURT = """
 import os, sys, time
+from sacl_ds.faults import pulse
 from sacl_ds.faults.judging import Beat, Limits
-from sacl_ds.faults.pulse import Court
-court = Court("127.0.0.1", lambda: Beat(0, "here", os.getpid(), 7, "step", 0.0), Limits(3, 600), print, 3)
+pulse.INTERVAL = float(sys.argv[1])
+court = pulse.Court("127.0.0.1", lambda: Beat(0, "here", os.getpid(), 7, "step", 0.0), Limits(1.5, 600), print, 3)
 print(court.address.port, court.address.token, flush=True)
 time.sleep(60)
 """
@@ -251,7 +263,7 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_first_rank_is_lost(number: signal.Signals) -> None:
     """All others end by themselves, and those say it that were asked to."""
-    child = subprocess.Popen([sys.executable, "-c", COURT], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", COURT, str(INTERVAL)], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         port, token = child.stdout.readline().split()
@@ -259,7 +271,7 @@ def test_the_first_rank_is_lost(number: signal.Signals) -> None:
         for place in places:
             address = Address("127.0.0.1", int(port), token)
             Witness(address, place.now, LIMITS, place.act, speaks=place.rank == 1)
-        time.sleep(1.5)
+        time.sleep(3 * INTERVAL)
         child.send_signal(number)
         for place in places:
             said, speaks = place.told(SOON if number == signal.SIGKILL else LIMITS.peer + 3)
@@ -313,7 +325,7 @@ def test_strangers_change_nothing(sent: bytes, job: Callable[..., Job]) -> None:
                 assert stranger.recv(100) == b""
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the court has hung up
-    assert made.verdicts(1.5) == []
+    assert made.verdicts(2 * INTERVAL) == []
     assert set(made.court._heard) == {1}
     made.witnesses[0].say("heard all the same")
     assert made.first.told(SOON)[0].endswith("failed: heard all the same")
@@ -324,8 +336,8 @@ def test_a_crowd_of_strangers(job: Callable[..., Job]) -> None:
     made = job(2)
     crowd = [socket.create_connection((made.address.host, made.address.port), timeout=5) for _ in range(300)]
     try:
-        assert made.verdicts(LIMITS.peer + 1) == []
+        assert made.verdicts(SILENCE) == []
     finally:
         for each in crowd:
             each.close()
-    assert made.verdicts(1) == []
+    assert made.verdicts(2 * INTERVAL) == []

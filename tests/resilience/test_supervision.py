@@ -58,8 +58,9 @@ while True:
 # as a run listens: prints the reason, once there is one
 LISTENING = """
 import os, sys, time
-from sacl_ds.faults.signals import Requests
-requests = Requests()
+from sacl_ds.faults import signals
+signals._EVERY, signals.IMPATIENT = 0.3, 1.0
+requests = signals.Requests()
 requests.listen(lambda: os._exit(70), float(sys.argv[1]))
 print("ready", flush=True)
 while requests.reason is None:
@@ -161,7 +162,7 @@ def test_a_request_ends_restarts(scripts: Scripts) -> None:
 
 def test_a_request_between_two_starts(scripts: Scripts) -> None:
     script = scripts.write("child.py", CHILD)
-    supervise = scripts.write("supervise.py", SUPERVISE.replace("0.2", "2.0"))
+    supervise = scripts.write("supervise.py", SUPERVISE.replace("0.2", "1.0"))
     supervisor = subprocess.Popen([sys.executable, supervise, "5", script, str(scripts.folder), "70"])
     until(lambda: scripts.starts() and scripts.starts()[0])
     time.sleep(0.5)
@@ -232,7 +233,7 @@ def test_a_second_interrupt_ends_at_once_but_a_stutter_does_not() -> None:
         child.send_signal(signal.SIGINT)
         time.sleep(0.3)
     assert child.poll() is None
-    time.sleep(2)
+    time.sleep(1.1)
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=10)
     assert child.returncode == -signal.SIGINT
@@ -259,14 +260,14 @@ def test_a_launcher_that_is_killed(grace: float, tmp_path: Path) -> None:
     said = {above.stdout.readline().strip(), above.stdout.readline().strip()}
     (pid,) = (int(each) for each in said - {"ready"})
     try:
-        time.sleep(1.2)
+        time.sleep(0.5)
         assert alive(pid)
         above.kill()
         assert above.stdout.readline() == "its launcher has ended\n"
         if grace < 1:
             until(lambda: not alive(pid))
         else:
-            time.sleep(1)
+            time.sleep(0.6)
             assert alive(pid)
     finally:
         if alive(pid):

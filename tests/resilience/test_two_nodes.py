@@ -1,13 +1,11 @@
 """Whole runs over `deepspeed --hostfile`, pdsh and ssh, on two nodes with a network between them (`nodes`)."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from nodes import Cluster, Running, cluster, until
-from ranks import free_port
-from starting import SMALL, losses
+from starting import SMALL, losses, program
 
 STEPS, EVERY = 18, 6
 
@@ -43,9 +41,7 @@ def kill_when_saved(nodes: Cluster, run: Running, folder: Path, step: int) -> No
 @pytest.mark.slow
 def test_train_on_two_nodes_then_one_then_two(nodes: Cluster, tmp_path: Path) -> None:
     """Killed after the first and the second checkpoint; equal to one run on one node that nothing stopped."""
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-    alone = nodes[0].start(*launcher, *line(tmp_path / "alone"))
-    assert alone.wait(300) == 0, alone.text()[-3000:]
+    program(*line(tmp_path / "alone"), ranks=2)
     expected = losses(tmp_path / "alone")
     assert len(expected) == STEPS
 
@@ -98,4 +94,4 @@ def test_without_keep_alive_the_launcher_outlives_a_node_that_was_cut_off(
             assert "node2: ssh exited with exit code 255" in run.text()
         else:
             with pytest.raises(AssertionError, match="still at work"):
-                run.wait(15)
+                run.wait(8)

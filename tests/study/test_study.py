@@ -11,6 +11,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import prepared
 from starting import program
 
 from sacl_ds.analysis.calibration import sharpness_for
@@ -311,6 +312,7 @@ def test_a_lost_trial_is_made_again_the_same(study: Path) -> None:
     for name in ("student", "clean", "plain"):
         folder.weights(one.fingerprint(name, 1)).unlink()
     ran = []
+    prepared()
     run_plan(one, folder, 1, "cpu", lambda trial, _: ran.append(trial))
     assert ran == [("clean", 1), ("student", 1)]
     for trial, result in finished(one, folder).items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from ranks import prepared
 from starting import program
 
 from sacl_ds.data.scene_language import COLOUR, COLOURS, PLACE, SHAPE, SHAPES
@@ -38,6 +39,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
     """Run once, with the trials of seed 1 in a second go."""
+    prepared()
     folder = tmp_path_factory.mktemp("study")
     plan = Plan.model_validate(TINY)
     ran: list[tuple[str, int]] = []

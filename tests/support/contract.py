@@ -1,5 +1,7 @@
 """The gradient of the whole batch in one process, and what it is compared with."""
 
+from functools import cache
+
 import tiny
 import torch
 
@@ -24,6 +26,7 @@ def targets(teacher, dtype: torch.dtype = torch.float64) -> Targets:
     return Targets((teacher[0].to(dtype), teacher[1].to(dtype)), 0.6, None)
 
 
+@cache
 def whole_batch_gradient(loss: str, world: int) -> dict[str, torch.Tensor]:
     """One process, float64: ITC (dense) and MLM over the whole batch; ITM, whose negatives are a rank's own, block by
     block."""

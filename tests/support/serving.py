@@ -79,7 +79,7 @@ class Server:
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     server = Server(folder)
-    thread = threading.Thread(target=server.http.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

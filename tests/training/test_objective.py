@@ -23,7 +23,9 @@ def test_each_term_can_be_learned_by_heart(term: str) -> None:
         losses["loss"].backward()
         optimizer.step()
         seen.append(losses[name].item())
-    assert sum(seen[-10:]) / 10 < 0.15 * seen[0]
+        if len(seen) >= 10 and sum(seen[-10:]) / 10 < 0.15 * seen[0]:
+            return
+    pytest.fail(f"{name} went from {seen[0]:.3f} to {seen[-1]:.3f}")
 
 
 def test_the_gradient_of_what_is_taken_more_than_once_has_the_same_bits_every_time() -> None:

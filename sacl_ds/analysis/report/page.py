@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,15 @@ class Headline:
 
 def render(title: str, subtitle: str, headlines: Sequence[Headline], sections: Sequence[Section]) -> str:
     """The page as HTML; all text is escaped."""
+    return _template().render(title=title, subtitle=subtitle, headlines=headlines, sections=sections)
+
+
+@cache
+def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("sacl_ds.analysis.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["clean"] = clean
-    template = environment.get_template("report.html.j2")
-    return template.render(title=title, subtitle=subtitle, headlines=headlines, sections=sections)
+    return environment.get_template("report.html.j2")
 
 
 def clean(text: str, longest: int = _LONGEST) -> str:

@@ -24,6 +24,7 @@ _THREADS = 16
 _AT_ONCE = 64
 _PARTS_BETWEEN_WRITES = 16
 _ATTEMPTS = 3
+_PAUSE = 1.0  # seconds before the second attempt; twice as many before the third
 _MOST = 10**8  # samples of a shard
 _NAMED = 5  # missing shards
 _NO_SUCH = re.compile(r"\b(404|410)\b")  # of HTTP
@@ -144,7 +145,7 @@ def count_samples(shard: str) -> int:
                 why = reason(error)
                 kind = _NotThere if isinstance(error, FileNotFoundError) or _NO_SUCH.search(why) else UserError
                 raise kind(f"shard {shard} has no stats beside it and cannot be scanned: {why}") from None
-            time.sleep(2.0**attempt)
+            time.sleep(_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
 
 

@@ -121,7 +121,7 @@ class ShardReading:
         until = time.monotonic() + _PAUSES[min(self._tries, len(_PAUSES)) - 1]
         while time.monotonic() < until:
             self.heart.beat()
-            time.sleep(0.1)
+            time.sleep(min(0.1, max(0.0, until - time.monotonic())))
 
     def _prefetch(self, block: Block, following: Block | None) -> None:
         if self._cache is None or following is None:

@@ -41,7 +41,8 @@ def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, di
     for seed in {_START_SEED, *(seed for _, seed in missing)} if missing else ():
         for scenes in trial_scenes(plan.sizes, seed):
             pictures(scenes, folder)  # before two trials would draw them at once
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once for all processes
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as workers:
         if missing:
