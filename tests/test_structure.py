@@ -16,7 +16,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"config", "errors"},
     "yaml_files": {"errors"},
-    "config_file": {"config", "errors", "yaml_files"},
+    "config_file": {"checksums", "config", "errors", "yaml_files"},
     "config_help": {"config", "errors"},
     "machine": set(),
     "launcher": {"errors"},
@@ -28,7 +28,7 @@ ALLOWED = {
     "faults": {"atomic", "errors", "faults"},
     "data": {"checksums", "config", "data", "errors"},
     "model": {"checksums", "config", "config_file", "data", "distributed", "errors", "model"},
-    "telemetry": {"telemetry", "errors", "config"},
+    "telemetry": {"checksums", "config", "errors", "telemetry"},
     "evaluation": {"atomic", "config", "data", "distributed", "errors", "evaluation", "model", "telemetry"},
     "analysis": {
         "analysis", "checksums", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors",
@@ -49,7 +49,8 @@ ALLOWED = {
     },
     "inference": {"data", "errors", "model"},
     "study": {
-        "analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training", "yaml_files",
+        "analysis", "checksums", "config", "data", "errors", "evaluation", "losses", "model", "study", "training",
+        "yaml_files",
     },
     "planning": {"config", "config_file", "ds_config", "errors", "model", "planning"},
     "training": {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.config.finetune import TASKS, FinetuneConfig, task_defaults
 from sacl_ds.config_file import Layer, merged, read_layers, read_yaml, resolve_layers
 from sacl_ds.errors import UserError, nearest
@@ -39,7 +38,7 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
             "checkpoint is missing: checkpoint=RUN, the directory of a finished run, or RUN/checkpoints/step_N"
         )
     folder = run_of(str(said["checkpoint"]))
-    theirs = _saved(folder)
+    theirs = read_yaml(folder / CONFIG)
     if "task" in theirs:
         their_data = theirs.get("data")
         if not isinstance(their_data, dict) or "source" not in their_data:
@@ -95,16 +94,10 @@ def _defaults(task: str, said: dict[str, Any]) -> list[Layer]:
 
 def _model_of(folder: Path) -> Layer:
     """The model of a run, to start from."""
-    theirs = _saved(folder).get("model")
+    theirs = read_yaml(folder / CONFIG).get("model")
     if not isinstance(theirs, dict):
         raise UserError(f"{folder / CONFIG} has no room 'model'; give the directory of a run")
     return f"in {folder / CONFIG}", {"model": {**theirs, **_ORIGIN}}
-
-
-def _saved(folder: Path) -> dict[str, Any]:
-    """What a run's configuration says. Raises UserError."""
-    require_unchanged(folder, f"checkpoint={folder}", CONFIG)
-    return read_yaml(folder / CONFIG)
 
 
 def _task(option: str | None, said: Any) -> str:
