@@ -43,11 +43,11 @@ ALLOWED = {
         "benchmark", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
         "training",
     },
-    "doctor": {"command_line", "data", "doctor", "errors", "machine"},
+    "doctor": {"command_line", "config", "data", "doctor", "errors", "machine"},
     "exporting": {
         "atomic", "checksums", "config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry",
     },
-    "inference": {"data", "errors", "model"},
+    "inference": {"config", "data", "errors", "model"},
     "study": {
         "analysis", "checksums", "config", "data", "errors", "evaluation", "losses", "model", "study", "training",
         "yaml_files",

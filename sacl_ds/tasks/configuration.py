@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sacl_ds.config.finetune import TASKS, FinetuneConfig, task_defaults
+from sacl_ds.config.paths import user_path
 from sacl_ds.config_file import Layer, merged, read_layers, read_yaml, resolve_layers
 from sacl_ds.errors import UserError, nearest
 
@@ -68,9 +69,9 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
 def run_of(checkpoint: str) -> Path:
     """The run that `checkpoint` is, or is one of. Raises UserError."""
     try:
-        path = Path(checkpoint).expanduser()
+        path = user_path(checkpoint)
         there = path.exists()
-    except (OSError, RuntimeError, ValueError):  # no name of a file; no home of that user
+    except (OSError, ValueError):  # no name of a file
         raise UserError(f"checkpoint={checkpoint}: no such folder; correct the path") from None
     folder = path.parent.parent if path.parent.name == _CHECKPOINTS else path
     if there and path.is_file():
