@@ -21,8 +21,7 @@ from sacl_ds.telemetry.metrics import METRICS, MetricLog
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.telemetry.weight_records import FOLDER as WEIGHT_RECORDS
 from sacl_ds.training import checkpoint
-from sacl_ds.training.checkpoint_folder import FOLDER as CHECKPOINTS
-from sacl_ds.training.checkpoint_folder import LATEST, latest
+from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.engine import build_engine, cores, local_ranks, ranks
 from sacl_ds.training.health import BAD_STEPS
 from sacl_ds.training.loop import Loop
@@ -32,7 +31,7 @@ from sacl_ds.training.task import Figures, Training
 
 START = "start.txt"  # what the model started from
 # what a run writes as it goes and a command reads: sealed when it is finished
-RECORDS = (METRICS, BAD_STEPS, WEIGHT_RECORDS, MISSING, f"{CHECKPOINTS}/{LATEST}")
+RECORDS = (METRICS, BAD_STEPS, WEIGHT_RECORDS, MISSING)
 
 Run = TypeVar("Run", bound=TrainingConfig)
 

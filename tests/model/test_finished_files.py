@@ -297,7 +297,6 @@ READ_BY: dict[str, tuple[Callable[[Path], object], ...]] = {
     "weights/": (read_figures, read_lowest, goes_on),
     "missing_shards.txt": (goes_on,),
     "bad_steps.jsonl": (goes_on,),
-    "checkpoints/latest": (goes_on,),
     "checkpoints/step_": (lambda run: read_checkpoint(max((run / "checkpoints").glob("step_*"))),),
     "best.json": (lambda run: Best(run, "", 2), goes_on),
     "answers.json": (lambda run: task_of(finetune_config("vqa", None, [])).take(run), goes_on),
@@ -313,6 +312,7 @@ BESIDES: dict[tuple[str, str], tuple[Callable[[Path], object], ...]] = {
 # no command makes anything of these
 NOT_READ = {
     ".lock": "who is at work, for the line that refuses another",
+    "checkpoints/latest": "it names a checkpoint that is checked itself, from which any run comes to the same end",
     "status.json": "how it ended, for schedulers",
     "start.txt": "for people",
     "plots/": "for people",
@@ -339,6 +339,8 @@ def test_every_file_of_a_finished_run(runs: dict[str, Path]) -> None:
                     read(folder)
                 assert is_one_line(error.value)
                 assert file.name in str(error.value), (inside, str(error.value))
+                if (inside, read) in (("metrics.jsonl", plot_run), ("best.json", goes_on)):
+                    assert_documented(f"error: {error.value}".replace(str(folder), "/data/run"))
     assert seen == READ_BY.keys()
     for name, folder in runs.items():
         plot_run(folder)
