@@ -1,14 +1,19 @@
 """Files as they were written: a manifest of their sizes and sha256, checked wherever they are read.
 
-A checkpoint has one (`sacl_ds.training.checkpoint_folder`), and so has what is finished: a run, its teacher, an export.
+A checkpoint has one (`sacl_ds.training.checkpoint_folder`), and so has what is finished: a run, its teacher, an export,
+what tools save to be read again. A line or a small JSON file has its checksum in itself (`signed`), and so has each row
+of a table whose rows are read one at a time (`row_check`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +45,28 @@ def checksum(path: Path) -> Written:
 
 def write_manifest(path: Path, values: dict[str, Any]) -> None:
     """A manifest with its own checksum in it, atomically. values: JSON's. Raises OSError."""
-    write_text(path, json.dumps({"sha256": _digest(values), **values}, indent=1))
+    write_text(path, json.dumps(signed(values), indent=1))
+
+
+def signed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An object of JSON with its own checksum in it."""
+    return {"sha256": _digest(values), **values}
+
+
+def parsed(text: str | bytes) -> Any:
+    """JSON; of an object that is signed, without its checksum. Raises ValueError where that is of another."""
+    said = json.loads(text)
+    if isinstance(said, dict) and "sha256" in said and said.pop("sha256") != _digest(said):
+        raise ValueError("it is not as it was written")
+    return said
+
+
+def row_check(*parts: bytes) -> int:
+    """Of a row and of what it belongs to: crc32, which finds any change within 32 bits."""
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part, found)
+    return found
 
 
 def read_manifest(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Written]]:
@@ -70,11 +96,14 @@ def first_changed(folder: Path, files: Mapping[str, Written]) -> tuple[str, str]
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
-    """Write the manifest of what is finished: of these files, and of all in these folders. Raises OSError."""
+    """Write the manifest of what is finished: of these files, and of all in these folders; other files that it holds
+    already stay in it. Raises OSError, and UserError where it cannot be read."""
     parts = [folder / name for name in names]
     found = [file for part in parts for file in [part, *sorted(part.rglob("*"))] if file.is_file()]
     written = {file.relative_to(folder).as_posix(): asdict(checksum(file)) for file in found}
-    write_manifest(folder / FILE, {"files": written})
+    with _locked(folder):
+        known = {name: asdict(each) for name, each in _manifest(folder, str(folder)).items()}
+        write_manifest(folder / FILE, {"files": known | written})
 
 
 def unseal(folder: Path) -> None:
@@ -88,12 +117,7 @@ def require_unchanged(folder: Path, source: str, *names: str) -> None:
     names: files and folders in it, with all that was in them; without any, all that there was. Folders without a
     manifest (of runs that are going on, or made by others) are taken as they are.
     """
-    if not os.path.isfile(folder / FILE):  # False, too, for what no file system takes as a name
-        return
-    try:
-        _, files = read_manifest(folder / FILE, ("files",))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {FILE} cannot be read: {error}; take a whole copy of the folder") from None
+    files = _manifest(folder, source)
     chosen = {file: written for file, written in files.items() if not names or file.partition("/")[0] in names}
     if changed := first_changed(folder, chosen):
         raise UserError(
@@ -102,7 +126,28 @@ def require_unchanged(folder: Path, source: str, *names: str) -> None:
         )
 
 
-def _digest(values: dict[str, Any]) -> str:
+def _manifest(folder: Path, source: str) -> dict[str, Written]:
+    if not os.path.isfile(folder / FILE):  # False, too, for what no file system takes as a name
+        return {}
+    try:
+        return read_manifest(folder / FILE, ("files",))[1]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {FILE} cannot be read: {error}; take a whole copy of the folder") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Processes that seal files of one folder do so one after the other, where its file system has locks."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 import yaml
 
 from sacl_ds.config import RunConfig, TrainingConfig
+from sacl_ds.config.paths import expanded
 from sacl_ds.config_file import Config, load_config
 from sacl_ds.errors import FULL, Fault, SharedError, Stopped, UserError
 from sacl_ds.faults import restarts
@@ -49,8 +50,10 @@ def training_parser(purpose: str, example: str, task: bool = False) -> Parser:
         example,
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--ds_config", metavar="FILE", help="DeepSpeed's own JSON (required)")
-    files.add_argument("--config", metavar="FILE", help="run configuration, YAML (default: the built-in run)")
+    files.add_argument("--ds_config", type=expanded, metavar="FILE", help="DeepSpeed's own JSON (required)")
+    files.add_argument(
+        "--config", type=expanded, metavar="FILE", help="run configuration, YAML (default: the built-in run)"
+    )
     run = parser.add_argument_group("run")
     if task:
         run.add_argument("--task", metavar="TASK", help="retrieval, vqa or nlvr2")
@@ -62,7 +65,9 @@ def training_parser(purpose: str, example: str, task: bool = False) -> Parser:
 def evaluation_parser(purpose: str, example: str) -> Parser:
     """--task, --config, --print_config and key=value."""
     parser = _parser("[--task TASK] [--config FILE] [--print_config] checkpoint=RUN [key=value ...]", purpose, example)
-    parser.add_argument("--config", metavar="FILE", help="run configuration, YAML (default: that of the run)")
+    parser.add_argument(
+        "--config", type=expanded, metavar="FILE", help="run configuration, YAML (default: that of the run)"
+    )
     parser.add_argument("--task", metavar="TASK", help="retrieval, vqa or nlvr2 (default: what RUN was fine-tuned for)")
     _add_questions(parser)
     return parser

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import RunConfig, TrainingConfig
 from sacl_ds.config.typed import remember_typed
 from sacl_ds.errors import UserError, nearest
@@ -54,7 +55,8 @@ def resolve_layers(layers: Sequence[Layer], root: type[Config]) -> Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as it stands. Raises UserError."""
+    """A configuration file as it stands. Raises UserError, also where a finished run left it otherwise."""
+    require_unchanged(path.parent, str(path.parent), path.name)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

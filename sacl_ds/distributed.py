@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,17 +101,14 @@ def row_counts(rows: Tensor, group: Group = None, alike: Mapping[str, object] | 
     """
     if world_size(group) == 1:
         return [len(rows)]
-    values = {_WRONG: None} | dict(alike or {})
-    scale = values.pop("logit_scale", None)
-    settings = {name: repr(value) for name, value in values.items()}
-    known = torch.tensor([len(rows), zlib.crc32(repr(settings).encode())], dtype=torch.float64, device=rows.device)
+    scale = (alike or {}).get("logit_scale")
+    known = torch.tensor([len(rows), fingerprint(alike)], dtype=torch.float64, device=rows.device)
     last = scale.detach().to(known).reshape(1) if isinstance(scale, Tensor) else known.new_zeros(1)
     every = known.new_empty(world_size(group) * 3)
     dist.all_gather_into_tensor(every, torch.cat([known, last]), group=group)
     counts, marks, scales = zip(*every.view(-1, 3).tolist(), strict=True)
-    for other, (mark, value) in enumerate(zip(marks, scales, strict=True)):
-        if mark != marks[0]:
-            _say_what_differs(settings, group)
+    require_alike(marks, alike, group)
+    for other, value in enumerate(scales):
         if not math.isclose(value, scales[0], rel_tol=1e-4) and not (math.isnan(value) and math.isnan(scales[0])):
             raise SharedError(_difference("logit_scale", scales[0], value, other))
     return [int(count) for count in counts]
@@ -129,14 +126,26 @@ def said_on_all_ranks(device: torch.device, group: Group, asks: bool) -> Iterato
         raise
 
 
-def _say_what_differs(settings: Mapping[str, str], group: Group) -> NoReturn:
-    """Raise on every rank, all of which call it, for the first of the settings that one has otherwise than rank 0."""
-    every: list[Mapping[str, str]] = gather_objects(settings, group)
+def fingerprint(alike: Mapping[str, object] | None) -> int:
+    """32 bits of the settings of `row_counts`, without `logit_scale`."""
+    return zlib.crc32(repr(_told(alike)).encode())
+
+
+def require_alike(marks: Sequence[float], alike: Mapping[str, object] | None, group: Group) -> None:
+    """Raise SharedError on every rank, all of which call it, for the first of the settings that one has otherwise than
+    rank 0. marks: every rank's `fingerprint`."""
+    if len(set(marks)) == 1:
+        return
+    every = gather_objects(_told(alike), group)
     for name in dict.fromkeys(name for each in every for name in each):
         for other, each in enumerate(every):
             if each.get(name) != every[0].get(name):
                 raise SharedError(_difference(name, every[0].get(name), each.get(name), other))
     raise AssertionError(every)
+
+
+def _told(alike: Mapping[str, object] | None) -> dict[str, str]:
+    return {_WRONG: "None"} | {name: repr(value) for name, value in (alike or {}).items() if name != "logit_scale"}
 
 
 def _difference(name: str, first: object, value: object, other: int) -> str:

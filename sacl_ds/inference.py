@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.batch import places_of
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.pictures import Picture
@@ -94,7 +95,7 @@ class PairModel:
                 return self._view(Picture(image.cpu()), ())
             if isinstance(image, Image.Image):
                 return self._view(Picture.of(image), ())
-            return self._view(Picture(Path(image).expanduser().read_bytes()), ())
+            return self._view(Picture(user_path(image).read_bytes()), ())
         except (OSError, BadImage) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{named}: {reason}; give a JPEG, PNG or WebP") from None
@@ -124,7 +125,7 @@ def load_pair_model(
     folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> PairModel:
     """As `sacl_ds.load` says."""
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if (path / "config.json").is_file() and not (path / "config.yaml").exists():
         raise UserError(
             f"{_LABEL}: {folder} is an export for transformers, which AutoModel.from_pretrained loads; give a finished "

@@ -17,7 +17,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"config", "errors"},
     "yaml_files": {"errors"},
-    "config_file": {"config", "errors", "yaml_files"},
+    "config_file": {"checksums", "config", "errors", "yaml_files"},
     "config_help": {"config", "errors"},
     "machine": set(),
     "launcher": {"errors"},
@@ -29,7 +29,7 @@ ALLOWED = {
     "faults": {"atomic", "errors", "faults"},
     "data": {"checksums", "config", "data", "errors"},
     "model": {"checksums", "config", "config_file", "data", "distributed", "errors", "model"},
-    "telemetry": {"telemetry", "errors", "config"},
+    "telemetry": {"checksums", "config", "errors", "telemetry"},
     "evaluation": {"atomic", "config", "data", "distributed", "errors", "evaluation", "model", "telemetry"},
     "analysis": {
         "analysis", "checksums", "command_line", "config", "config_file", "data", "distributed", "ds_config", "errors",
@@ -44,13 +44,14 @@ ALLOWED = {
         "benchmark", "config", "data", "distributed", "ds_config", "errors", "losses", "machine", "model", "telemetry",
         "training",
     },
-    "doctor": {"command_line", "data", "doctor", "errors", "machine"},
+    "doctor": {"command_line", "config", "data", "doctor", "errors", "machine"},
     "exporting": {
         "atomic", "checksums", "config", "config_file", "data", "errors", "exporting", "model", "tasks", "telemetry",
     },
-    "inference": {"data", "errors", "model"},
+    "inference": {"config", "data", "errors", "model"},
     "study": {
-        "analysis", "config", "data", "errors", "evaluation", "losses", "model", "study", "training", "yaml_files",
+        "analysis", "checksums", "config", "data", "errors", "evaluation", "losses", "model", "study", "training",
+        "yaml_files",
     },
     "planning": {"config", "config_file", "ds_config", "errors", "model", "planning"},
     "training": {

@@ -18,6 +18,7 @@ from sacl_ds.analysis.subject import (
     source_count,
 )
 from sacl_ds.analysis.terminal import progress, say
+from sacl_ds.checksums import seal
 from sacl_ds.config import RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.errors import UserError
@@ -62,6 +63,7 @@ def kept(examined: Examined, options: argparse.Namespace) -> Examined:
         folder = Path(options.save_features)
         pairs.save(folder)
         examined.run.save(folder / CONFIG)
+        seal(folder, (CONFIG,))
         say(f"features of {len(pairs)} pairs in {folder}, to be given in the place of the run")
     return examined
 

@@ -14,9 +14,11 @@ import pyarrow as arrow
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
+from sacl_ds.checksums import require_unchanged, seal
 from sacl_ds.errors import UserError
 
 FEATURES, SAMPLES, FIGURES = "features.safetensors", "samples.parquet", "features.json"
+_FILES = FEATURES, SAMPLES, FIGURES
 _ARRAYS = ("image", "text", "teacher_image", "teacher_text", "pair_ids")
 _TEXTS = {"keys": "key", "shards": "shard", "captions": "caption", "sha256": "sha256", "urls": "url"}
 _LONGEST_HEADER = 1 << 20  # bytes
@@ -84,11 +86,13 @@ class Pairs:
         parquet.write_table(arrow.table(columns), folder / SAMPLES)
         figures = {"pairs": n, "logit_scale": self.logit_scale, "skipped": self.skipped}
         (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
+        seal(folder, _FILES)
 
     @classmethod
     def load(cls, folder: str | Path) -> Pairs:
         """What `save` wrote; arrays are mapped, so that only what is used is read. Raises UserError."""
         folder = Path(folder)
+        require_unchanged(folder, str(folder), *_FILES)
         try:
             arrays = _mapped(folder / FEATURES)
             figures = json.loads((folder / FIGURES).read_text())

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors import safe_open
 
 from sacl_ds.analysis.pairs import Pairs, is_features
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import CaptionFilter, RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
@@ -239,7 +238,6 @@ def _of_checkpoint(path: Path) -> tuple[SaclModel, RunConfig, Tokenizer, int]:
         if not (folder / name).exists():
             raise UserError(f"{path}: no {name} in {folder}; give RUN/checkpoints/step_N of a run")
     weights, state = read_checkpoint(path)
-    require_unchanged(folder, str(path), CONFIG)
     run = load_config(folder / CONFIG, [])
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     model = SaclModel(run.model, tokenizer.size, pretrained=False)

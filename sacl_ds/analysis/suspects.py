@@ -15,6 +15,7 @@ from sacl_ds.analysis.inputs import examine, regulation_for
 from sacl_ds.analysis.low_weights import Found, least_weights, tile_count
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.terminal import progress, say, table
+from sacl_ds.checksums import seal
 from sacl_ds.data.captions import normalised
 from sacl_ds.errors import UserError
 
@@ -111,6 +112,7 @@ def _write_grouping(pairs: Pairs, groups: Groups, path: Path, largest: int) -> N
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(arrow.table(columns), path)
+    seal(path.parent, (path.name,))
     say(f"written: {path}; train with data.grouping={path}")
 
 

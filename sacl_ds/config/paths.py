@@ -20,6 +20,6 @@ def expanded(path: str) -> str:
 PathText = Annotated[str, AfterValidator(expanded)]  # a setting
 
 
-def user_path(text: str) -> Path:
-    """The `type` of an option that is a path."""
-    return Path(expanded(text))
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Of an option, as its `type`, and of an argument in Python."""
+    return Path(expanded(os.fspath(path)))

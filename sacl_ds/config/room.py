@@ -31,7 +31,8 @@ class Room(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, no, on and off as truth values, and pydantic these as 1 and 0."""
-        values = value if isinstance(value, (list, tuple)) else [value]
+        inner = list(value.values()) if isinstance(value, dict) else value
+        values = inner if isinstance(inner, (list, tuple)) else [inner]
         if any(isinstance(each, bool) for each in values):
             kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
             if kinds & {int, float} and not kinds & {bool, Any}:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.data.draws import hash64
 from sacl_ds.errors import UserError, nearest
 
@@ -44,6 +45,7 @@ class Grouping:
         readers = {".parquet": _parquet_rows, ".csv": _csv_rows}
         if path.suffix.lower() not in readers:
             raise UserError(f"{where}: a grouping's name ends in .parquet or .csv")
+        require_unchanged(path.parent, where, path.name)
         samples: dict[int, int] = {}
         for key, group, shard in readers[path.suffix.lower()](path, where):
             if key is None or group in (None, ""):

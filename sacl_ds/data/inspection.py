@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from array import array
 from collections import Counter, deque
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sacl_ds.checksums import parsed
 from sacl_ds.data.captions import BadText, captions_of
 from sacl_ds.data.images import BadImage, ImageFacts, examine
 from sacl_ds.data.shards.layout import stats_path
@@ -216,7 +216,7 @@ def _check_stats(found: Inspection, file: str, with_image: int | None) -> None:
         found.missing_stats.append(file)
         return
     try:
-        says = json.loads(path.read_text())["successes"]
+        says = parsed(path.read_text())["successes"]
     except (OSError, ValueError, KeyError, TypeError):
         says = None
     if says is None or with_image not in (says, None):
@@ -228,7 +228,7 @@ def expected_samples(files: Sequence[str]) -> int | None:
     total = 0
     for file in files:
         try:
-            total += int(json.loads(Path(stats_path(file)).read_text())["successes"])
+            total += int(parsed(Path(stats_path(file)).read_text())["successes"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
     return total

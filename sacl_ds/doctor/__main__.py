@@ -12,6 +12,7 @@ import sys
 from rich.console import Console
 
 from sacl_ds.command_line import Parser, exit_status
+from sacl_ds.config.paths import expanded
 from sacl_ds.doctor import reaching
 from sacl_ds.doctor.comparison import AllReduce, Examination, Finding, judge
 from sacl_ds.doctor.facts import Facts, Request, gather
@@ -40,9 +41,16 @@ def main() -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m sacl_ds.doctor", description=__doc__)
-    parser.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's hostfile: look at all nodes that it names")
+    parser.add_argument(
+        "--hostfile", type=expanded, metavar="FILE", help="DeepSpeed's: look at all nodes that it names"
+    )
     parser.add_argument("--shards", metavar="PATTERN", help="data.shards: are they readable and alike everywhere?")
-    parser.add_argument("--output_dir", metavar="DIR", help="of the run: is it one folder everywhere, with room?")
+    parser.add_argument(
+        "--allow_missing", type=int, default=0, metavar="N", help="data.allow_missing: gaps in --shards"
+    )
+    parser.add_argument(
+        "--output_dir", type=expanded, metavar="DIR", help="of the run: is it one folder everywhere, with room?"
+    )
     parser.add_argument(
         "--master_addr", metavar="ADDRESS", help="as given to deepspeed (default: as deepspeed chooses)"
     )
@@ -54,7 +62,7 @@ def _parser() -> Parser:
 
 
 def _this_node(options: argparse.Namespace) -> Examination:
-    facts = gather(Request(options.output_dir, options.shards))
+    facts = gather(Request(options.output_dir, options.shards, options.allow_missing))
     ranks = options.ranks or len(facts.gpus) or 2
     reduced = None
     if ranks > 1 and not options.no_all_reduce:
@@ -87,7 +95,7 @@ def _all_nodes(options: argparse.Namespace) -> Examination:
             except reaching.Unreached as error:
                 token, token_error = None, str(error)
         try:
-            request = Request(output_dir, options.shards, token, master, _PORT)
+            request = Request(output_dir, options.shards, options.allow_missing, token, master, _PORT)
             answers = reaching.on_all(answering, lambda node: _facts_or_error(node, request))
         finally:
             if token and output_dir:

@@ -23,6 +23,7 @@ class Request:
 
     output_dir: str | None = None
     shards: str | None = None
+    allow_missing: int = 0  # of the shards
     token: str | None = None  # name of a file that another node wrote into output_dir
     master: str | None = None  # address and port of the first node
     port: int = 29500
@@ -47,7 +48,7 @@ class Facts:
     memory_free: float = 0.0
     shm_free: float | None = None
     disk_free: float | None = None  # at output_dir
-    shards: int | None = None  # how many the pattern names
+    shards: int | None = None  # how many of the pattern are there
     samples: dict[str, int] = field(default_factory=dict)  # of those looked into
     shards_error: str | None = None
     sees_token: bool | None = None
@@ -69,7 +70,7 @@ def gather(request: Request) -> Facts:
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     memory = psutil.virtual_memory()
     folder = Path(request.output_dir) if request.output_dir else None
-    shards, samples, error = _shards(request.shards)
+    shards, samples, error = _shards(request.shards, request.allow_missing)
     return Facts(
         host=socket.gethostname(),
         versions=_versions(),
@@ -158,17 +159,21 @@ def _writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
-def _shards(pattern: str | None) -> tuple[int | None, dict[str, int], str | None]:
+def _shards(pattern: str | None, allow_missing: int) -> tuple[int | None, dict[str, int], str | None]:
     """How many, the samples of some of them, and what went wrong."""
     if pattern is None:
         return None, {}, None
-    from sacl_ds.data.shards.patterns import expand
+    from sacl_ds.data.shards.patterns import is_gone, missing_shards, named
     from sacl_ds.data.shards.tars import BadShard, count_in
     from sacl_ds.errors import UserError
 
     count, samples = None, {}
     try:
-        shards = expand(pattern, "--shards")
+        every = named(pattern, "--shards")
+        shards = [shard for shard in every if not is_gone(shard)]
+        if len(every) - len(shards) > allow_missing or not shards:
+            gone = [shard for shard in every if is_gone(shard)]
+            raise missing_shards(gone, len(every), pattern, "--shards")
         count = len(shards)
         last = len(shards) - 1
         for shard in dict.fromkeys(shards[last * i // (_SHARDS - 1)] for i in range(_SHARDS)):

@@ -12,6 +12,7 @@ from transformers import ChineseCLIPProcessor
 
 from sacl_ds import __version__
 from sacl_ds.checksums import seal
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.exporting.card import card
 from sacl_ds.exporting.chinese_clip import chinese_clip, largest_difference, require_equal
@@ -40,7 +41,7 @@ def export(checkpoint: str, form: str, out: Path, dtype: str = "fp32") -> list[s
     source = read_source(checkpoint)
     write = _write_hf if form == "hf" else _write_safetensors
     with new_folder(out, _OUT) as folder, quiet():
-        said = write(source, folder, dtype, out.expanduser().absolute().name)
+        said = write(source, folder, dtype, user_path(out).absolute().name)
         seal(folder, (path.name for path in folder.iterdir() if path.name != _CARD))  # a card is for others to complete
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return [*said, f"{out}: {form}, {dtype}, {size / 2**20:.1f} MB"]

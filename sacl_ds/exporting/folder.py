@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sacl_ds.atomic import flush
+from sacl_ds.config.paths import user_path
 from sacl_ds.errors import UserError
 
 
@@ -21,7 +22,7 @@ def new_folder(out: Path, setting: str) -> Iterator[Path]:
     """
     label = f"{setting} {out}"
     require_free(out, setting)
-    target = out.expanduser().absolute()
+    target = user_path(out).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
@@ -41,7 +42,7 @@ def new_folder(out: Path, setting: str) -> Iterator[Path]:
 
 def require_free(out: Path, setting: str) -> None:
     """Raises UserError where `out` is neither absent nor an empty folder."""
-    target = out.expanduser()
+    target = user_path(out)
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import RunConfig
 from sacl_ds.config_file import read_yaml
 from sacl_ds.data.text import Tokenizer
@@ -18,7 +19,7 @@ from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, WEIGHTS, load_model
 from sacl_ds.tasks.configuration import run_of
 from sacl_ds.tasks.weights import saved_state
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.metrics import METRICS, read
 
 _BEST = "best.json"
 
@@ -60,10 +61,11 @@ def _step(weights: Path) -> int | None:
 
 
 def _evaluated(folder: Path, step: int | None, best: bool) -> tuple[dict[str, float], dict[str, float]]:
-    lines = [line for line in read(folder / "metrics.jsonl") if isinstance(line.get("evaluation"), dict)]
+    lines = [line for line in read(folder / METRICS) if isinstance(line.get("evaluation"), dict)]
     lines = [line for line in lines if step is None or line.get("step", 0) <= step]
     chance = _numbers(lines[-1].get("chance")) if lines else {}
     if best and (folder / _BEST).exists():
+        require_unchanged(folder, str(folder), _BEST)
         try:
             return _numbers(json.loads((folder / _BEST).read_text()).get("figures")), chance
         except (OSError, ValueError, AttributeError) as error:

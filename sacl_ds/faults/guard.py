@@ -146,10 +146,20 @@ class Guard:
     def _end(self, said: str, speaks: bool, mistake: bool) -> None:
         """On a verdict, from the pulse's thread, wherever the others are."""
         if speaks:
+            said = self._first_cause(said)
             before = f"--resume goes on from step {self._checkpoint}" if self._checkpoint else "there is no checkpoint"
             print(f"error: {said}; all ranks end; {before}", file=sys.stderr, flush=True)
             self._write("failed", said, by_any=True)
         _leave(Exit.MISTAKE if mistake else Exit.FAULT)
+
+    def _first_cause(self, said: str) -> str:
+        """That which the others ended by, where this rank stood still meanwhile and takes their end for the cause."""
+        there = read_status(self._folder)
+        if there is None or may_follow(there, self._start) or (there.message in said and there.start == self._start):
+            return said
+        if there.start == self._start:
+            return there.message
+        return f"rank {self._ranks.rank} on {socket.gethostname()} stood still, and the run was started anew without it"
 
     def _end_alone(self) -> None:
         print(f"error: rank {self._ranks.rank}: its launcher has ended, and no step since", file=sys.stderr, flush=True)

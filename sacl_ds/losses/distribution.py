@@ -96,9 +96,10 @@ def weigh(
     `Lowest.teacher`. pair_ids: (b,) or (b, k) int64; a match in any column excludes. lowest: so many pairs of least
     weight per direction. tile: rows and columns held at a time. Every rank of `group` calls it.
 
-    Raises ValueError for a teacher's share without a teacher.
+    Raises ValueError for a teacher's share without a teacher, and on all ranks where these disagree on what they bring.
     """
-    tiles = WeightTiles(Contrast.of_batch(image, text, teacher, pair_ids, group), regulation, tile)
+    alike = {**regulation.alike, "lowest": lowest, "logit_scale": torch.as_tensor(logit_scale)}
+    tiles = WeightTiles(Contrast.of_batch(image, text, teacher, pair_ids, group, alike), regulation, tile)
     directions = _Direction(tiles, 0, lowest), _Direction(tiles, 1, lowest)
 
     def add(direction: int, part: WeightTile, log_weight: Tensor) -> None:

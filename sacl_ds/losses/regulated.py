@@ -95,6 +95,11 @@ class Regulation:
             math.log1p(-self.alpha) if self.alpha < 1 else -math.inf,
         )
 
+    @property
+    def alike(self) -> dict[str, float | None]:
+        """What ranks must have in common, as `row_counts` compares it."""
+        return {name: value if value is None else float(value) for name, value in vars(self).items()}
+
     def log_similarity(self, cosine: Tensor, teacher_cosine: Tensor | None) -> Tensor:
         """log s_ij of Eq. 5 with sharpness, same shape: exp(kappa) itself leaves float32 at kappa = 89."""
         if self.even:
@@ -251,8 +256,9 @@ def similarity_regulated_loss(
     keys: compare with these instead of with the other modality's features: momentum encoders, a queue.
     soft_weight: a in (1 - a) * L_i + a * S_i, in [0, 1]; S_i, unregulated, has the momentum model's distribution over
         the same keys as its target (`sacl_ds.losses.queue`). Needs keys.
-    counts: pairs of every rank, in rank order, where they are known, and the ranks are known to agree on all else: else
-        they ask each other, and the host waits for its device.
+    counts: pairs of every rank, in rank order, where they are known; on all ranks or on none. Without, the ranks ask
+        each other, and the host waits for its device. With them, what ranks disagree on is seen with pair_ids alone: on
+        a CPU, and with statistics on any device.
 
     Differentiable once, in image, text and logit_scale (twice with the reference on one rank): create_graph=True raises
     RuntimeError, as does a change in place of features between forward and backward. The gradient that comes into the
@@ -290,12 +296,12 @@ def similarity_regulated_loss(
         else:
             dtype = tiles.feature_dtype(image)
             rows["cosine"] = row_products(image.detach().to(dtype), text.detach().to(dtype)).to(wide(image))
-        settings: dict[str, object] = {
-            name: value if value is None else float(value) for name, value in vars(regulation).items()
-        }
-        settings |= {"the backend": "reference" if tiles is None else "tiles", "statistics": bool(statistics)}
+        settings: dict[str, object] = {**regulation.alike, "the backend": "reference" if tiles is None else "tiles"}
+        settings |= {"statistics": bool(statistics)}
         settings |= {"soft_weight": float(soft_weight), "keys": keys and keys.kind, "logit_scale": logit_scale}
-        batch = GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, known, tiles is None, settings)
+        batch = GlobalBatch.gather(
+            (image, text), teacher, pair_ids, group, rows, known, tiles is None, settings, waits=statistics
+        )
         joint = None
         if keys is not None:
             from sacl_ds.losses.queue import dense_keys_loss, keys_loss

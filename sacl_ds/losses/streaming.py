@@ -25,10 +25,12 @@ from torch.nn.functional import logsigmoid, pad, softplus
 from sacl_ds.distributed import (
     Group,
     differentiable_once,
+    fingerprint,
     gather_rows,
     gather_rows_with_grad,
     max_over_ranks,
     rank,
+    require_alike,
     row_counts,
     start_gather_rows,
     start_sum_to_owners,
@@ -98,23 +100,33 @@ class GlobalBatch:
         counts: list[int] | None = None,
         with_grad: bool = False,
         alike: Mapping[str, object] | None = None,
+        waits: bool = False,
     ) -> GlobalBatch:
         """Ask all ranks of `group`, which all call it. rows: (b, ...) to be sent by name; with_grad: and sent back.
 
-        counts: where they are known. Else the ranks exchange them, and compare what is to be sent, and alike
-        (`row_counts`). Raises ValueError on every rank where no rank has a pair.
+        counts: where they are known, on all ranks or on none. Else the ranks exchange them, and compare what is to be
+        sent, and alike (`row_counts`). With counts these travel with the ids, so that no collective is added, and
+        are compared where the host does not wait for a device by that: on a CPU, and with `waits`. Without ids nothing
+        is compared then. Raises ValueError on every rank where no rank has a pair.
         """
         image, text = features
         own_ids = None if pair_ids is None else ids_by_column(pair_ids)
-        if counts is None:
-            settings = {**(alike or {}), "pair_ids": None if own_ids is None else f"{own_ids.shape[1]} a pair"}
-            for name, each in rows.items():
-                if each is not None and each.ndim > 1:
-                    settings[f"the width and type of {name}"] = each.shape[1], each.dtype
-            counts = row_counts(image, group, settings)
+        settings = {**(alike or {}), "pair_ids": None if own_ids is None else f"{own_ids.shape[1]} a pair"}
+        for name, each in rows.items():
+            if each is not None and each.ndim > 1:
+                settings[f"the width and type of {name}"] = each.shape[1], each.dtype
+        known = counts is not None
+        counts = row_counts(image, group, settings) if counts is None else counts
         if not any(counts):
             raise ValueError("there are no pairs: the batch of every rank is empty")
-        ids = None if own_ids is None else gather_rows(own_ids, counts, group)
+        ids = own_ids
+        if own_ids is not None and world_size(group) > 1:
+            head = own_ids.new_full((int(known), own_ids.shape[1]), fingerprint(settings))
+            sent_counts = [count + int(known) for count in counts]
+            parts = gather_rows(torch.cat([head, own_ids]), sent_counts, group).split(sent_counts)
+            ids = torch.cat([part[int(known) :] for part in parts])
+            if known and (waits or not ids.is_cuda):
+                require_alike(torch.stack([part[0, 0] for part in parts]).tolist(), settings, group)
         send = gather_rows_with_grad if with_grad else start_gather_rows
         sent = {name: send(each, counts, group) for name, each in rows.items() if each is not None}
         return cls(image, text, teacher, counts, sum(counts[: rank(group)]), group, ids, sent)

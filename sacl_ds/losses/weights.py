@@ -9,7 +9,7 @@ float32 at least; what follows is float64, whose range holds e^z without a shift
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -63,14 +63,15 @@ class Contrast:
         teacher: tuple[Tensor, Tensor] | None = None,
         pair_ids: Tensor | None = None,
         group: Group = None,
+        alike: Mapping[str, object] | None = None,
     ) -> Contrast:
-        """Gather a global batch; every rank of `group` calls it.
+        """Gather a global batch; every rank of `group` calls it. Raises SharedError on all where `alike` differs.
 
         image, text: (b, d) this rank's unit features; b may differ between ranks. teacher: its (b, d_t) unit features.
         pair_ids: (b,) or (b, k) int64; a match in any column means that two pairs are no negatives of each other.
         """
         rows = {"text": text, "teacher_text": None if teacher is None else teacher[1]}
-        return cls.of(GlobalBatch.gather((image, text), teacher, pair_ids, group, rows))
+        return cls.of(GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, alike=alike))
 
     @classmethod
     def of(cls, batch: GlobalBatch) -> Contrast:
@@ -130,7 +131,8 @@ class WeightTile:
 class WeightTiles:
     """The tiles of one contrast under one regulation, `size` images by `size` texts at most; iterable more than once.
 
-    Every rank of the contrast's group makes it. negatives: (b,) float64, how many each image of this rank has, and
+    Every rank of the contrast's group makes it, with the same regulation (`Contrast.of_batch` compares it as `alike`).
+    negatives: (b,) float64, how many each image of this rank has, and
     (N,) each text of all. teacher: compute the teacher's cosines also where the weights do not need them. fast: float32
     where the sharpness allows it, with one exponential for both directions. run: see `OrderedMap`.
 

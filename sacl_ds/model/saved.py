@@ -84,13 +84,7 @@ def load_model(
 
 def saved_model_config(folder: Path) -> ModelConfig:
     """The room `model` of the run in `folder`, of whatever kind it is. Raises UserError."""
-    return _model_config(folder, saved_settings(folder, str(folder)))
-
-
-def saved_settings(folder: Path, label: str) -> dict[str, Any]:
-    """What a run's configuration says. label: what error lines begin with. Raises UserError."""
-    require_unchanged(folder, label, CONFIG)
-    return read_yaml(folder / CONFIG)
+    return _model_config(folder, read_yaml(folder / CONFIG))
 
 
 def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
@@ -99,7 +93,7 @@ def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
 
 def _run_config(folder: Path, setting: str) -> RunConfig:
     """Of a pre-training run, or of one that was fine-tuned for retrieval, whose model is the same."""
-    values = saved_settings(folder, f"{setting}={folder}")
+    values = read_yaml(folder / CONFIG)
     task = values.get("task")
     if task is None:
         return resolve_layers([(f"in {folder / CONFIG}", values)], RunConfig)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from sacl_ds.config.room import Fraction, NaturalFloat, Positive, PositiveFloat, Room
 from sacl_ds.data.scenes import VERSION
 from sacl_ds.errors import UserError
 from sacl_ds.study.dual_encoder import Shape
@@ -16,10 +17,6 @@ from sacl_ds.study.recognition import StemSettings
 from sacl_ds.yaml_files import parse_yaml
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NaturalFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Weights = Literal[
     "even", "sacl", "mass_only", "shape_only", "shuffled", "removed_share", "hard",
@@ -29,18 +26,16 @@ Family = Literal["infonce", "control", "regulated", "other", "oracle", "teacher"
 AVERAGE = "average"  # in the place of a teacher's name: the student's own average
 
 
-class Calibration(BaseModel):
+class Calibration(Room):
     """kappa_t at which `share` of the negatives weigh less than `under` (the paper: 0.2, 0.7)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     share: Fraction
     under: PositiveFloat
 
 
-class Arm(BaseModel):
+class Arm(Room):
     """How the negatives of one arm are weighted. Fields that a kind of weights does not use have no effect."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     family: Family = Field(description="what the summary takes it for")
     weights: Weights = Field(
         "even",
@@ -77,10 +72,9 @@ class Arm(BaseModel):
         return self
 
 
-class Common(BaseModel):
+class Common(Room):
     """What all arms share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     scenes: Positive = Field(20_000, description="training scenes of a seed")
     eval_scenes: Positive = 1000
     eval_captions: Positive = Field(2, description="of each held-out scene")
@@ -102,10 +96,9 @@ class Common(BaseModel):
         return StemSettings(steps=self.stem_steps)
 
 
-class Plan(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Plan(Room):
     common: Common = Common()
-    seeds: list[int] = [0, 1, 2]
+    seeds: list[int] = Field([0, 1, 2])
     arms: dict[str, Arm]
     sweeps: dict[str, dict[str, float]] = Field(
         {}, description="curves of the summary: {title: {arm: value on the horizontal axis}}"

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sacl_ds.checksums import seal
 from sacl_ds.data.scene_language import Caption, Scene
 from sacl_ds.data.scenes import VERSION, Scenes
 from sacl_ds.data.text import Tokenizer, pad, train_wordpiece
+from sacl_ds.study.cache import keep_array, kept_array
 from sacl_ds.study.recognition import Stem, cells_of
 
 _PART = 2000  # scenes drawn and encoded at a time
@@ -51,6 +53,7 @@ def vocabulary(folder: Path) -> Tokenizer:
         temporary = path.with_name(f".{path.name}.writing")
         Tokenizer(train_wordpiece(said, 400), MAX_TOKENS).save(temporary)
         temporary.replace(path)
+        seal(folder, (path.name,))
     tokenizer = Tokenizer.load(path, MAX_TOKENS)
     assert tokenizer.pad_id == 0
     return tokenizer
@@ -76,13 +79,9 @@ def pool(
         for start in range(0, count, _PART):
             images = np.stack([scenes.image(index) for index in range(start, min(start + _PART, count))])
             parts.append(stem(cells_of(images)).half().numpy())
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        with temporary.open("wb") as file:
-            np.save(file, np.concatenate(parts))
-        temporary.replace(path)
+        keep_array(np.concatenate(parts), path)
     ids = torch.from_numpy(pad(tokenizer.ids([caption.text for caption in said]), tokenizer.pad_id))
-    tokens = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    tokens = torch.from_numpy(kept_array(path)).float()
     numbers: dict[str, int] = {}
     same = torch.tensor([numbers.setdefault(caption.text, len(numbers)) for caption in said])
     return Pool([scenes.scene(index) for index in range(count)], said, tokens, ids, same)

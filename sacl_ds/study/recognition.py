@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sacl_ds.data.scene_language import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES
 from sacl_ds.data.scene_rendering import GRID
 from sacl_ds.data.scenes import VERSION, Scenes
+from sacl_ds.study.cache import keep_tensors, kept_tensors
 
 CELLS = GRID * GRID
 _CELL = 16  # pixels
@@ -72,7 +72,7 @@ def trained_stem(settings: StemSettings, folder: Path) -> Stem:
     path = folder / f"stem-{settings.fingerprint}.safetensors"
     stem = Stem(settings)
     if path.exists():
-        stem.load_state_dict(load_file(path))
+        stem.load_state_dict(kept_tensors(path))
         return stem.eval().requires_grad_(False)
     scenes = Scenes(settings.scenes, settings.seed)
     cells = cells_of(np.stack([scenes.image(i) for i in range(len(scenes))])).flatten(0, 1)
@@ -94,10 +94,7 @@ def trained_stem(settings: StemSettings, folder: Path) -> Stem:
         loss.backward()
         optimizer.step()
         schedule.step()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    save_file(stem.state_dict(), temporary)
-    temporary.replace(path)
+    keep_tensors(stem.state_dict(), path)
     return stem.eval().requires_grad_(False)
 
 

@@ -7,10 +7,12 @@ import multiprocessing
 from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sacl_ds.checksums import parsed, signed
 from sacl_ds.errors import UserError
 from sacl_ds.study.plan import Plan
 from sacl_ds.study.pools import vocabulary
@@ -21,17 +23,8 @@ Trial = tuple[str, int]  # arm and seed
 
 
 def finished(plan: Plan, folder: Folder) -> dict[Trial, dict[str, Any]]:
-    """Results of the plan's trials that are there. Raises UserError for a line that is none, but for a last one that
-    was broken off."""
-    lines = folder.trials.read_text().splitlines() if folder.trials.exists() else []
-    known = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            result = json.loads(line)
-            known[result["fingerprint"]] = result
-        except (json.JSONDecodeError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(f"{folder.trials}: line {number} is no result of a trial; remove it") from None
+    """Results of the plan's trials that are there. Raises UserError."""
+    known = results(folder.trials)
     trials = {(name, seed): plan.fingerprint(name, seed) for name in plan.arms for seed in plan.seeds}
     return {trial: known[fingerprint] for trial, fingerprint in trials.items() if fingerprint in known}
 
@@ -43,7 +36,6 @@ def run_plan(
     stopped has whole seeds. Raises UserError where a trial fails; those that run beside it are finished first."""
     trained_stem(plan.common.stem, folder.cache)
     vocabulary(folder.cache)
-    _drop_broken_end(folder)
     waiting = _missing(plan, folder)
     running: dict[Future[dict[str, Any]], Trial] = {}
     failed: tuple[Trial, BaseException] | None = None
@@ -61,7 +53,7 @@ def run_plan(
                 if (error := future.exception()) is not None:
                     failed = failed or (trial, error)
                 else:
-                    _keep(future.result(), folder)
+                    keep(future.result(), folder.trials)
                     done(trial, future.result())
     if failed is None:
         return
@@ -105,18 +97,25 @@ def _ready(plan: Plan, folder: Folder, waiting: list[Trial], running: Collection
     ]
 
 
-def _drop_broken_end(folder: Folder) -> None:
-    """Of a study that was stopped while it wrote."""
-    if folder.trials.exists():
-        text = folder.trials.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            folder.trials.write_text(whole)
+def results(trials: Path) -> dict[str, dict[str, Any]]:
+    """By fingerprint. Raises UserError for a line that is none, or not as it was written, but for a last one that was
+    broken off."""
+    known = {}
+    for number, line in enumerate(trials.read_text().split("\n")[:-1] if trials.exists() else [], 1):
+        try:
+            result = parsed(line)
+            known[result["fingerprint"]] = result
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{trials}: line {number} is no result of a trial as it was written; remove it") from None
+    return known
 
 
-def _keep(result: dict[str, Any], folder: Folder) -> None:
-    with folder.trials.open("a") as file:
-        file.write(f"{json.dumps(result)}\n")
+def keep(result: dict[str, Any], trials: Path) -> None:
+    """Add a line, in the place of one that was broken off."""
+    with trials.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(f"{json.dumps(signed(result))}\n".encode())
 
 
 def _start(threads: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sacl_ds.analysis.calibration import sharpness_for
@@ -20,6 +19,7 @@ from sacl_ds.data.scene_language import PLACE, UNSAID, Caption, relevance
 from sacl_ds.evaluation.metrics import mean_average_precision, ndcg, recall_at_k
 from sacl_ds.losses import Regulation
 from sacl_ds.losses.weights import AnchorSums
+from sacl_ds.study.cache import keep_tensors, kept_tensors
 from sacl_ds.study.dual_encoder import DualEncoder
 from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
 from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
@@ -74,7 +74,7 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Folder, device: str = "c
         teacher = copy.deepcopy(model)
     elif arm.teacher is not None:
         teacher = encoder(plan.arms[arm.teacher]).requires_grad_(False)
-        teacher.load_state_dict(load_file(folder.weights(plan.fingerprint(arm.teacher, seed))))
+        teacher.load_state_dict(kept_tensors(folder.weights(plan.fingerprint(arm.teacher, seed))))
     training_figures = _train(plan, arm, seed, model, teacher, training)
     held_out = made(common.eval_scenes, _HELD_OUT, "partial", common.eval_captions)
     fingerprint = plan.fingerprint(name, seed)
@@ -86,11 +86,7 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Folder, device: str = "c
         **training_figures,
         "seconds": time.perf_counter() - start,
     }
-    folder.weights(fingerprint).parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    temporary = folder.weights(fingerprint).with_suffix(".writing")
-    save_file(kept, temporary)
-    temporary.replace(folder.weights(fingerprint))
+    keep_tensors(model.state_dict(), folder.weights(fingerprint))
     return result
 
 

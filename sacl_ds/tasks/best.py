@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sacl_ds.atomic import write_text
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.distributed import barrier, rank
 from sacl_ds.errors import UserError
 from sacl_ds.model.saved import WEIGHTS, save_weights
@@ -31,6 +32,7 @@ class Best:
         file = folder / FILE
         if resumed_at is None or not file.exists():
             return
+        require_unchanged(folder, f"--resume: {folder}", FILE)
         try:
             kept = json.loads(file.read_text())
             step, value, figure = int(kept["step"]), float(kept["value"]), str(kept["figure"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.config.finetune import TASKS, FinetuneConfig, task_defaults
+from sacl_ds.config.paths import user_path
 from sacl_ds.config_file import Layer, merged, read_layers, read_yaml, resolve_layers
 from sacl_ds.errors import UserError, nearest
 
@@ -39,7 +39,7 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
             "checkpoint is missing: checkpoint=RUN, the directory of a finished run, or RUN/checkpoints/step_N"
         )
     folder = run_of(str(said["checkpoint"]))
-    theirs = _saved(folder)
+    theirs = read_yaml(folder / CONFIG)
     if "task" in theirs:
         their_data = theirs.get("data")
         if not isinstance(their_data, dict) or "source" not in their_data:
@@ -69,9 +69,9 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
 def run_of(checkpoint: str) -> Path:
     """The run that `checkpoint` is, or is one of. Raises UserError."""
     try:
-        path = Path(checkpoint).expanduser()
+        path = user_path(checkpoint)
         there = path.exists()
-    except (OSError, RuntimeError, ValueError):  # no name of a file; no home of that user
+    except (OSError, ValueError):  # no name of a file
         raise UserError(f"checkpoint={checkpoint}: no such folder; correct the path") from None
     folder = path.parent.parent if path.parent.name == _CHECKPOINTS else path
     if there and path.is_file():
@@ -95,16 +95,10 @@ def _defaults(task: str, said: dict[str, Any]) -> list[Layer]:
 
 def _model_of(folder: Path) -> Layer:
     """The model of a run, to start from."""
-    theirs = _saved(folder).get("model")
+    theirs = read_yaml(folder / CONFIG).get("model")
     if not isinstance(theirs, dict):
         raise UserError(f"{folder / CONFIG} has no room 'model'; give the directory of a run")
     return f"in {folder / CONFIG}", {"model": {**theirs, **_ORIGIN}}
-
-
-def _saved(folder: Path) -> dict[str, Any]:
-    """What a run's configuration says. Raises UserError."""
-    require_unchanged(folder, f"checkpoint={folder}", CONFIG)
-    return read_yaml(folder / CONFIG)
 
 
 def _task(option: str | None, said: Any) -> str:

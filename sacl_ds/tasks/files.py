@@ -24,7 +24,7 @@ def images_folder(run: FinetuneConfig, folder: str | None = None, key: str = "da
     named = folder if folder is not None else run.data.images
     if named is None:
         raise UserError("data.images is missing: the folder of the images that the files name")
-    path = Path(named).expanduser()
+    path = Path(named)
     if not path.is_dir():
         raise UserError(f"{key if folder is not None else 'data.images'}={named}: no such folder; correct the path")
     return path

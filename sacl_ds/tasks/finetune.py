@@ -22,6 +22,7 @@ from sacl_ds.distributed import barrier, rank, same_error
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard
 from sacl_ds.model.saved import CONFIG, TOKENIZER, seal_run
+from sacl_ds.tasks.best import FILE as BEST
 from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.evaluate import evaluated, judged, report
 from sacl_ds.tasks.kinds import task_of
@@ -32,7 +33,7 @@ from sacl_ds.telemetry.progress import RunProgress, duration
 from sacl_ds.training.checkpoint import Identity
 from sacl_ds.training.engine import prepare_model, whole_state
 from sacl_ds.training.health import optimizer_step
-from sacl_ds.training.run import START, Job, opened, train
+from sacl_ds.training.run import RECORDS, START, Job, opened, train
 from sacl_ds.training.run_folder import check_space
 from sacl_ds.training.step import Losses, Step
 from sacl_ds.training.task import Figures, Training, TrainingTask
@@ -72,7 +73,7 @@ class FineTuning(TrainingTask):
             self.best.offer(self.task.run.steps, last, lambda: whole_state(engine, self.model))
         with same_error():
             if rank() == 0:
-                seal_run(self.folder, *self.task.kept)
+                seal_run(self.folder, BEST, *RECORDS, *self.task.kept)
 
 
 def finetune(run: FinetuneConfig, job: Job) -> Path:

@@ -57,7 +57,7 @@ class Nlvr2Task(Task):
             scenes = scenes_of(self.run, split)
             return SceneStatements(scenes) if split == "train" else scene_statements(scenes)
         file = getattr(self.run.nlvr2, split)
-        return [] if file is None else nlvr2_statements(Path(file).expanduser(), images_folder(self.run))
+        return [] if file is None else nlvr2_statements(Path(file), images_folder(self.run))
 
     def texts(self) -> Iterator[str]:
         return (statement.sentence for statement in islice(self._statements("train"), 100_000))

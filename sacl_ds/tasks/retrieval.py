@@ -79,7 +79,7 @@ class RetrievalTask(Task):
         settings = self.run.retrieval
         name = {"train": settings.train_split, "val": settings.val_split, "test": settings.test_split}[split]
         assert settings.annotations is not None
-        file = Path(settings.annotations).expanduser()
+        file = Path(settings.annotations)
         folder = images_folder(self.run)
         if split != "train" and name not in karpathy_splits(file):
             return []

@@ -82,7 +82,7 @@ class VqaTask(Task):
         questions = [question for files in pairs for question in self._official("train", *files)]
         if settings.visual_genome is not None:
             folder = images_folder(self.run, settings.visual_genome_images, "vqa.visual_genome_images")
-            questions += visual_genome_questions(Path(settings.visual_genome).expanduser(), folder)
+            questions += visual_genome_questions(Path(settings.visual_genome), folder)
         return questions
 
     def _official(self, split: str, questions: str | None, annotations: str | None) -> list[Question]:
@@ -90,8 +90,8 @@ class VqaTask(Task):
             if annotations is not None:
                 raise UserError(f"vqa.{split}_annotations={annotations} needs vqa.{split}_questions beside it")
             return []
-        labels = Path(annotations).expanduser() if annotations is not None else None
-        return vqa_questions(Path(questions).expanduser(), labels, images_folder(self.run))
+        labels = Path(annotations) if annotations is not None else None
+        return vqa_questions(Path(questions), labels, images_folder(self.run))
 
     def _known(self) -> Sequence[Question]:
         """The training questions, as far as their answers are looked at."""
@@ -177,7 +177,7 @@ def _listed(files: str | list[str] | None) -> list[str]:
 
 
 def _read(file: str) -> list[str]:
-    answers = read_json(Path(file).expanduser())
+    answers = read_json(Path(file))
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not answers:
         raise UserError(f"vqa.answers={file}: not a JSON list of texts")
     return answers

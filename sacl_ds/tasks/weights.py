@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sacl_ds.config.finetune import FinetuneConfig
+from sacl_ds.config.paths import user_path
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.model.placing import fill
@@ -25,7 +25,7 @@ from sacl_ds.training.saved_checkpoint import read_checkpoint
 def saved_state(checkpoint: str) -> tuple[dict[str, Tensor], int | None]:
     """Weights of a finished run (the best that it kept) or of its checkpoints/step_N, and of which step, where that is
     told. Raises UserError."""
-    path, folder = Path(checkpoint).expanduser(), run_of(checkpoint)
+    path, folder = user_path(checkpoint), run_of(checkpoint)
     if path != folder:
         state, stood = read_checkpoint(path)
         return state, stood.step

@@ -7,7 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.errors import FULL, UserError
+
+METRICS = "metrics.jsonl"
 
 
 class MetricLog:
@@ -46,11 +49,13 @@ class MetricLog:
 def read(path: Path) -> list[dict[str, Any]]:
     """All complete lines; a last line that a kill cut short is left out.
 
-    Raises UserError for a file that is no text, and for a line that is JSON but no object with a whole number `step`.
+    Raises UserError for a file that is no text, or not as its finished run left it, and for a line that is JSON but no
+    object with a whole number `step`. While a run goes on, a changed digit cannot be told from a written one.
     """
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
+    require_unchanged(path.parent, str(path.parent), path.name)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -9,12 +9,12 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.metrics import METRICS, read
 
 
 def plot_run(run_folder: Path, task: str = "retrieval") -> list[Path]:
     """Write plots/losses.png, and plots/TASK.png where it was evaluated; returns what was written."""
-    lines = read(run_folder / "metrics.jsonl")
+    lines = read(run_folder / METRICS)
     folder = run_folder / "plots"
     folder.mkdir(exist_ok=True)
     written = []

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as arrow
 from pyarrow import parquet
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.errors import FULL, UserError
 
 FOLDER = "weights"
@@ -88,9 +89,7 @@ class WeightRecords:
 
 def read_figures(run_folder: Path) -> list[dict[str, Any]]:
     """All rows of FIGURES, by step and direction. Raises UserError where there are none."""
-    files = _files(run_folder, "figures")
-    if not files:
-        raise _nothing(run_folder)
+    files = _whole(run_folder, "figures")
     rows = [row for _, path in files for row in _read(path, FIGURES)]
     return sorted(rows, key=lambda row: (row["step"], row["direction"]))
 
@@ -98,15 +97,22 @@ def read_figures(run_folder: Path) -> list[dict[str, Any]]:
 def read_lowest(run_folder: Path, step: int | None = None) -> list[dict[str, Any]]:
     """The rows of LOWEST of one recorded step, the last for None, by direction and place; none where all negatives
     weighed the same. Raises UserError where that step was not recorded."""
-    files = dict(_files(run_folder, "lowest"))
-    if not files:
-        raise _nothing(run_folder)
+    files = dict(_whole(run_folder, "lowest"))
     if step is None:
         step = max(files)
     if step not in files:
         near = min(files, key=lambda other: abs(other - step))
         raise UserError(f"{run_folder / FOLDER}: step {step} was not recorded; the nearest that was is {near}")
     return sorted(_read(files[step], LOWEST), key=lambda row: (row["direction"], row["place"]))
+
+
+def _whole(run_folder: Path, name: str) -> list[tuple[int, Path]]:
+    """Raises UserError where there are none, or where one is not as its finished run left it."""
+    require_unchanged(run_folder, str(run_folder), FOLDER)
+    files = _files(run_folder, name)
+    if not files:
+        raise _nothing(run_folder)
+    return files
 
 
 def _files(run_folder: Path, name: str) -> list[tuple[int, Path]]:

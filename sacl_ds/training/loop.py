@@ -15,7 +15,7 @@ from sacl_ds.config import TrainingConfig
 from sacl_ds.data.batch import ahead, duplicates
 from sacl_ds.data.loader import Loadable
 from sacl_ds.distributed import gather_rows, max_over_ranks, rank, row_counts, sum_over_ranks, world_size
-from sacl_ds.errors import Fault, Stopped, UserError, nearest
+from sacl_ds.errors import Fault, SharedError, Stopped, UserError, nearest
 from sacl_ds.faults.guard import Guard
 from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
@@ -96,7 +96,11 @@ class Loop:
             judged = _due(done, train.eval_every) or done == train.steps
             if judged:
                 self.guard.at(done, "evaluation")
-                result = self._evaluate(done)
+                try:
+                    result = self._evaluate(done)
+                except SharedError as error:  # such as features that are not finite
+                    self._save(done, {}, Retention())
+                    raise SharedError(f"{error}; the checkpoint of step {done} is kept, and all before it") from None
             stop = self.stops.agreed(done, self.guard.requests.reason is not None)
             if _due(done, train.save_every) or done == train.steps or stop:
                 self._save(done, result if judged else {})
@@ -112,9 +116,9 @@ class Loop:
         rates = {"lr_image": factor * optim.lr_image, "lr_text": factor * optim.lr_text}
         return rates | self.task.schedules(done - 1)
 
-    def _save(self, done: int, judged: Figures) -> None:
-        """judged: held-out figures of this step."""
-        keep = Retention.of(self.run.train)
+    def _save(self, done: int, judged: Figures, keep: Retention | None = None) -> None:
+        """judged: held-out figures of this step. keep: None: as the run has it."""
+        keep = keep or Retention.of(self.run.train)
         if judged and keep.best and keep.best not in judged:
             like = nearest(keep.best, judged) or next(iter(judged))
             raise UserError(f"train.keep_best={keep.best}: no such held-out figure; there is {like}")

@@ -92,7 +92,7 @@ class PretrainObjective(nn.Module):
         super().__init__()
         self.model = model
         self.settings = loss
-        self._agreed: object = None
+        self._agreed = False
         model.train_for(matching=loss.matching_weight > 0, words=loss.mlm_weight > 0)
 
     def forward(self, batch: Batch, targets: Targets | CachedGradients | None) -> dict[str, Tensor]:
@@ -143,15 +143,13 @@ class PretrainObjective(nn.Module):
     ) -> ContrastiveOutput:
         """ITC of (b, d) unit features with (b, k) ids.
 
-        Ranks tell each other what they bring the first time, and where it is of another kind than the time before; else
-        nothing waits for the device.
+        Ranks ask each other what they bring the first time; after that it travels with the ids, and a GPU is waited
+        for at logged steps alone.
         """
         regulation, teacher = step_regulation(self.settings, targets)
         teacher_image, teacher_text = teacher or (None, None)
-        widths = image.shape, pair_ids.shape, None if teacher is None else teacher[0].shape
-        kind = image.dtype, widths, targets.keys is None, targets.soft_weight > 0
-        known = targets.even and kind == self._agreed
-        self._agreed = kind
+        known = targets.even and self._agreed
+        self._agreed = True
         return similarity_regulated_loss(
             image,
             text,

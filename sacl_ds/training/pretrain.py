@@ -38,7 +38,7 @@ from sacl_ds.training.health import Cautions, optimizer_step
 from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objective import PretrainObjective, step_regulation
 from sacl_ds.training.records import step_record
-from sacl_ds.training.run import START, Job, opened, train
+from sacl_ds.training.run import RECORDS, START, Job, opened, train
 from sacl_ds.training.run_folder import TEACHER, check_space, with_saved_positions
 from sacl_ds.training.step import FrozenModels, Losses, Step, contrastive_step, rows_not_finite
 from sacl_ds.training.task import Figures, Training, TrainingTask
@@ -130,7 +130,7 @@ class PretrainTask(TrainingTask):
             if rank() == 0:
                 try:
                     save_weights(weights, self.folder, steps)
-                    seal_run(self.folder)
+                    seal_run(self.folder, *RECORDS)
                 except (OSError, SafetensorError) as error:
                     raise UserError(
                         f"{self.folder / WEIGHTS} cannot be written: {error}; the checkpoint of step {steps} is whole: "

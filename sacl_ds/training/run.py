@@ -12,21 +12,26 @@ import torch
 
 from sacl_ds.config import TrainingConfig
 from sacl_ds.data.loader import BatchLoader
+from sacl_ds.data.sources import MISSING
 from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
 from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
 from sacl_ds.faults.guard import Guard, guarding
 from sacl_ds.machine import Machine
-from sacl_ds.telemetry.metrics import MetricLog
+from sacl_ds.telemetry.metrics import METRICS, MetricLog
 from sacl_ds.telemetry.progress import RunProgress
+from sacl_ds.telemetry.weight_records import FOLDER as WEIGHT_RECORDS
 from sacl_ds.training import checkpoint
 from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.engine import build_engine, cores, local_ranks, ranks
+from sacl_ds.training.health import BAD_STEPS
 from sacl_ds.training.loop import Loop
 from sacl_ds.training.run_folder import limits, newest, open_run_folder, require_shared
 from sacl_ds.training.schedules import changed_schedules
 from sacl_ds.training.task import Figures, Training
 
 START = "start.txt"  # what the model started from
+# what a run writes as it goes and a command reads: sealed when it is finished
+RECORDS = (METRICS, BAD_STEPS, WEIGHT_RECORDS, MISSING)
 
 Run = TypeVar("Run", bound=TrainingConfig)
 
@@ -111,7 +116,7 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
         start_step=start,
         pin_memory=not job.machine.on_cpu,
     )
-    log = MetricLog(folder / "metrics.jsonl", start if resume else None) if rank() == 0 else None
+    log = MetricLog(folder / METRICS, start if resume else None) if rank() == 0 else None
     loop = Loop(training, engine, iter(loader), job.device, log, progress, guard)
     if resumed:
         changed = changed_schedules(resumed.state.schedules, loop.schedules(start))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import ModelConfig, TrainingConfig
 from sacl_ds.distributed import broadcast_object, gather_objects, rank, same_error
 from sacl_ds.errors import SharedError, UserError
@@ -45,6 +46,8 @@ def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
     if not resume and holds:
         raise UserError(f"output_dir={folder} already holds a run; go on with --resume, or choose another output_dir")
     if resume:
+        for place in (folder, folder / TEACHER):  # which are finished, where there is a manifest
+            require_unchanged(place, f"--resume: {place}")
         _same_model(run, folder)
     return folder, lock
 

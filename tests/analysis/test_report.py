@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Browser, find_browser
+from documented import assert_documented
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -333,8 +334,13 @@ def test_a_checkpoint_of_a_run(scenes: Path, tmp_path: Path) -> None:
     text = (run / "report_step_00000004/report.html").read_text()
     assert "not finished" not in text
     assert 'id="matrix"' in text
-    with pytest.raises(UserError, match="is no checkpoint; give RUN/checkpoints/step_N"):
-        report(run / "checkpoints/latest")
+    (run / "checksums.json").unlink()
+    for path in sorted((run / "weights").glob("*_0000000[12].parquet")):
+        path.unlink()
+    for name in ("latest", "step_00000002"):
+        with pytest.raises(UserError) as error:
+            report(run / "checkpoints" / name)
+        assert_documented(f"error: {error.value}".replace(str(tmp_path), "/data"))
 
 
 def test_mistakes(scenes: Path, tmp_path: Path) -> None:

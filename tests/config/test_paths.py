@@ -4,13 +4,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from saved import saved_run
 from starting import program
 
+import sacl_ds
+from sacl_ds.command_line import evaluation_parser, training_parser
 from sacl_ds.config import RunConfig
 from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.config.paths import expanded
 from sacl_ds.config_file import read_layers, resolve_layers
 from sacl_ds.data.shards.patterns import expand
+from sacl_ds.errors import UserError
+from sacl_ds.exporting import export
 
 OF_PRETRAINING = [
     "output_dir", "data.grouping", "data.cache_dir", "teacher.checkpoint", "teacher.features", "model.image_encoder",
@@ -70,3 +75,20 @@ def test_shards(home: Path) -> None:
 def test_a_tool(home: Path) -> None:
     program("tools/make_shards.py", "scenes", "--count", "3", "--out=~/shards")
     assert (home / "shards/00000.tar").is_file()
+
+
+def test_options_of_training_and_evaluation(home: Path) -> None:
+    for name in ("zero", "run"):
+        (home / f"{name}.json").write_text("{}")
+    for parser in (training_parser("", ""), evaluation_parser("", "")):
+        assert parser.parse_args(["--config", "~/run.json"]).config == f"{home}/run.json"
+    assert training_parser("", "").parse_args(["--ds_config=~/zero.json"]).ds_config == f"{home}/zero.json"
+
+
+def test_arguments_in_python(home: Path) -> None:
+    run = saved_run(home / "run", 1, teacher=False)
+    assert sacl_ds.load("~/run", "cpu").image_size == sacl_ds.load(run, "cpu").image_size
+    export("~/run", "safetensors", Path("~/out"))
+    assert (home / "out/model.safetensors").is_file()
+    with pytest.raises(UserError, match=r"--out .*out is there already"):
+        export("~/run", "safetensors", Path("~/out"))

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sacl_ds.errors import SharedError
-from sacl_ds.losses import Keys, similarity_regulated_loss, tiles
+from sacl_ds.losses import Keys, Regulation, similarity_regulated_loss, tiles
+from sacl_ds.losses.distribution import weigh
 from sacl_ds.training.objective import Targets
 
 # uneven, a rank with a single pair, one with none
@@ -238,19 +239,45 @@ def what_a_trainer_asks(rank: int) -> None:
 
     dist.all_gather_into_tensor = counted
 
-    def asked(columns: int, width: int = D) -> bool:
+    def asked(columns: int = 1, width: int = D, alpha: float = 0.5, taught: bool = True, **more: Any) -> bool:
         """Whether the ranks exchange more than features, ids and cosines."""
         gathered.clear()
         image, text, ids = drawn(0, 4).float(), drawn(1, 4).float(), torch.arange(4 * columns).view(4, columns)
-        targets = Targets((image[:, :width], text[:, :width]), 0.5, None, even=True)
-        objective.contrastive(image, text, torch.tensor(9.0), ids, targets)
+        teacher = (image[:, :width], text[:, :width]) if taught else None
+        objective.contrastive(image, text, torch.tensor(9.0), ids, Targets(teacher, alpha, None, even=True, **more))
         assert len(gathered) in (4, 5)
         return len(gathered) == 5
 
-    assert [asked(1), asked(1), asked(2), asked(2)] == [True, False, True, False]
-    with pytest.raises(SharedError, match="ranks disagree on the width and type of teacher_text"):
-        asked(2, width=3 + rank)
+    assert [asked(1), asked(1), asked(2), asked(2)] == [True, False, False, False]
+    keys = Keys(*2 * [drawn(4, 4).float()]) if rank else None
+    own: dict[str, dict[str, Any]] = {
+        "the width and type of teacher_text: .*3.* on rank 0, .*4.* on rank 1": {"width": 3 + rank},
+        "alpha: 0.5 on rank 0, 0.25 on rank 1": {"alpha": 0.5 - 0.25 * rank},
+        "alpha: 0.5 on rank 0, 0.0 on rank 1": {"taught": rank == 0},
+        "statistics: False on rank 0, True on rank 1": {"statistics": rank == 1},
+        "keys: None on rank 0, 'without a queue' on rank 1": {"keys": keys},
+    }
+    for line, brought in own.items():
+        with pytest.raises(SharedError, match=f"^ranks disagree on {line}; call with the same on all ranks$"):
+            asked(**brought)
+        assert not asked()
 
 
-def test_a_trainers_ranks_ask_each_other_at_a_change_alone() -> None:
+def test_a_trainers_ranks_ask_each_other_once_and_compare_what_changes() -> None:
     on_ranks(2, what_a_trainer_asks)
+
+
+def what_ranks_weigh(rank: int) -> None:
+    image, text = drawn(0, 4), drawn(1, 4)
+    for name, own in (("sharpness", {"sharpness": 3.0 + rank}), ("drop_below", {"drop_below": 0.5 + 0.1 * rank})):
+        with pytest.raises(SharedError, match=f"^ranks disagree on {name}: "):
+            weigh(image, text, 9.0, regulation=Regulation(**own))
+    with pytest.raises(SharedError, match=r"^ranks disagree on lowest: 1 on rank 0, 2 on rank 1"):
+        weigh(image, text, 9.0, regulation=Regulation(), lowest=1 + rank)
+    with pytest.raises(SharedError, match=r"^ranks disagree on logit_scale: 9\.0 on rank 0, 10\.0 on rank 1"):
+        weigh(image, text, 9.0 + rank, regulation=Regulation())
+    assert weigh(image, text, 9.0, regulation=Regulation())[0].anchors == 8
+
+
+def test_ranks_that_weigh_otherwise_say_so() -> None:
+    on_ranks(2, what_ranks_weigh)

@@ -220,6 +220,17 @@ def test_without_labels(tmp_path: Path) -> None:
     assert {each["answer"] for each in written} <= {"red", "blue"}
 
 
+def test_scores_that_are_not_finite_are_not_judged() -> None:
+    """All answers would be as likely as the first."""
+    questions, model = scene_questions(Scenes(2, seed=1)), objective("none").model
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "decoder" in name).view(-1)[0] = torch.nan
+    words = words_of(questions)
+    line = rf"^scores of (\d+) of \1 examples are not finite, those of '{questions[0].question_id}' for"
+    with pytest.raises(SharedError, match=line):
+        evaluate_questions(model, questions, words, VIEW, torch.device("cpu"), 4, ["red", "blue"])
+
+
 def test_answers_that_look_the_same() -> None:
     questions = scene_questions(Scenes(2, seed=1))
     words = Tokenizer(train_wordpiece(["red blue"] * 3, 100), 12)

@@ -215,6 +215,20 @@ def make_shards(folder: Path) -> str:
     return f"{folder}/{{00000..00003}}.tar"
 
 
+def test_shards_with_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As data.allow_missing has them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_shards(tmp_path / "train")
+    (tmp_path / "train/00001.tar").unlink()
+    asked = ["--shards", "~/train/{00000..00003}.tar", "--output_dir", "~/run", "--no_all_reduce"]
+    done = doctor(*asked, "--allow_missing", "1", "--json")
+    ((_, node),) = json.loads(done.stdout)["nodes"].items()
+    assert node["facts"]["shards"] == 3
+    assert node["facts"]["samples"] == {f"{tmp_path}/train/0000{i}.tar": 5 for i in (0, 2, 3)}
+    assert (done.returncode, node["facts"]["writes"]) == (0, True)
+    assert f"shard {tmp_path}/train/00001.tar does not exist; correct the pattern" in doctor(*asked).stdout
+
+
 @pytest.mark.slow
 def test_one_node(tmp_path: Path) -> None:
     done = doctor("--shards", make_shards(tmp_path / "train"), "--output_dir", str(tmp_path / "run"), "--json")

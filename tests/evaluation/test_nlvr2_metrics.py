@@ -1,5 +1,6 @@
 """NLVR2's accuracy and consistency, and a model's figures and predictions in one process."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.errors import UserError
+from sacl_ds.errors import SharedError, UserError
 from sacl_ds.evaluation.nlvr2 import (
     Nlvr2Result,
     accuracy_and_consistency,
@@ -202,3 +203,15 @@ def test_images_that_are_missing(model: Nlvr2Model, tokenizer: Tokenizer) -> Non
     assert result.notes == ["1 of 21 examples cannot be used: image x: no file x.png"]
     with pytest.raises(UserError, match=r"1 of 21 examples cannot be used: image x.*max_bad_share"):
         evaluated(model, [*statements, lost], tokenizer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_probabilities_that_are_not_finite_are_not_judged(
+    value: float, model: Nlvr2Model, tokenizer: Tokenizer
+) -> None:
+    """A NaN is not more than a half, so that each statement would be judged false."""
+    damaged = copy.deepcopy(model)
+    next(parameter for name, parameter in damaged.named_parameters() if "image" in name).data.view(-1)[0] = value
+    statements = scene_statements(Scenes(40, 2))
+    with pytest.raises(SharedError, match=rf"^probabilities of 20 of 20 .*, those of '{statements[0].identifier}' for"):
+        evaluated(damaged, statements, tokenizer)

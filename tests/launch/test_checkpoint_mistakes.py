@@ -12,6 +12,8 @@ from documented import assert_documented, said
 from starting import losses, start
 
 from sacl_ds.config import RunConfig
+from sacl_ds.faults.ending import read_status
+from sacl_ds.training.checkpoint_folder import complete
 
 SHORT = ["teacher.steps=0", "train.steps=4", "train.save_every=2", "train.eval_every=2", "optim.warmup_steps=1"]
 
@@ -44,6 +46,19 @@ def age(folder: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     del state["format"]
     (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_a_held_out_figure_of_what_is_not_finite(tmp_path: Path) -> None:
+    """A learning rate by which features overflow: the step is not lost, nor is the checkpoint before it."""
+    steep = ["optim.lr_image=1e30", "optim.lr_text=1e30", "optim.warmup_steps=0"]
+    more = ["train.steps=4", "train.eval_every=2", "train.save_every=1", "train.keep_checkpoints=1", "teacher.steps=0"]
+    done = start(tmp_path / "run", *more, *steep, ranks=2, check=False)
+    assert_documented(said(done, tmp_path))
+    kept = [path.name for path in complete(tmp_path / "run/checkpoints")]
+    assert kept == ["step_00000001", "step_00000002"]
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.checkpoint) == ("failed", 2)
 
 
 @pytest.mark.parametrize("spoil", [damage, lose, age])

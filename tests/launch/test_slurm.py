@@ -3,15 +3,21 @@
 import json
 import os
 import re
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from documented import assert_documented
 from ranks import free_port
-from starting import ROOT, SMALL, begin, losses, start
+from starting import ROOT, SMALL, begin, launch, losses, start
 
 from sacl_ds.errors import UserError
 from sacl_ds.launcher import take_place
@@ -273,4 +279,91 @@ def test_mpirun_itself(two_ranks: list[float], tmp_path: Path) -> None:
     command = ["mpirun", "--oversubscribe", "-n", "2", *line, f"output_dir={tmp_path}/run"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(two_ranks, rel=1e-6)
+
+
+SLURM_CONF = """
+ClusterName=tiny
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+SlurmUser=root
+SlurmdUser=root
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/linear
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+DAEMONS = ("munged", "slurmctld", "slurmd")
+
+
+@pytest.fixture(scope="module")
+def slurm_itself() -> Iterator[dict[str, str]]:
+    """A cluster of this machine alone, on the loopback; the environment of what is started in it."""
+    if os.geteuid() or any(shutil.which(name) is None for name in (*DAEMONS, "srun")):
+        pytest.skip("no slurm here, or not root")
+    host, daemons = socket.gethostname().partition(".")[0], []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:  # a socket's path may not be long
+        for name in ("state", "spool"):
+            Path(folder, name).mkdir()
+        Path(folder, "key").write_bytes(secrets.token_bytes(1024))
+        Path(folder, "key").chmod(0o400)
+        ports = [free_port(), free_port()]
+        conf = Path(folder, "slurm.conf")
+        conf.write_text(SLURM_CONF.format(host=host, ports=ports, folder=folder))
+        env = os.environ | {"SLURM_CONF": str(conf), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        files = {"key-file": "key", "socket": "munge.socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        munge = ["munged", "--foreground", "--force", *(f"--{name}={folder}/{file}" for name, file in files.items())]
+        for line in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
+            log = stack.enter_context(Path(folder, f"{line[0]}.out").open("w"))
+            daemons.append(subprocess.Popen(line, env=env, stdout=log, stderr=log))
+            stack.callback(daemons[-1].wait)
+            stack.callback(daemons[-1].terminate)
+        until = time.monotonic() + 60
+        while subprocess.run(["sinfo", "-h", "-o", "%t"], env=env, capture_output=True, text=True).stdout != "idle\n":
+            assert time.monotonic() < until, "".join(path.read_text() for path in Path(folder).glob("*.out"))
+            time.sleep(0.5)
+        yield env
+
+
+@pytest.mark.slow
+def test_srun_itself(slurm_itself: dict[str, str], two_ranks: list[float], tmp_path: Path) -> None:
+    """The losses of ranks that are started as the deepspeed launcher does."""
+    line = [sys.executable, "launch/pretrain.py", "--ds_config", "ds_configs/zero2.json", *SMALL, *TWO]
+    command = ["srun", "-n", "2", *line, f"output_dir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, env=slurm_itself, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(two_ranks, rel=1e-6)
+
+
+def by_deepspeed(launcher: str, host: str, env: dict[str, str], folder: Path, *more: str) -> None:
+    """Train by `deepspeed --launcher`, without ssh."""
+    (folder / "hosts").write_text(f"{host} slots=2\n")
+    options = ("--hostfile", str(folder / "hosts"), "--force_multi", "--no_ssh_check", "--launcher", launcher)
+    options += ("--master_addr", "127.0.0.1", "--master_port", str(free_port()), *more)
+    line = ["--ds_config", "ds_configs/zero2.json", f"output_dir={folder}/run", *SMALL, *TWO]
+    done = launch(*line, options=options, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_deepspeed_by_slurm(slurm_itself: dict[str, str], two_ranks: list[float], tmp_path: Path) -> None:
+    by_deepspeed("slurm", socket.gethostname().partition(".")[0], slurm_itself, tmp_path)
+    assert losses(tmp_path / "run") == pytest.approx(two_ranks, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ompi_info") is None, reason="no OpenMPI here")
+def test_deepspeed_by_openmpi(two_ranks: list[float], tmp_path: Path) -> None:
+    env = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "DS_ACCELERATOR": "cpu"}
+    by_deepspeed("openmpi", "127.0.0.1", env, tmp_path, "--launcher_args=--oversubscribe")
     assert losses(tmp_path / "run") == pytest.approx(two_ranks, rel=1e-6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loss_cases import features
 from scipy.special import logsumexp
 
-from sacl_ds.losses import Keys, regulation_weights, similarity_regulated_loss
+from sacl_ds.losses import Keys, Regulation, regulation_weights, similarity_regulated_loss
 
 
 def unit(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -326,6 +326,15 @@ def test_a_teacher_in_inference_mode(backend: str) -> None:
         similarity_regulated_loss(leaf, text, 9.0, *each, alpha=0.5, backend=backend).loss.backward()
         found.append(leaf.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"alpha": 1.5}, {"sharpness": math.nan}, {"negative_mass": 0.0}, {"drop_below": 0.0}]
+)
+def test_settings_out_of_range_are_told(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must") as error:
+        Regulation(**settings)
+    assert_documented(f"ValueError: {error.value}")
 
 
 @pytest.mark.parametrize("rest", [1e-4, 1e-6, 1e-8, 1e-10, 1e-12])

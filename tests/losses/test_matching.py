@@ -65,6 +65,12 @@ def test_hardness_without_limit_takes_the_most_similar() -> None:
     assert (negatives.image == cosine.argmax(0)).all()
 
 
+@pytest.mark.parametrize("hardness", [float("nan"), float("inf"), -float("inf")])
+def test_a_hardness_that_is_no_number_is_refused(hardness: float) -> None:
+    with pytest.raises(ValueError, match=rf"^hardness={hardness} must be finite$"):
+        hard_negatives(unit(0), unit(1), torch.tensor(10.0), hardness=hardness)
+
+
 def test_a_single_pair_and_pairs_that_are_all_the_same() -> None:
     one = hard_negatives(unit(0)[:1], unit(1)[:1], torch.tensor(10.0))
     assert not one.text_found.any()

@@ -3,41 +3,67 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from documented import assert_documented
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lines import is_one_line
+from safetensors.numpy import load_file, save_file
 from saved import saved_run
+from starting import program, start
+from tars import write_tars
 
 import sacl_ds
 from sacl_ds.analysis.patches import load_selecting
+from sacl_ds.analysis.report.recorded import recorded
 from sacl_ds.analysis.subject import load_subject, read_pairs
-from sacl_ds.checksums import FILE, require_unchanged, seal
-from sacl_ds.config import ModelConfig
+from sacl_ds.checksums import FILE, require_unchanged, seal, unseal
+from sacl_ds.config import ModelConfig, RunConfig
+from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import View
+from sacl_ds.data.grouping import Grouping
+from sacl_ds.data.order import Place
+from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import Sample
 from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.shards.index import count_samples, index_shards
+from sacl_ds.data.shards.layout import stats_path
+from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader, ShardFeatures
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.held_out import held_out_evaluator
 from sacl_ds.exporting import export
+from sacl_ds.exporting.source import read_source
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.saved import load_model, seal_run
+from sacl_ds.model.saved import load_model, saved_model_config, seal_run
 from sacl_ds.model.starts.start import load_starts, tokenizer_source, with_positions
 from sacl_ds.model.teacher import load_teacher
+from sacl_ds.study.cache import keep_array, keep_tensors, kept_array, kept_tensors
+from sacl_ds.study.runner import keep, results
+from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.configuration import evaluation_config, finetune_config
 from sacl_ds.tasks.evaluate import evaluate
 from sacl_ds.tasks.kinds import task_of
 from sacl_ds.tasks.vqa import ANSWERS
-from sacl_ds.tasks.weights import starting_model, task_tokenizer
+from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer
+from sacl_ds.telemetry.plots import plot_run
+from sacl_ds.telemetry.weight_records import read_figures, read_lowest
+from sacl_ds.training.health import BadSteps
+from sacl_ds.training.run import RECORDS
+from sacl_ds.training.run_folder import open_run_folder
+from sacl_ds.training.saved_checkpoint import read_checkpoint
+from sacl_ds.yaml_files import plain_yaml
 
 CPU = torch.device("cpu")
 RUN_FILES = ("config.yaml", "model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", FILE)
@@ -214,3 +240,213 @@ def test_features_that_are_not_finite_are_not_judged(part: str, folder: Path) ->
     subject.teacher.model.image_projection.weight.data[0, 0] = float("inf")  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="teacher features of 4 of 4 examples are not finite"):
         read_pairs(subject, SceneSource(Scenes(4, 0)), None)
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit in the middle."""
+    place = len(data) // 2
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@contextmanager
+def one_bit(file: Path) -> Iterator[None]:
+    whole = file.read_bytes()
+    file.write_bytes(flipped(whole))
+    try:
+        yield
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished: a pre-training run on shards of which one is missing, its teacher, and two fine-tuned from it."""
+    made = tmp_path_factory.mktemp("runs")
+    write_tars(made, [20, 20])
+    shards = ["data.source=shards", f"data.shards={made}/{{0..2}}.tar", "data.allow_missing=1"]
+    start(made / "run", *shards, "train.steps=2", "teacher.steps=1", "records.every=1")
+    few = ["data.scenes.count=16", "data.scenes.eval_count=8", "train.global_batch_size=8", "train.steps=2"]
+    for task in ("vqa", "retrieval"):
+        line = ["--task", task, "--ds_config", "ds_configs/zero2.json", f"checkpoint={made}/run"]
+        program("launch/finetune.py", *line, *few, f"output_dir={made}/{task}")
+    bad = BadSteps(made / "run", 2, None)
+    unseal(made / "run")
+    bad.add(1, {"loss": torch.tensor(float("nan"))}, ["000001"], torch.tensor([True]))
+    seal_run(made / "run", *RECORDS)
+    return {"run": made / "run", "teacher": made / "run/teacher", "vqa": made / "vqa", "retrieval": made / "retrieval"}
+
+
+def goes_on(run: Path) -> None:
+    """As --resume begins."""
+    values = plain_yaml((run / "config.yaml").read_bytes().decode(errors="replace"))
+    values |= {"output_dir": str(run)}
+    asked = (FinetuneConfig if "task" in values else RunConfig).model_validate(values)
+    open_run_folder(asked, True)[1].close()
+
+
+def exported(run: Path) -> None:
+    read_source(str(run))
+
+
+# files of a finished run by how their names begin, and who reads them in a run of any kind; each refuses them
+READ_BY: dict[str, tuple[Callable[[Path], object], ...]] = {
+    "config.yaml": (lambda run: load_config(run / "config.yaml", []), saved_model_config),
+    "model.safetensors": (lambda run: saved_state(str(run)), goes_on),
+    "tokenizer/": (lambda run: Tokenizer.load(run / "tokenizer", 20), goes_on),
+    "metrics.jsonl": (plot_run, goes_on),
+    "weights/": (read_figures, read_lowest, goes_on),
+    "missing_shards.txt": (goes_on,),
+    "bad_steps.jsonl": (goes_on,),
+    "checkpoints/step_": (lambda run: read_checkpoint(max((run / "checkpoints").glob("step_*"))),),
+    "best.json": (lambda run: Best(run, "", 2), goes_on),
+    "answers.json": (lambda run: task_of(finetune_config("vqa", None, [])).take(run), goes_on),
+    "checksums.json": (plot_run, lambda run: saved_state(str(run)), goes_on),
+}
+# and who reads them besides in runs of these kinds
+BESIDES: dict[tuple[str, str], tuple[Callable[[Path], object], ...]] = {
+    ("run", "metrics.jsonl"): (recorded, exported),
+    ("run", "weights/"): (recorded,),
+    ("retrieval", "metrics.jsonl"): (exported,),
+    ("retrieval", "best.json"): (exported,),
+}
+# no command makes anything of these
+NOT_READ = {
+    ".lock": "who is at work, for the line that refuses another",
+    "checkpoints/latest": "it names a checkpoint that is checked itself, from which any run comes to the same end",
+    "status.json": "how it ended, for schedulers",
+    "start.txt": "for people",
+    "plots/": "for people",
+    "gallery.png": "for people",
+    "results.json": "for people, and written anew with each evaluation",
+    "predictions.json": "for the benchmark's own script",
+    "rankings.jsonl": "for people",
+}
+
+
+def test_every_file_of_a_finished_run(runs: dict[str, Path]) -> None:
+    seen = set()
+    for name, folder in runs.items():
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            inside = file.relative_to(folder).as_posix()
+            if inside.startswith(("teacher/", *NOT_READ)):
+                continue
+            (kind,) = [each for each in READ_BY if inside.startswith(each)]
+            seen.add(kind)
+            for read in (*READ_BY[kind], *BESIDES.get((name, kind), ())):
+                if read is goes_on and name == "teacher":
+                    continue  # with the run that it is in
+                with one_bit(file), pytest.raises(UserError) as error:
+                    read(folder)
+                assert is_one_line(error.value)
+                assert file.name in str(error.value), (inside, str(error.value))
+                if (inside, read) in (("metrics.jsonl", plot_run), ("best.json", goes_on)):
+                    assert_documented(f"error: {error.value}".replace(str(folder), "/data/run"))
+    assert seen == READ_BY.keys()
+    for name, folder in runs.items():
+        plot_run(folder)
+        if name != "teacher":
+            goes_on(folder)
+    for file in (runs["teacher"] / "metrics.jsonl", runs["teacher"] / "config.yaml"):
+        with one_bit(file), pytest.raises(UserError, match=rf"^--resume: .*/teacher: {file.name}: its checksum"):
+            goes_on(runs["run"])
+
+
+def test_a_finished_run_goes_on(runs: dict[str, Path]) -> None:
+    """Its manifest is taken away before its files change, and written anew."""
+    shards = runs["run"].parent / "{0..2}.tar"
+    more = ["data.source=shards", f"data.shards={shards}", "data.allow_missing=1", "teacher.steps=1"]
+    start(runs["run"], *more, "records.every=1", "train.steps=3", "--resume")
+    require_unchanged(runs["run"], "RUN")
+    assert {row["step"] for row in read_figures(runs["run"])} == {1, 2, 3}
+
+
+def test_saved_features(folder: Path, tmp_path: Path) -> None:
+    """What scan, suspects and others read in the place of a run, and the grouping that training reads."""
+    features, groups = tmp_path / "features", tmp_path / "made/groups.parquet"
+    weigh = ["--alpha", "0", "--sharpness", "9"]
+    program("tools/weight_analysis.py", "scan", folder / "run", *weigh, "--out", tmp_path, "--save-features", features)
+    line = ["suspects", features, *weigh, "--out", tmp_path / "s.parquet", "--similarity-above", "0.1"]
+    program("tools/weight_analysis.py", *line, "--grouping", groups)
+    Grouping.load(groups)
+    files = [path for path in features.iterdir() if path.is_file()]
+    assert {path.name for path in files} == {
+        "features.safetensors", "samples.parquet", "features.json", "config.yaml", "checksums.json"
+    }  # fmt: skip
+    for file in files:
+        with one_bit(file):
+            done = program("tools/weight_analysis.py", *line, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert re.search(rf"^error: .*{file.name}", done.stderr)
+    with one_bit(groups), pytest.raises(UserError, match=r"data\.grouping=.*: groups\.parquet: its checksum is not"):
+        Grouping.load(groups)
+
+
+@settings(max_examples=60)
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_stored_features_of_a_teacher(tmp_path_factory: pytest.TempPathFactory, place: float, bit: int) -> None:
+    """One bit anywhere: refused, or the same features, since it was not of theirs."""
+    picture = Picture(torch.zeros(3, 4, 4, dtype=torch.uint8))
+    made = Sample("0", picture, ["a", "b"], [0, 1], b"")
+    where = FeatureFolder(str(tmp_path_factory.mktemp("t")), "f" * 64)
+    rows = list(np.random.default_rng(0).standard_normal((6, 8)).astype(np.float16))
+    path = where.path("0.tar")
+    ShardFeatures(rows[:2], rows[2:], [2, 2], [made.fingerprint] * 2).save(path, where.identity)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        found = FeatureReader(where, ["0.tar"]).of(Place(0, 0, 1), made, 1)
+    except UserError as error:
+        assert is_one_line(error)
+        assert path.name in str(error)
+    else:
+        np.testing.assert_array_equal(found, rows[1::4])
+
+
+@pytest.mark.parametrize("part", ["image", "text", "first_text", "image_check"])
+def test_a_row_of_stored_features(part: str, tmp_path: Path) -> None:
+    """The row that is read, or what leads to it, in a file that is sound otherwise."""
+    made = Sample("0", Picture(torch.zeros(3, 4, 4, dtype=torch.uint8)), ["a", "b"], [0, 1], b"")
+    where = FeatureFolder(str(tmp_path), "f" * 64)
+    rows = list(np.random.default_rng(0).standard_normal((3, 8)).astype(np.float16))
+    path = where.path("0.tar")
+    ShardFeatures(rows[:1], rows[1:], [2], [made.fingerprint]).save(path, where.identity)
+    tensors = load_file(path)
+    tensors[part].view(np.uint8).reshape(-1)[0] ^= 1
+    save_file(tensors, path, metadata={"teacher": where.identity})
+    with pytest.raises(UserError, match=r"is damaged \(the features of 0 are not as they were written\)"):
+        FeatureReader(where, ["0.tar"]).of(Place(0, 0, 0), made, 0)
+
+
+def test_counts_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept ones and those beside a shard: taken as if they were not there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program("tools/make_shards.py", "scenes", "--count", "20", "--out", tmp_path / "shards", "--per-shard", "20")
+    (shard,) = map(str, (tmp_path / "shards").glob("*.tar"))
+    assert index_shards(shard).counts == [20]
+    for file in (*(tmp_path / "cache/sacl_ds").iterdir(), Path(stats_path(shard))):
+        said = file.read_text()
+        assert "20" in said
+        file.write_text(said.replace("20", "21"))
+    assert index_shards(shard).counts == [20]
+    Path(stats_path(shard)).write_text('{"successes": 19}')  # of another maker
+    assert count_samples(shard) == 19
+
+
+def test_trials_of_a_study(tmp_path: Path) -> None:
+    trials = tmp_path / "trials.jsonl"
+    for number in range(2):
+        with trials.open("a") as file:
+            file.write('{"broken off": ')
+        keep({"fingerprint": str(number), "mAP": 0.25}, trials)
+    assert results(trials) == {name: {"fingerprint": name, "mAP": 0.25} for name in ("0", "1")}
+    trials.write_text(trials.read_text().replace("0.25", "0.75", 1))
+    with pytest.raises(UserError, match=r"trials\.jsonl: line 1 is no result of a trial as it was written; remove it"):
+        results(trials)
+    keep_array(np.arange(9), tmp_path / "cache/tokens.npy")
+    keep_tensors({"weight": torch.ones(9)}, tmp_path / "cache/stem.safetensors")
+    np.testing.assert_array_equal(kept_array(tmp_path / "cache/tokens.npy"), np.arange(9))
+    for name, read in (("tokens.npy", kept_array), ("stem.safetensors", kept_tensors)):
+        file = tmp_path / "cache" / name
+        with one_bit(file), pytest.raises(UserError, match=rf"cache: {name}: its checksum is not that of its manifest"):
+            read(file)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -116,6 +117,20 @@ def test_precomputed_features_train_like_the_teacher(clip: Path, shards: str, tm
     assert stored == pytest.approx(live, rel=1e-3)
     start(tmp_path / "without", *arguments, "loss.sharpness=0")
     assert losses(tmp_path / "without", "itc") != pytest.approx(live, rel=1e-2)
+
+
+@pytest.mark.parametrize(("part", "what"), [("visual_projection", "images"), ("text_projection", "captions")])
+def test_features_that_overflow_are_not_kept(part: str, what: str, clip: Path, shards: str, tmp_path: Path) -> None:
+    """Of a teacher whose weights are finite and overflow."""
+    model = CLIPModel.from_pretrained(clip)
+    getattr(model, part).weight.data.fill_(3e38)
+    shutil.copytree(clip, tmp_path / "clip")
+    model.save_pretrained(tmp_path / "clip")
+    done = precompute(tmp_path / "clip", shards, "--out", tmp_path / "features")
+    assert done.returncode == 2
+    line = f"the teacher's features of its {what} are not finite; give another teacher"
+    assert re.fullmatch(rf"error: .*/0\.tar: {line}\n", done.stderr), done.stderr
+    assert not (tmp_path / "features").exists()
 
 
 def test_features_are_kept_and_checked(clip: Path, shards: str, tmp_path: Path) -> None:

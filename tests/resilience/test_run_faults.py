@@ -66,12 +66,15 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
         said, before = run.said, read_status(tmp_path / "run")
         os.kill(run.pid(1), signal.SIGCONT)
         assert run.ended() == [Exit.FAULT, Exit.FAULT]
+        lines = [line for line in run.said.splitlines() if line.startswith("error: ")]
     assert 3 < seconds < 3 + SOON
     assert "error: rank 1 on " in said
     assert "has not been heard of for" in said
     assert before is not None
     assert f"(process {run.pid(1)}) has not been heard of for" in before.message
     assert read_status(tmp_path / "run") == before  # whatever the rank thinks that wakes
+    assert len(lines) == 2
+    assert all(line.startswith(f"error: {before.message}; all ranks end; ") for line in lines), lines
 
 
 def test_a_rank_that_waits_for_data(tmp_path: Path) -> None:

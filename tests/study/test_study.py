@@ -249,6 +249,10 @@ def test_a_trial_is_known_by_what_it_trains() -> None:
         ({"arms": {"a": {"family": "other", "fall": 0.1}}}, "fall needs a teacher arm and sharpness 0"),
         ({"arms": {}, "sweeps": {"x": {"a": 1}}}, "sweep 'x': no arm is called 'a'"),
         ({"common": {"stepps": 4}}, "common.stepps: Extra inputs are not permitted"),
+        ({"common": {"steps": True}}, "common.steps: Input should be a number"),
+        ({"seeds": [0, True]}, "seeds: Input should be a number"),
+        ({"arms": {"a": {"family": "other", "mass": True}}}, "arms.a.mass: Input should be a number"),
+        ({"sweeps": {"x": {"a": float("nan")}}}, "sweeps.x.a: Input should be a finite number"),
     ],
 )
 def test_a_wrong_plan_is_one_line(changes: dict[str, object], said: str, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """The study of patch selection: trials run once, from one start, and their figures are what they say."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from ranks import prepared
 from starting import program
@@ -77,10 +77,8 @@ def test_a_trial_is_the_same_when_run_again(study: tuple[Plan, Path], tmp_path: 
     plan, folder = study
     for kept in [*folder.glob("*.npy"), *folder.glob("start-*")]:
         (tmp_path / kept.name).symlink_to(kept)
-    run_plan(plan.only(["output"], [0]), tmp_path, 1, lambda *_: None)
-    again, first = (json.loads(line) for line in ((tmp_path / "trials.jsonl").read_text().strip(), next(
-        line for line in (folder / "trials.jsonl").read_text().splitlines() if '"output", "seed": 0' in line
-    )))  # fmt: skip
+    run_plan(plan.only(["output"], [0]), tmp_path, 2, lambda *_: None)
+    again, first = (finished(plan, place)["output", 0] for place in (tmp_path, folder))
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
@@ -161,3 +159,10 @@ def test_bad_plans_are_one_line(tmp_path: Path, root: Path) -> None:
     done = program("tools/study_patches.py", "--processes", "0", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("--processes 0: at least 1")
+
+
+def test_truth_values_are_no_numbers(tmp_path: Path) -> None:
+    for sizes, where in (({"batch": True}, "sizes.batch"), ({"steps": {"vqa": True}}, "sizes.steps")):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"sizes": sizes, "arms": {}}))
+        with pytest.raises(UserError, match=rf"plan\.yaml: {where}: Input should be a number$"):
+            read_plan(tmp_path / "plan.yaml")

@@ -139,6 +139,7 @@ def test_a_resumed_run_has_the_records_of_one_that_never_stopped(tmp_path: Path)
     start(tmp_path / "resumed", *arguments, "train.steps=10", "train.save_every=6")
     latest = tmp_path / "resumed/checkpoints/latest"
     latest.write_text("step_00000006")
+    (tmp_path / "resumed/checksums.json").unlink()  # as if it had been killed there
     for path in (tmp_path / "resumed/weights").glob("*_00000008.parquet"):
         path.write_bytes(b"of a step that is done again")
     start(tmp_path / "resumed", "--resume", *arguments, "train.steps=10", "train.save_every=6")

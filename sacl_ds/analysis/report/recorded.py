@@ -8,10 +8,9 @@ from typing import Any
 
 from sacl_ds.errors import UserError
 from sacl_ds.losses.distribution import EDGES, THRESHOLDS
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.metrics import METRICS, read
 from sacl_ds.telemetry.weight_records import DIRECTIONS, FOLDER, QUANTILES, read_figures, read_lowest
 
-METRICS = "metrics.jsonl"
 _LENGTHS = {"histogram": len(EDGES) - 1, "quantiles": len(QUANTILES), "under": len(THRESHOLDS)}
 _LARGEST = 1e30  # of a figure that can be drawn
 

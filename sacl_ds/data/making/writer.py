@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sacl_ds.checksums import parsed, signed
 from sacl_ds.data.images import BadImage, examine
 from sacl_ds.data.making.record import BrokenSample, Record
 from sacl_ds.data.shards.layout import stats_path
@@ -133,7 +134,7 @@ def _read_stats(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with suppress(OSError, ValueError):
-        stats = json.loads(stats_path(path).read_text())
+        stats = parsed(stats_path(path).read_text())
         return stats if isinstance(stats, dict) else None
     return None
 
@@ -196,7 +197,7 @@ def _write_shard(
     stats = {**part.stats(), "successes": written, **({"skipped": skipped} if skipped else {})}
     side = _unfinished(stats_path(path))
     with _room_for(side):
-        side.write_text(json.dumps(stats, indent=2))
+        side.write_text(json.dumps(signed(stats), indent=2))
     side.replace(stats_path(path))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sacl_ds.checksums import parsed, signed
 from sacl_ds.data.shards.layout import stats_path
 from sacl_ds.data.shards.opening import open_shard, reason
 from sacl_ds.data.shards.patterns import is_gone, is_remote, missing_shards, named
@@ -150,13 +151,13 @@ def count_samples(shard: str) -> int:
 
 
 def _stats(shard: str) -> int | None:
-    """What the file beside it says; None where there is none or it says nothing."""
+    """What the file beside it says; None where there is none, or it says nothing, or not what was written."""
     with suppress(OSError, KeyError, ValueError, TypeError, RecursionError):
         if not is_remote(shard):
-            says = json.loads(stats_path(shard).read_bytes())["successes"]
+            says = parsed(stats_path(shard).read_bytes())["successes"]
         elif shard.endswith(".tar") and not shard.startswith("pipe:"):
             with open_shard(f"{shard.removesuffix('.tar')}_stats.json") as stream:
-                says = json.loads(stream.read(_LARGEST_STATS))["successes"]
+                says = parsed(stream.read(_LARGEST_STATS))["successes"]
         else:
             return None
         return says if _is_count(says) else None
@@ -185,7 +186,7 @@ def _cache_path(shards: list[str]) -> Path:
 
 def _read(path: Path) -> dict[str, list[int]]:
     try:
-        known = json.loads(path.read_text())
+        known = parsed(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
@@ -196,5 +197,5 @@ def _write(path: Path, entries: dict[str, list[int]]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(entries))
+        temporary.write_text(json.dumps(signed(entries)))
         temporary.replace(path)

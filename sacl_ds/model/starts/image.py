@@ -57,7 +57,7 @@ def load_image_weights(encoder: ImageEncoder, name: str, encoder_name: str) -> S
     or were trained with another activation.
     """
     label = f"{SETTING}={name}"
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
         file = read_weights(name, SETTING)
         state, computation = file.tensors, Computation("quick_gelu" if file.torchscript else None)
@@ -222,7 +222,7 @@ def _way_to(wanted: str, encoder_name: str) -> str:
 
 def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
     """All tensors of a saved CLIP, and what its config says."""
-    written = Path(name).expanduser() / "config.json"
+    written = Path(name) / "config.json"
     if written.is_file() and re.search(r'"architecture"\s*:', written.read_text(errors="replace")):
         raise UserError(f"{SETTING}={name}: a folder of timm's; give its model.safetensors")
     config = load_settings(name, SETTING)

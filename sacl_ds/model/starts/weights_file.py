@@ -34,7 +34,7 @@ def read_weights(path: str, setting: str) -> WeightsFile:
 
     setting: what error lines call it. Raises UserError where it is not there or holds no state dict.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         raise UserError(f"{setting}={path}: no such file; correct the path")
     require_weights(file, f"{setting}={path}")

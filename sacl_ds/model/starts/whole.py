@@ -36,7 +36,7 @@ _SIZES = ("text_width", "text_heads", "text_layers", "fusion_layers", "embed_dim
 
 def run_folder(start: str) -> Path | None:
     """The finished run that model.start names, or None for a checkpoint file. Raises UserError for neither."""
-    path = Path(start).expanduser()
+    path = Path(start)
     if not path.is_dir():
         if not path.exists():
             raise UserError(f"{SETTING}={start}: no such file or folder; correct the path")

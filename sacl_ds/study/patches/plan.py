@@ -7,27 +7,23 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sacl_ds.config import ModelConfig, PatchSelectionConfig
+from sacl_ds.config.room import Room
 from sacl_ds.data.scenes import VERSION
 from sacl_ds.errors import UserError
 from sacl_ds.study.plan import read_validated
 
-
-class _Room(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 TaskName = Literal["vqa", "pretrain"]
 
 
-class Arm(_Room):
+class Arm(Room):
     task: TaskName
     selection: PatchSelectionConfig = PatchSelectionConfig()
 
 
-class Sizes(_Room):
+class Sizes(Room):
     """What all arms share: a small model over scenes of 6 x 6 patches, four to a cell."""
 
     image_size: int = 48
@@ -77,9 +73,9 @@ class Sizes(_Room):
         return _digest({**self.model_dump(exclude={"steps", "start_steps"}), task: self.start_steps[task]})
 
 
-class Plan(_Room):
+class Plan(Room):
     sizes: Sizes = Sizes()
-    seeds: list[int] = [0, 1, 2]
+    seeds: list[int] = Field([0, 1, 2])
     arms: dict[str, Arm]
 
     def only(self, arms: list[str] | None, seeds: list[int] | None) -> Plan:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sacl_ds.config import OptimConfig, PatchSelectionConfig
@@ -17,6 +16,7 @@ from sacl_ds.data.scene_language import MAX_OBJECTS
 from sacl_ds.data.scene_rendering import GRID
 from sacl_ds.data.scenes import VERSION, Scenes
 from sacl_ds.model.sacl import SaclModel
+from sacl_ds.study.cache import keep_array, keep_tensors, kept_array
 from sacl_ds.study.patches.plan import Sizes
 from sacl_ds.study.recognition import CELLS, CLASSES, truth_of_cells
 from sacl_ds.training.schedules import learning_rate_factor
@@ -36,12 +36,8 @@ def pictures(scenes: Scenes, folder: Path) -> Tensor:
     """(count, 3, H, W) uint8, kept in `folder` and found there again."""
     path = folder / f"scenes-{VERSION}-{scenes.seed}-{len(scenes)}-{scenes.image_size}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        with temporary.open("wb") as file:
-            np.save(file, np.stack([scenes.image(index) for index in range(len(scenes))]))
-        temporary.replace(path)
-    return torch.from_numpy(np.load(path, allow_pickle=False)).permute(0, 3, 1, 2).contiguous()
+        keep_array(np.stack([scenes.image(index) for index in range(len(scenes))]), path)
+    return torch.from_numpy(kept_array(path)).permute(0, 3, 1, 2).contiguous()
 
 
 def image_start(sizes: Sizes, folder: Path) -> Path:
@@ -79,6 +75,4 @@ def _train(sizes: Sizes, folder: Path, path: Path) -> None:
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.step()
-    temporary = path.with_suffix(".writing")
-    save_file(encoder.state_dict(), temporary)
-    temporary.replace(path)
+    keep_tensors(encoder.state_dict(), path)

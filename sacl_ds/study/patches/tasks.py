@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sacl_ds.config import LossConfig
@@ -20,6 +19,7 @@ from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, p
 from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
 from sacl_ds.model.sacl import SaclModel, predicted_tokens
 from sacl_ds.model.vision import ImageStates
+from sacl_ds.study.cache import kept_tensors
 from sacl_ds.study.patches.plan import Arm, Sizes
 from sacl_ds.study.patches.start import cells_of_patches, image_start, pictures
 from sacl_ds.training.objective import PretrainObjective, Targets
@@ -51,7 +51,7 @@ def build(arm: Arm, sizes: Sizes, seed: int, folder: Path) -> Task:
     """With new text and fusion encoders; the image encoder's start comes from `folder`."""
     kind: Callable[[Arm, Sizes, int, Path], Task] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[arm.task]
     task = kind(arm, sizes, seed, folder)
-    task.model.image_encoder.load_state_dict(load_file(image_start(sizes, folder)))
+    task.model.image_encoder.load_state_dict(kept_tensors(image_start(sizes, folder)))
     return task
 
 

@@ -12,24 +12,24 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sacl_ds.config import OptimConfig
+from sacl_ds.study.cache import keep_tensors, kept_tensors
 from sacl_ds.study.patches.plan import Arm, Plan, Sizes, TaskName
 from sacl_ds.study.patches.start import image_start, pictures
 from sacl_ds.study.patches.tasks import Task, build, trial_scenes
+from sacl_ds.study.runner import keep, results
 from sacl_ds.training.schedules import learning_rate_factor
 
 Trial = tuple[str, int]  # arm and seed
 _START_SEED = 500
+_TRIALS = "trials.jsonl"
 
 
 def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
     """Results of the plan's trials that are in `folder`."""
-    path = folder / "trials.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a last line without end was broken off
-    known = {result["fingerprint"]: result for result in map(json.loads, lines)}
+    known = results(folder / _TRIALS)
     trials = {(name, seed): plan.fingerprint(name, seed) for seed in plan.seeds for name in plan.arms}
     return {trial: known[fingerprint] for trial, fingerprint in trials.items() if fingerprint in known}
 
@@ -53,8 +53,7 @@ def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, di
         running = {workers.submit(run_trial, plan, *trial, folder): trial for trial in missing}
         for future in as_completed(running):
             result = future.result()
-            with (folder / "trials.jsonl").open("a") as file:
-                file.write(f"{json.dumps(result)}\n")
+            keep(result, folder / _TRIALS)
             done(running[future], result)
 
 
@@ -64,9 +63,7 @@ def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
     if not path.exists():
         task = build(Arm(task=kind), sizes, _START_SEED, folder)
         _train(task, sizes, _START_SEED, sizes.start_steps[kind])
-        temporary = path.with_suffix(".writing")
-        save_file(task.module.state_dict(), temporary)
-        temporary.replace(path)
+        keep_tensors(task.module.state_dict(), path)
         task.module.eval()
         path.with_suffix(".json").write_text(json.dumps(task.evaluate()))
     return path
@@ -84,7 +81,7 @@ def trained(plan: Plan, name: str, seed: int, folder: Path) -> Task:
     """In eval mode: gone on from the task's start with the arm's way of choosing patches, on scenes of the seed."""
     arm, sizes = plan.arms[name], plan.sizes
     task = build(arm, sizes, seed, folder)
-    task.module.load_state_dict(load_file(task_start(arm.task, sizes, folder)))
+    task.module.load_state_dict(kept_tensors(task_start(arm.task, sizes, folder)))
     _train(task, sizes, seed, sizes.steps[arm.task])
     task.module.eval()
     return task
