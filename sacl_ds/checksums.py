@@ -29,7 +29,7 @@ class Written:
 
 
 def checksum(path: Path) -> Written:
-    """Of a file that is there. Raises OSError."""
+    """Compute the size and SHA-256 of an existing file. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

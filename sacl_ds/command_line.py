@@ -166,8 +166,10 @@ def _unforeseen(error: Exception, guard: Guard | None) -> int:
 
 
 def under_supervision(run: TrainingConfig) -> int | None:
-    """Where restarts are asked for, and this process is not yet one that is started anew: start it so, and return its
-    last status. None: go on here. Raises UserError."""
+    """If `train.max_restarts` > 0 and we are not supervised yet, run as a supervised child and return its exit code.
+
+    Returns None where this process itself is to train. Raises UserError.
+    """
     if not run.train.max_restarts or restarts.supervised():
         return None
     if run.output_dir is None:

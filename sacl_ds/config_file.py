@@ -24,7 +24,8 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def load_config(file: str | Path | None, overrides: list[str]) -> RunConfig:
-    """Of pre-training: defaults, then the YAML file, then key=value arguments such as 'train.steps=500'.
+    """Resolve a pre-training configuration: defaults, the YAML file, then key=value arguments such as
+    'train.steps=500'.
 
     Raises UserError, one line, for what cannot be read or is not valid.
     """

@@ -11,8 +11,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of the system's erro
 
 
 def one_line(text: str) -> str:
-    """Without line breaks; other characters that no terminal should get (escapes, marks that turn the writing, halves
-    of surrogate pairs) are spelt out."""
+    """Remove line breaks from a text and spell out other characters that no terminal should get.
+
+    Those are escapes, marks that turn the direction of writing, and halves of surrogate pairs.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or (c.isspace() and c not in _BREAKS) else _spelt(c) for c in text)
@@ -59,8 +61,7 @@ class CannotLoad(UserError):
 
 
 class Fault(RuntimeError):
-    """Of the machine, the network or another process, in one line: nothing that the user wrote, so that a restart may
-    help."""
+    """Failure of the machine, the network or another process, in one line; a restart may help, the user cannot."""
 
 
 class Stopped(Exception):

@@ -123,7 +123,7 @@ class PairModel:
 def load_pair_model(
     folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> PairModel:
-    """As `sacl_ds.load` says."""
+    """Load a finished run or its export for inference; documented at `sacl_ds.load`."""
     path = Path(folder).expanduser()
     if (path / "config.json").is_file() and not (path / "config.yaml").exists():
         raise UserError(

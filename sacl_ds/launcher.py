@@ -90,7 +90,7 @@ def _expanded(tasks: str) -> list[int]:
 
 
 def _first_node(env: Mapping[str, str]) -> str | None:
-    """Of SLURM's list of nodes, "gpu-[03-05,7],login1" for five."""
+    """Return the first name of SLURM's node list, which looks like "gpu-[03-05,7],login1"."""
     nodes = next((env[name] for name in _NODES if env.get(name)), None)
     if nodes is None:
         return None

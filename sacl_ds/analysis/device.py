@@ -1,4 +1,4 @@
-"""Where the analysis tools compute."""
+"""Choice of the device on which the analysis tools compute."""
 
 from __future__ import annotations
 

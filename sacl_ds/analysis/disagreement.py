@@ -1,4 +1,4 @@
-"""Where two models disagree about what the negatives of the same mini-batches weigh."""
+"""Pairs whose weights differ between two models that see the same mini-batches."""
 
 from __future__ import annotations
 

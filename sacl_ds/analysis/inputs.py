@@ -1,4 +1,4 @@
-"""From a command line's RUN, CHECKPOINT or FEATURES to pairs with features, and the regulation to weigh them by."""
+"""Resolve a command line's RUN, CHECKPOINT or FEATURES to pairs with features and the regulation that weighs them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def kept(examined: Examined, options: argparse.Namespace) -> Examined:
 
 
 def regulation_for(examined: Examined, options: argparse.Namespace) -> Regulation:
-    """At the end of the run, with what the command line gives in its place. Raises UserError."""
+    """Return the run's regulation at its last step, overridden by the command line's options. Raises UserError."""
     alpha, run = options.alpha, examined.run
     if alpha is None and options.teacher not in (None, WITHOUT) and not run.uses_teacher:
         alpha = 1.0  # a teacher was asked for, and the run had none to say its share
@@ -84,7 +84,7 @@ def regulation_for(examined: Examined, options: argparse.Namespace) -> Regulatio
 
 
 def described(regulation: Regulation) -> dict[str, float | None]:
-    """For JSON."""
+    """Return a regulation's parameters as values for JSON."""
     return {
         "alpha": regulation.alpha,
         "sharpness": regulation.sharpness,

@@ -103,7 +103,7 @@ def least_weights(
 
 
 def tile_count(pairs: int, tile: int = TILE) -> int:
-    """Of both passes."""
+    """Return the number of tiles in both passes over the pairs."""
     return 2 * math.ceil(pairs / tile) ** 2
 
 

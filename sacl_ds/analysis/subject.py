@@ -89,8 +89,11 @@ def folder_of(path: Path) -> Path:
 
 
 def load_trained(path: Path, setting: str = "run") -> tuple[SaclModel, RunConfig, Tokenizer, int]:
-    """Of RUN or RUN/checkpoints/step_N: the model in eval mode, on the CPU, without gradient; its configuration and
-    tokenizer, and how many steps it has done. setting: what error lines name. Raises UserError."""
+    """Load a trained model from RUN or RUN/checkpoints/step_N.
+
+    Returns the model (eval mode, CPU, no gradients), its configuration, its tokenizer and its number of steps. setting:
+    the name that error lines use. Raises UserError.
+    """
     if folder_of(path) != path:
         model, run, tokenizer, step = _of_checkpoint(path)
     else:

@@ -1,4 +1,4 @@
-"""Where it is known which negatives are false: anchors, their candidates, and how relevant each of these is."""
+"""Anchors, candidates and their graded relevance, for sets whose false negatives are known."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ class Question:
         return isinstance(self.relevance, np.ndarray)
 
     def tiles(self, regulation: Regulation) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For some anchors at a time: (t, m) float64 log weights; (t, m) bool, whether it is a negative; and (t, m)
-        float32 relevance."""
+        """Yield tiles of anchors: (t, m) float64 log weights, (t, m) bool negatives, (t, m) float32 relevance."""
         for start in range(0, len(self.anchors), _ROWS):
             rows = slice(start, start + _ROWS)
             cosine = (self.anchors[rows] @ self.candidates.T).astype(np.float64)

@@ -106,7 +106,7 @@ class OpenClipStep:
 
     @property
     def flops(self) -> RowFlops:
-        """As torch counts forward, of two pairs as long as they are padded; three times that with backward."""
+        """Count the FLOPs of a padded pair with torch's counter: forward, times three for forward and backward."""
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad(), self._autocast():
             self.net(*(x[:2] for x in self.inputs))

@@ -180,7 +180,7 @@ class FinetuneConfig(TrainingConfig):
 
     @property
     def steps(self) -> int:
-        """Of the run, once the epochs are counted."""
+        """Number of training steps; known once the epochs are counted."""
         assert self.train.steps is not None
         return self.train.steps
 

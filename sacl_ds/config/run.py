@@ -46,7 +46,7 @@ class RunConfig(TrainingConfig):
         return self
 
     def micro_batches(self, world: int) -> tuple[int, int]:
-        """As for every training; a UserError, too, where ITM would find no negatives within a micro-batch."""
+        """Split as every training does; also raise UserError for micro-batches too small for ITM's negatives."""
         rows, passes = super().micro_batches(world)
         if rows == 1 and passes > 1 and self.loss.matching_weight:
             raise UserError(

@@ -100,7 +100,7 @@ class KernelsConfig(Room):
 
 
 class TrainingConfig(Room):
-    """Of a run of any kind: pre-training, or a downstream task."""
+    """Settings shared by pre-training and the downstream tasks."""
 
     output_dir: PathText | None = Field(
         None,

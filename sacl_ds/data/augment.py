@@ -32,7 +32,7 @@ Operation = Callable[[Tensor, float], Tensor]
 
 
 def _moved(pixels: Tensor, across: float = 0.0, down: float = 0.0) -> Tensor:
-    """By these shares of the width and height, to the right and down, in whole pixels."""
+    """Translate an image right and down by these shares of its width and height, rounded to whole pixels."""
     shift = [round(across * pixels.shape[2]), round(down * pixels.shape[1])]
     return functional.affine(pixels, angle=0.0, translate=shift, scale=1.0, shear=[0.0, 0.0], fill=_FILL)
 

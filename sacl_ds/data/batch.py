@@ -29,7 +29,7 @@ class Movable:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: Self) -> Self:
-        """In page-locked memory, from which copies to a GPU do not wait; what lies on a GPU stays there."""
+        """Copy CPU tensors to page-locked memory, from which copies to a GPU do not wait; GPU tensors are kept."""
         return self._mapped(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
@@ -138,9 +138,10 @@ def _joined_places(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Ten
 
 
 def duplicates(pair_ids: Tensor) -> int:
-    """Of the (n, k) ids of a global batch: pairs of rows that share an id in any column and so are no negatives.
+    """Count the pairs of rows of the (n, k) ids of a global batch that share an id in any column, and so are no
+    negatives.
 
-    By inclusion and exclusion over the sets of columns: fit for few columns, and any number of rows.
+    Uses inclusion and exclusion over the sets of columns: fit for few columns, and any number of rows.
     """
 
     def same(rows: Tensor) -> int:
@@ -219,7 +220,7 @@ class Moves(Protocol):
     """What can be copied to a GPU beside its work, as `Movable` can."""
 
     def to(self: Moved, device: torch.device) -> Moved:
-        """Without waiting, where the memory is page-locked."""
+        """Copy to the device, asynchronously from page-locked memory."""
 
     def pin_memory(self: Moved) -> Moved: ...
 

@@ -86,7 +86,7 @@ def _cut(line: str, width_of: Callable[[str], float]) -> str:
 
 
 def _fitted(data: bytes) -> Image.Image:
-    """As large as a tile allows; small pictures in whole multiples of their size, so that their pixels stay sharp."""
+    """Decode an image and scale it to fit a tile; small ones by whole factors, so that their pixels stay sharp."""
     encoded = open_image(data)
     encoded.draft("RGB", (_WIDTH, _PICTURE))
     image = encoded.convert("RGB")

@@ -1,4 +1,4 @@
-"""From the order to samples: what some neighbouring slots hold at each step, and what stands in for bad samples."""
+"""Read the samples that the global order assigns to a range of slots, step by step, and replace those that are bad."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Feed(Generic[Item]):
             self._parts.append(_Part(source, order, stream, low, high, start_step * width))
 
     def __iter__(self) -> Iterator[tuple[list[Item], list[Fault]]]:
-        """For each step: what the slots hold, and what was wrong with the samples that others stand in for."""
+        """Yield, for each step, the slots' items and the faults of samples that were replaced."""
         while True:
             items: list[Item] = []
             faults: list[Fault] = []

@@ -31,10 +31,10 @@ class Grouping:
 
     @classmethod
     def load(cls, path: Path) -> Grouping:
-        """From .parquet or .csv with the columns key, group and perhaps shard, of which only the base name counts; a
-        row without shard is of that key in any shard, one without group of none.
+        """Read .parquet or .csv with the columns key, group and optionally shard, of which only the base name counts.
 
-        Raises UserError for a file that cannot be read, a missing column, a sample in two groups.
+        A row without shard is of that key in any shard; a row without group is of none. Raises UserError for a file
+        that cannot be read, a missing column, a sample in two groups.
         """
         where = f"data.grouping={path}"
         if not path.is_file():

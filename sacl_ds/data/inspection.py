@@ -224,7 +224,7 @@ def _check_stats(found: Inspection, file: str, with_image: int | None) -> None:
 
 
 def expected_samples(files: Sequence[str]) -> int | None:
-    """From the stats beside the shards; None where one lacks them."""
+    """Sum the samples that the stats files beside the shards state; None if one is missing or unreadable."""
     total = 0
     for file in files:
         try:

@@ -27,7 +27,7 @@ class KarpathyImage:
     sentids: list[int] | None
 
     def places(self, folder: Path) -> tuple[Path, ...]:
-        """Where the image may lie: in the folder that the file names, or directly in `folder`."""
+        """Candidate paths of the image: in the folder that the JSON names, or directly in `folder`."""
         return tuple(dict.fromkeys((folder / self.filepath / self.filename, folder / self.filename)))
 
 

@@ -50,7 +50,7 @@ class Loadable(Moves, Protocol):
 
 
 class Collates(Protocol[Made]):
-    """From decoded samples to batches, in two steps: one sample at a time, then all of a piece."""
+    """Interface of collators: decode one sample at a time, then join a piece's items into a batch."""
 
     def item(self, sample: Any, place: Place) -> Any:
         """What the batch is made of. Raises BadSample."""

@@ -248,7 +248,7 @@ TRIES_IN_A_SHARD = 25
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where the samples of a block lie."""
+    """Function from sample indices of a block to their places (epoch, shard, offset)."""
 
     of: _Set
     first: int

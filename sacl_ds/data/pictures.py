@@ -31,7 +31,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
-        """Of an image of Pillow's, opened already. Raises BadImage where it is damaged."""
+        """Decode an opened Pillow image. Raises BadImage where it is damaged."""
         try:
             clear = _clear_colour(image)
             turned = ImageOps.exif_transpose(image)

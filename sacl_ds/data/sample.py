@@ -63,11 +63,11 @@ class Source(Protocol):
 
     @property
     def sets(self) -> Sequence[Sequence[int]]:
-        """For each set, the samples of each shard."""
+        """Samples per shard, for each set."""
 
     @property
     def weights(self) -> Sequence[float] | None:
-        """Of the sets in a batch; None for one set."""
+        """Share of each set in a batch; None for one set."""
 
     def read(self, blocks: Iterator[Block]) -> Samples:
         """The samples at the blocks' places, undecoded; a Fault in place of each that cannot be read."""

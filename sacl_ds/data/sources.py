@@ -1,4 +1,4 @@
-"""From the configuration to the data of a run: source, order, and how samples become batches."""
+"""Build a run's data from its configuration: source, global order, collator."""
 
 from __future__ import annotations
 

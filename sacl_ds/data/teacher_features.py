@@ -30,7 +30,7 @@ _COMMAND = "run tools/precompute_teacher.py with this teacher and these shards"
 
 @dataclass(frozen=True)
 class FeatureFolder:
-    """Where the features of shards lie: beside each, or in one folder."""
+    """Location of the feature files of shards: beside each shard, or in one folder."""
 
     where: str  # a folder, or BESIDE
     identity: str  # the teacher's
@@ -74,7 +74,7 @@ class FeatureFolder:
 
 @dataclass
 class ShardFeatures:
-    """Of one shard, sample after sample."""
+    """Features of one shard, sample after sample."""
 
     image: list[np.ndarray]
     text: list[np.ndarray]  # of all captions of all samples

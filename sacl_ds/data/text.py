@@ -100,9 +100,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name_or_folder: str | Path, max_tokens: int, setting: str = "tokenizer") -> Tokenizer:
-        """From a folder written by `save`, any tokenizer folder of transformers, or a hub name.
+        """Load a folder written by `save`, any tokenizer folder of transformers, or a hub name.
 
-        setting: what error lines call it. Raises UserError.
+        setting: the name that error lines use. Raises UserError.
         """
         folder = Path(name_or_folder)
         require_unchanged(folder.parent, f"{setting}={name_or_folder}", folder.name)

@@ -24,7 +24,7 @@ def read_hostfile(path: str) -> dict[str, int]:
 
 
 def parse_hostfile(text: str, path: str) -> dict[str, int]:
-    """As `read_hostfile`. Empty lines and lines that begin with # are passed over."""
+    """Parse a hostfile's text as `read_hostfile` does. Empty lines and lines that begin with # are skipped."""
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()

@@ -70,7 +70,7 @@ def keep_alive(node: str) -> float | None:
 
 
 def first_address(node: str) -> str:
-    """Where ranks meet unless --master_addr is given: the first address of the first node. Raises Unreached."""
+    """Return the first node's first address, where ranks meet unless --master_addr is given. Raises Unreached."""
     words = ssh(node, "hostname -I", 2 * _CONNECT).split()
     if not words:
         raise Unreached("hostname -I names no address")
@@ -139,7 +139,7 @@ def all_reduce(options: list[str]) -> AllReduce:
 
 
 def _arguments() -> list[str]:
-    """Of ssh, as pdsh adds them."""
+    """Return the extra ssh arguments that pdsh adds."""
     return shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
 
 

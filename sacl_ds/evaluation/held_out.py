@@ -18,9 +18,10 @@ Evaluator = Callable[[SaclModel, View, torch.device], dict[str, tuple[float, flo
 
 
 def held_out_evaluator(run: RunConfig) -> Evaluator | None:
-    """For scenes: held-out ones, with `binding_accuracy`; for shards: data.eval_shards, or None without them.
+    """Return the evaluator of a pre-training run's held-out pairs, or None where it has none.
 
-    The code that evaluates is loaded at the first evaluation.
+    Scenes are evaluated with `binding_accuracy` as well; shards are those of data.eval_shards. The code that evaluates
+    is loaded at the first evaluation.
     """
     scenes, true_of_both = None, None
     if run.data.source == "shards":

@@ -85,11 +85,11 @@ def evaluate_statements(
     done: Callable[[int], None] = lambda statements: None,
     max_bad_share: float = 0.0,
 ) -> Nlvr2Result:
-    """In eval mode; the model's mode is restored. Every rank calls it and gets the same result.
+    """Evaluate NLVR2 in eval mode and restore the model's mode. Every rank calls it and gets the same result.
 
     batch_size: statements in a pass of a rank. done(n): n statements more are done on this rank. Statements that have
-    no label do not count in the figures, nor do those whose images cannot be read, in any way.
-    Raises SharedError where these are more than the share max_bad_share.
+    no label do not count in the figures, nor do those whose images cannot be read, in any way. Raises SharedError where
+    these are more than the share max_bad_share.
     """
 
     def read(number: int) -> _Seen:

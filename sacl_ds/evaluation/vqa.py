@@ -17,7 +17,8 @@ _ENOUGH = 3  # people who agree with an answer make it right
 
 
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    """In [0, 1]: the mean, over the given answers, of min(1, how many of the *others* equal `answer`, by 3).
+    """Return VQA accuracy in [0, 1]: the mean over the given answers of min(1, number of *others* equal to `answer` /
+    3).
 
     given: what people answered, ten in VQA v2; any number works, but with fewer than four no answer can reach 1, and
     with one none more than 0. Spelling is normalised where the given answers differ; where they are all one, `answer`

@@ -184,18 +184,18 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _plain(value: object) -> str:
-    """For a quoted string in a program."""
+    """Replace characters that would break a quoted string in a program."""
     return re.sub(r"[^\w.+-]", "_", str(value)) or "model"
 
 
 def _text(value: object) -> str:
-    """Of a user, as text: nothing in it is Markdown or HTML."""
+    """Escape a user's text so that nothing in it is Markdown or HTML."""
     line = " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", line)
 
 
 def _code(value: object) -> str:
-    """Of a user, as code, in a table as well."""
+    """Quote a user's text as Markdown code that is valid in a table as well."""
     line = " ".join(str(value).split()).replace("|", "¦")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

@@ -22,9 +22,9 @@ _TEXT = "text_encoder.bert."
 
 
 def chinese_clip(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, label: str) -> ChineseCLIPModel:
-    """In float32, in eval mode. label: what error lines begin with.
+    """Convert a trained model to transformers' ChineseCLIPModel, in float32 and eval mode.
 
-    Raises UserError where the towers compute what ChineseCLIPModel cannot.
+    label: what error lines begin with. Raises UserError where the towers compute what ChineseCLIPModel cannot.
     """
     selection = config.patch_selection
     if selection.placement in ("tower", "published") and selection.guide != "text":

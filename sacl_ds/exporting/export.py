@@ -1,4 +1,4 @@
-"""From a run to a folder that others load."""
+"""Export a run to a folder that other libraries load."""
 
 from __future__ import annotations
 

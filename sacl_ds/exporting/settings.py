@@ -39,7 +39,7 @@ def _named(value: Any) -> Any:
 
 
 def last_name(place: str) -> str:
-    """Of a path or an address; of a command, which could say anything, nothing."""
+    """Return the last part of a path or address; only 'pipe' for a command, which may hold secrets."""
     if place.startswith("pipe:"):
         return "pipe"
     return place.partition("?")[0].rstrip("/").rpartition("/")[2] or "."

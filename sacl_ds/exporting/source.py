@@ -50,7 +50,7 @@ def read_source(checkpoint: str) -> Source:
 
 
 def _step(weights: Path) -> int | None:
-    """As `save_weights` notes it."""
+    """Read the step that `save_weights` noted in the file, or None."""
     try:
         with safe_open(weights, "pt") as file:
             step = json.loads((file.metadata() or {}).get("sacl_ds", "{}")).get("step")

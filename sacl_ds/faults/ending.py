@@ -17,8 +17,11 @@ FILE = "status.json"
 
 
 class Exit(IntEnum):
-    """Of the training commands. MISTAKE: the user can put it right, and a restart cannot. FAULT: of the machine, the
-    network or another rank; a restart may go on. STOPPED: asked to, with a checkpoint; --resume goes on."""
+    """Exit statuses of the training commands.
+
+    MISTAKE: the user can put it right, and a restart cannot. FAULT: of the machine, the network or another rank; a
+    restart may go on. STOPPED: asked to, with a checkpoint; --resume goes on.
+    """
 
     DONE = 0
     MISTAKE = 2

@@ -44,7 +44,10 @@ class Ranks:
 
 
 class Guard:
-    """Of one run, on every rank. `requests` says whether it was asked to stop."""
+    """Watches one run's ranks, on every rank: ends all of them when one fails, and keeps the run's status file.
+
+    `requests` says whether the run was asked to stop.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks, limits: Limits, checkpoint: int | None) -> None:
         """checkpoint: the step of the newest one. Every rank calls it. Raises Fault where the first rank cannot be
@@ -91,8 +94,11 @@ class Guard:
         self._write("stopped", message)
 
     def failed(self, message: str, alone: bool, mistake: bool = False) -> None:
-        """By a mistake or fault that is about to be said. alone: of this rank, so that the others are to be told;
-        mistake: they end with its status, then, as one that no restart mends."""
+        """Report a mistake or fault that is about to be printed.
+
+        alone: it is of this rank only, so that the others have to be told; mistake: they then end with that status,
+        which no restart mends.
+        """
         if alone and self._pulse:
             self._write("failed", message, by_any=True)
             self._pulse.say(message, mistake)
@@ -106,7 +112,7 @@ class Guard:
         time.sleep(seconds)
 
     def _close(self) -> None:
-        """Where no rank is to miss another from now on."""
+        """Stop watching, once no rank is to miss another any more."""
         if isinstance(self._pulse, Witness):
             self._pulse.close()
         self._ranks.together()
@@ -138,7 +144,7 @@ class Guard:
             print(f"warning: {self._folder}: its status cannot be written: {error}", file=sys.stderr, flush=True)
 
     def _end(self, said: str, speaks: bool, mistake: bool) -> None:
-        """On a verdict, from the pulse's thread, wherever the others are."""
+        """Print the verdict and end this process, from the heartbeat's thread, wherever the other threads are."""
         if speaks:
             before = f"--resume goes on from step {self._checkpoint}" if self._checkpoint else "there is no checkpoint"
             print(f"error: {said}; all ranks end; {before}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""From what ranks were last heard to say, which of them is at fault. Pure: no clocks, no sockets."""
+"""Decide which rank is at fault from the ranks' last heartbeats. Pure: no clocks, no sockets."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Act = Callable[[str, bool, bool], None]  # on a verdict: whether this rank is to
 
 @dataclass(frozen=True)
 class Address:
-    """Where the first rank listens; `token` tells its own ranks from whoever else connects."""
+    """Address at which rank 0 listens; `token` tells its own ranks from whoever else connects."""
 
     host: str
     port: int

@@ -29,8 +29,10 @@ class Requests:
         self._before: dict[int, object] = {}
 
     def listen(self, ends_alone: Callable[[], None], grace: float) -> None:
-        """From the main thread. ends_alone: what follows where the launcher is gone and the process has not ended
-        `grace` seconds later."""
+        """Install the signal handlers, from the main thread, and watch for the launcher's end.
+
+        ends_alone: called where the launcher is gone and the process has not ended `grace` seconds later.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._signalled)
         parents = launchers()

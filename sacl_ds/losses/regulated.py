@@ -418,7 +418,7 @@ def _checked_counts(counts: Sequence[int] | None, image: Tensor, group: Group) -
 
 
 def _checked_scale(logit_scale: Tensor | float, image: Tensor) -> Tensor:
-    """As a tensor. Raises ValueError for one with several elements, by which logits would be scaled unevenly."""
+    """Convert the scale to a tensor. Raises ValueError for several elements, which would scale logits unevenly."""
     if not isinstance(logit_scale, Tensor):
         return torch.tensor(
             float(logit_scale), dtype=torch.promote_types(image.dtype, torch.float32), device=image.device

@@ -29,7 +29,7 @@ class WordTable(nn.Embedding):
 
 
 class AnswerDecoder(nn.Module):
-    """As many layers as the fusion encoder has, with its weights to start with; word embeddings of its own."""
+    """Text decoder with the fusion encoder's depth and initial weights, and word embeddings of its own."""
 
     def __init__(self, start: SaclModel, config: ModelConfig) -> None:
         """Copies of start's fusion encoder, text embeddings and MLM head. Keys and values of the cross-attention are

@@ -31,7 +31,7 @@ _SPECIAL = 2  # [CLS] and [SEP], which MLM never predicts
 
 @dataclass(frozen=True)
 class Cost:
-    """Of forward. flops: 2 a multiply-add. kept: numbers that backward needs, parameters aside."""
+    """Cost of a forward pass. flops: 2 a multiply-add. kept: numbers that backward needs, parameters aside."""
 
     flops: float = 0
     kept: float = 0
@@ -204,7 +204,8 @@ class ModelCost:
         return texts * self.fused(length, tokens) + len(layers) * Cost(-spared, copied - (own - 1) * 2 * tokens * width)
 
     def _selected(self, held: bool) -> tuple[Cost, int]:
-        """From the scores at the first selecting layer on: `ImageEncoder._selected`.
+        """Cost of `ImageEncoder._selected`: from the scores at the first selecting layer on; and the tokens that are
+        left.
 
         held: the tokens chosen from there are kept for backward anyway.
         """

@@ -179,7 +179,7 @@ class Queue:
         return state | {"next": torch.tensor(self._next)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """From the state of a queue of the same size."""
+        """Load the saved state of a queue of the same size."""
         columns = {name: column for name, column in state.items() if name != "next"}
         self._next = int(state["next"])
         self.filled = len(next(iter(columns.values()))) if columns else 0

@@ -39,7 +39,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def read_tensors(path: Path, label: str) -> dict[str, Tensor]:
-    """Of a safetensors file. label: what error lines begin with. Raises UserError where it cannot be read."""
+    """Read a safetensors file. label: what error lines begin with. Raises UserError where it cannot be read."""
     require_weights(path, label)
     try:
         return load_file(path)
@@ -57,7 +57,7 @@ def seal_run(folder: Path, *more: str) -> None:
 
 
 def finished_weights(folder: Path, label: str) -> dict[str, Tensor]:
-    """Of a finished run. label: what error lines begin with. Raises UserError where they are not as it left them."""
+    """Read a finished run's weights. label: what error lines begin with. Raises UserError where they were changed."""
     require_unchanged(folder, label, WEIGHTS)
     return read_tensors(folder / WEIGHTS, label)
 
@@ -98,7 +98,7 @@ def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
 
 
 def _run_config(folder: Path, setting: str) -> RunConfig:
-    """Of a pre-training run, or of one that was fine-tuned for retrieval, whose model is the same."""
+    """Read the configuration of a pre-training run, or of one fine-tuned for retrieval, whose model is the same."""
     values = saved_settings(folder, f"{setting}={folder}")
     task = values.get("task")
     if task is None:

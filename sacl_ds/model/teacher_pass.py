@@ -33,9 +33,10 @@ def shard_features(
     threads: int,
     seen: Callable[[int], None] = lambda count: None,
 ) -> ShardFeatures:
-    """Of all samples of a shard, `batch_size` images and as many captions at a time; seen(n) is called as they go.
+    """Compute the features of all samples of a shard, `batch_size` images and as many captions at a time.
 
-    Raises UserError where the shard cannot be read to its end, and where features are not finite.
+    seen(n): called after every n samples. Raises UserError where the shard cannot be read to its end, and where
+    features are not finite.
     """
     made = ShardFeatures([], [], [], [])
     for part in _batches(_look(teacher.view, source, shard, threads), batch_size):

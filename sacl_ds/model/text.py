@@ -62,7 +62,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, texts: Tensor, places: Tensor | None) -> Packing:
-        """Of texts like these, (n, length)."""
+        """Packing of texts of the shape (n, length), whose real tokens are at `places`."""
         rows, length = texts.shape
         everything = places is None or len(places) == rows * length
         return cls(rows, length, None if everything else places)

@@ -38,7 +38,7 @@ class ImageStates(NamedTuple):
     places: Tensor | None = None
 
     def at(self, images: Tensor) -> ImageStates:
-        """Of the images at these (n,) places in the batch; those that are chosen from, where there is a choice."""
+        """Select the states of the images at these (n,) indices; with `scored`, patches are not yet selected."""
         if self.scored is None:
             return ImageStates(take(self.tokens, images), None, None if self.places is None else self.places[images])
         tokens, keys, query = (take(x, images) for x in (self.scored.tokens, self.scored.keys, self.scored.query))
@@ -144,7 +144,10 @@ class ImageEncoder(nn.Module):
     def _selected(
         self, scored: Scored, guide: Tensor | None, record: list[Choice] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """From the attention of the first selecting layer on: (n, P', width) and the places of the patches kept."""
+        """Select patches and run the remaining blocks, given the first selecting layer's attention.
+
+        Returns (n, P', width) and the indices of the patches kept.
+        """
         vit, rate = self.vit, self.selection.keep_rate
         places: Tensor | None = None
         last = self.layers[-1]

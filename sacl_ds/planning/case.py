@@ -53,7 +53,7 @@ class Case:
 
     @property
     def ds(self) -> dict[str, Any]:
-        """As in ds_configs/, with buckets as much smaller as the model is."""
+        """DeepSpeed configuration as in ds_configs/, its buckets scaled down with the model."""
         if self.stage == 0:
             return {"zero_optimization": {"stage": 0}}
         found = read_ds_config(ROOT / f"ds_configs/zero{self.stage}{'_offload' if self.offload else ''}.json")

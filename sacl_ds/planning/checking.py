@@ -34,9 +34,9 @@ def predicted(job: Job) -> dict[str, float]:
 
 
 def row_of(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """For the record: the case, and the most that any of its ranks measured, in bytes.
+    """Return a row of the record: the case, and the most that any of its ranks measured, in bytes.
 
-    ranks: of each what `tools/measure_scaling.py` measured.
+    ranks: for each rank, what `tools/measure_scaling.py` measured.
     """
     found = {name: max(rank[name] for rank in ranks) for name in _FIGURES if name not in COLLECTIVES}
     alone = case.world == 1  # DeepSpeed calls its collectives all the same; a ring of one sends nothing
@@ -61,7 +61,7 @@ class Compared:
 
     @property
     def row(self) -> str:
-        """Of the table."""
+        """Row of the Markdown table."""
         figures = [_figure(self.measured[name], self.ratio[name]) for name in _FIGURES]
         return f"| {self.case.world} | {self.case.stage} | {_extras(self.case)} | {' | '.join(figures)} |"
 

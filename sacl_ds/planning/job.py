@@ -37,7 +37,7 @@ class Zero:
 
     @classmethod
     def of(cls, ds: dict[str, Any]) -> Zero:
-        """From a DeepSpeed configuration, resolved or as in ds_configs/."""
+        """Read the ZeRO settings of a DeepSpeed configuration, resolved or as in ds_configs/."""
         section = ds.get("zero_optimization", {})
         stage = int(section.get("stage", 0))
 
@@ -94,7 +94,7 @@ class Job:
 
     @property
     def pairs(self) -> int:
-        """Of the global batch, on a rank."""
+        """Pairs of the global batch per rank."""
         return self.run.train.global_batch_size // self.world
 
     @property
@@ -124,18 +124,20 @@ class Job:
 
     @cached_property
     def sizes(self) -> list[tuple[int, bool]]:
-        """Of each parameter that is trained: how many numbers, and whether autocast computes with it in half
-        precision, in which DeepSpeed then sends it and its gradient: those of plain linear layers and convolutions."""
+        """Number of elements of each trained parameter, and whether autocast computes with it in half precision.
+
+        DeepSpeed sends those and their gradients in half precision: weights of plain linear layers and convolutions.
+        """
         return self._sizes(self.cost.model, trained=True)
 
     @cached_property
     def untrained_sizes(self) -> list[tuple[int, bool]]:
-        """Of the parameters that no loss reaches: no forward pass asks for them, and no optimizer."""
+        """Same as `sizes`, for parameters that no loss reaches: no forward pass asks for them, and no optimizer."""
         return self._sizes(self.cost.model, trained=False)
 
     @cached_property
     def late_sizes(self) -> list[tuple[int, bool]]:
-        """Of the parameters that the first pass of micro-batches, for ITC's features, does without."""
+        """Same as `sizes`, for parameters that the first pass of micro-batches, for ITC's features, does without."""
         model = self.cost.model
         late = (model.fusion_encoder, model.matching_head, model.mlm_head)
         return [each for part in late for each in self._sizes(part, trained=True)]
@@ -161,7 +163,7 @@ class Job:
 
     @cached_property
     def cast(self) -> int:
-        """Of these, which autocast holds in half precision too."""
+        """Number of trained parameters that autocast also holds in half precision."""
         return sum(size for size, cast in self.sizes if cast)
 
     @property

@@ -47,7 +47,7 @@ class Memory:
 
 
 def memory(job: Job) -> Memory:
-    """Of one rank of the job, in bytes."""
+    """Estimate the memory of one rank of the job, in bytes."""
     zero, whole, shard = job.zero, FLOAT * job.parameters, FLOAT * job.shard
     kept: dict[str, float] = {}
     away: dict[str, float] = {}
@@ -124,8 +124,10 @@ class _Block(NamedTuple):
 
 
 def _blocks(job: Job) -> list[_Block]:
-    """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts
-    of ITM and MLM; without patch selection."""
+    """Sizes of the transformer blocks without patch selection: image encoder, text encoder, fusion encoder.
+
+    The text encoder takes captions and masked ones, the fusion encoder all texts of ITM and MLM.
+    """
     cost, model = job.cost, job.run.model
     matching, words = "itm" in job.run.losses, "mlm" in job.run.losses
     texts, fusions = 1 + words, PAIRINGS * matching + words
@@ -164,7 +166,7 @@ def loss_bytes(job: Job) -> float:
 
 
 def _gradients(job: Job) -> dict[str, float]:
-    """At the end of backward, or of the optimizer's step, whichever holds more."""
+    """Memory at the end of backward or in the optimizer's step, whichever is more."""
     zero, whole, shard = job.zero, FLOAT * job.parameters, FLOAT * job.shard
     if zero.stage == 0:
         return {"gradients": whole, "buckets": FLOAT * min(job.parameters, 500_000_000)}
@@ -180,7 +182,7 @@ def _gradients(job: Job) -> dict[str, float]:
 
 
 def _whole_parameters(job: Job) -> float:
-    """That ZeRO 3 gathered; alone, the shard is whole as it is."""
+    """Memory of the parameters that ZeRO-3 has gathered; 0 on one rank, where the shard is everything."""
     return FLOAT * min(job.parameters, job.zero.live) if job.world > 1 else 0.0
 
 

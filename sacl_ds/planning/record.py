@@ -14,7 +14,7 @@ from sacl_ds.errors import UserError
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Without rows where there is no such file. Raises UserError where it holds something else."""
+    """Read the record; it has no rows where the file does not exist. Raises UserError where it holds something else."""
     if not path.exists():
         return {"rows": []}
     try:
@@ -27,7 +27,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def record_row(path: Path, row: dict[str, Any]) -> None:
-    """In the place of the row of the same case, or behind all of its kind: by precision and what else, ranks, stage."""
+    """Insert a row, or replace the row of the same case; rows are sorted by kind, precision, ranks and stage."""
     record = read_record(path)
     rows = [each for each in record["rows"] if each["case"] != row["case"]]
     _write(path, record | {"rows": sorted([*rows, row], key=lambda each: _order(each["case"]))})

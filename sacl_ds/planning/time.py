@@ -44,18 +44,21 @@ class StepTime:
 
     @property
     def least(self) -> float:
-        """With everything that can be covered covered."""
+        """Seconds of a step if every transfer that can overlap does."""
         return self.compute - self.backward + max(self.backward, self.hidden) + self.open
 
     @property
     def most(self) -> float:
-        """With nothing covered."""
+        """Seconds of a step if no transfer overlaps."""
         return self.compute + self.hidden + self.open
 
 
 def step_flops(job: Job) -> float:
-    """Of one rank: forward and backward of its pairs, once more forward of both encoders with micro-batches, forward of
-    a momentum model, and the batch's similarities."""
+    """Count a rank's FLOPs in a step.
+
+    Forward and backward of its pairs, both encoders' forward once more with micro-batches, forward of a momentum model,
+    and the batch's similarities.
+    """
     features = job.cost.pretraining(("itc",)).flops
     a_pair = job.pair.flops + backward_flops(job) / job.pairs
     if job.parts > 1:
@@ -72,7 +75,7 @@ def step_flops(job: Job) -> float:
 
 
 def backward_flops(job: Job) -> float:
-    """Of these, the model's backward passes."""
+    """Count the part of `step_flops` that the model's backward passes take."""
     return job.pairs * (BACKWARD - 1 + (_CHECKPOINTED if job.checkpointed else 0)) * job.pair.flops
 
 

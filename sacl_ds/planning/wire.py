@@ -31,7 +31,7 @@ class Transfer:
 
 
 def transfers(job: Job) -> list[Transfer]:
-    """Of one step without logging, records or evaluation; none in one process."""
+    """List a step's transfers, without logging, records or evaluation; none in one process."""
     if job.world == 1:
         return []
     of_loss = contrastive_with_keys(job) if job.run.momentum.enabled else contrastive(job)
@@ -88,7 +88,7 @@ def _padded(job: Job, size: int) -> int:
 
 
 def contrastive(job: Job) -> list[Transfer]:
-    """Of the contrastive loss and its gradient: texts travel, images stay."""
+    """List the transfers of the contrastive loss and its gradient: texts travel, images stay."""
     settings = job.run
     texts, width = settings.train.global_batch_size, settings.model.embed_dim
     share = -(-job.pairs // _PARTS)

@@ -143,7 +143,7 @@ class Plan(BaseModel):
         return order
 
     def only(self, arms: list[str] | None, seeds: list[int] | None) -> Plan:
-        """With these arms, their teachers and these seeds. Raises UserError for unknown ones."""
+        """Return the plan restricted to these arms, their teachers and these seeds. Raises UserError for unknown."""
         for name in arms or []:
             if name not in self.arms:
                 raise UserError(f"no arm of the plan is called {name!r}; it has {', '.join(self.arms)}")

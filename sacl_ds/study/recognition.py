@@ -68,7 +68,7 @@ def cells_of(images: np.ndarray) -> Tensor:
 
 
 def trained_stem(settings: StemSettings, folder: Path) -> Stem:
-    """From `folder` where it has been trained before, else trained and kept there. Under a minute on a core."""
+    """Load the stem from `folder`, or train it (under a minute on a core) and save it there."""
     path = folder / f"stem-{settings.fingerprint}.safetensors"
     stem = Stem(settings)
     if path.exists():

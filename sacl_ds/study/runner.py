@@ -105,7 +105,7 @@ def _ready(plan: Plan, folder: Folder, waiting: list[Trial], running: Collection
 
 
 def _drop_broken_end(folder: Folder) -> None:
-    """Of a study that was stopped while it wrote."""
+    """Remove the unfinished last line that a study stopped while writing left behind."""
     if folder.trials.exists():
         text = folder.trials.read_text()
         whole = text[: text.rfind("\n") + 1]

@@ -36,7 +36,7 @@ _SEEDS = {"partial": 10, "simple": 200, "detailed": 400}  # plus the trial's: no
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a study keeps its trials and what they share."""
+    """Paths of a study's trials and of what they share."""
 
     root: Path
 
@@ -181,7 +181,7 @@ def _regulation(arm: Arm, found: dict[str, float], progress: float) -> Regulatio
 
 @torch.no_grad()
 def _features(model: DualEncoder, data: Pool) -> tuple[Tensor, Tensor]:
-    """Of all pictures and all captions, a row each."""
+    """Compute the features of all pictures and all captions, a row each."""
     image = torch.cat([model.image(part) for part in data.tokens.split(_PART)])
     return image, torch.cat([model.text(part) for part in data.ids.split(_PART)])
 

@@ -30,8 +30,10 @@ def finetune_config(task: str | None, file: str | None, overrides: list[str]) ->
 
 
 def evaluation_config(task: str | None, file: str | None, overrides: list[str]) -> FinetuneConfig:
-    """Of what is to be evaluated: a fine-tuned run with its own settings underneath, or a pre-training run for
-    retrieval. Raises UserError."""
+    """Resolve the configuration of an evaluation. Raises UserError.
+
+    A fine-tuned run brings its own settings as defaults; a pre-training run can be evaluated on retrieval.
+    """
     given = read_layers(file, overrides)
     said = merged(given)
     if said.get("checkpoint") is None:

@@ -69,7 +69,7 @@ def evaluated(task: Task, model: Any, tokenizer: Tokenizer, split: str, device: 
 
 
 def judged(task: Task, model: Any, split: str, seen: Seen) -> Outcome:
-    """In the precision of training; every rank calls it."""
+    """Evaluate a task in the precision of training; every rank calls it."""
     with autocast(seen.device, task.run.train.precision):
         return task.evaluate(model, split, seen)
 
@@ -88,7 +88,7 @@ def report(task: Task, outcome: Outcome, folder: Path, split: str, about: Mappin
 
 
 def figure_table(title: str, figures: Mapping[str, tuple[float, float]]) -> Table:
-    """In per cent, beside chance or what knows no picture."""
+    """Make a table of metrics in per cent, beside the score of chance or of a model that sees no picture."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("%", justify="right")

@@ -75,7 +75,7 @@ class RetrievalTask(Task):
         return len(TrainingPairs(self._images(split))) if split == "train" else len(self._images(split))
 
     def _read(self, split: str) -> Sequence[CaptionedImage]:
-        """Of the Karpathy JSON; none where val or test is a split that it lacks."""
+        """Read a split of the Karpathy JSON; empty where it lacks the val or test split."""
         settings = self.run.retrieval
         name = {"train": settings.train_split, "val": settings.val_split, "test": settings.test_split}[split]
         assert settings.annotations is not None

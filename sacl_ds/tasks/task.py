@@ -45,7 +45,7 @@ class Seen:
     done: Done = lambda stage, count, total: None
 
     def counted(self, stage: str, count: int) -> Callable[[int], None]:
-        """For an evaluation of `count` examples over all ranks that tells how many more are done on this one."""
+        """Return a callback that counts the examples done on this rank, of an evaluation of `count` over all ranks."""
         total, so_far = len(range(rank(), count, world_size())), 0
 
         def more(examples: int) -> None:
@@ -81,7 +81,7 @@ class Task(ABC):
 
     @abstractmethod
     def texts(self) -> Iterator[str]:
-        """Of the training examples: what a vocabulary is trained on where nothing brings one."""
+        """Yield the training examples' texts, on which a vocabulary is trained where none is given."""
 
     def tokenizer(self, begin: Tokenizer) -> Tokenizer:
         """What the run reads and writes texts with, from that of what it starts from."""

@@ -1,4 +1,4 @@
-"""From a checkpoint to weights, for training on and for evaluation."""
+"""Read a checkpoint's weights, for training on and for evaluation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def saved_state(checkpoint: str) -> tuple[dict[str, Tensor], int | None]:
 
 
 def task_tokenizer(run: FinetuneConfig) -> Tokenizer | None:
-    """Of what the model starts from; None where one is to be trained. Raises UserError."""
+    """Load the tokenizer of the model that the task starts from; None where one is to be trained. Raises UserError."""
     if run.checkpoint:
         return Tokenizer.load(run_of(run.checkpoint) / TOKENIZER, run.model.max_tokens, "checkpoint")
     source = tokenizer_source(run.model)

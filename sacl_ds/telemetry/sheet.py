@@ -77,7 +77,7 @@ def draw_matrix(
 
 
 def wrapped(text: str, width: float, width_of: Callable[[str], float], lines: int) -> list[str]:
-    """At most so many lines, broken between words where that is possible; what does not fit ends in '…'."""
+    """Break a text into at most `lines` lines, between words where possible; a text that does not fit ends in '…'."""
     result: list[str] = []
     rest = text
     while rest and len(result) < lines:
@@ -101,7 +101,7 @@ def fitted(text: str, width: float, width_of: Callable[[str], float]) -> str:
 
 
 def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """As large as fits; small pictures in whole multiples of their size, so that their pixels stay sharp."""
+    """Scale a picture to the largest size that fits; small ones by whole factors, so that their pixels stay sharp."""
     scale = min(width / picture.width, height / picture.height)
     if scale >= 2:
         return picture.resize((picture.width * int(scale), picture.height * int(scale)), Image.Resampling.NEAREST)

@@ -33,20 +33,20 @@ class RowFlops(NamedTuple):
 
     @classmethod
     def through(cls, flops: Callable[[int], float]) -> RowFlops:
-        """From the FLOPs at three lengths."""
+        """Fit the polynomial in the text's length to the FLOPs at three lengths."""
         (a, b, c), step = (flops(tokens) for tokens in _LENGTHS), _LENGTHS[1] - _LENGTHS[0]
         square = (c - 2 * b + a) / (2 * step**2)
         linear = (b - a) / step - square * (_LENGTHS[0] + _LENGTHS[1])
         return cls(a - linear * _LENGTHS[0] - square * _LENGTHS[0] ** 2, linear, square)
 
     def of(self, rows: float, tokens: float, squares: float) -> float:
-        """Of so many rows, with the sum over them of their tokens and of the squares of those."""
+        """FLOPs of `rows` rows, given the sum of their token counts and of the squares of those."""
         return self.fixed * rows + self.linear * tokens + self.square * squares
 
 
 @dataclass
 class Throughput:
-    """Of one training. rows: what a row of its batches is called. flops: None where a row's are not known."""
+    """Speed and FLOPs of one training. rows: what a row of its batches is called. flops: None where not known."""
 
     rows: str
     device: torch.device

@@ -110,7 +110,7 @@ def read_lowest(run_folder: Path, step: int | None = None) -> list[dict[str, Any
 
 
 def _files(run_folder: Path, name: str) -> list[tuple[int, Path]]:
-    """By step."""
+    """List the run's files of that name, sorted by step."""
     found = []
     for path in (run_folder / FOLDER).glob(f"{name}_*.parquet"):
         if match := re.fullmatch(r"(?:figures|lowest)_(\d+)\.parquet", path.name):

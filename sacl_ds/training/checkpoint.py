@@ -180,7 +180,7 @@ def _name(writing: Path, folder: Path, keep: Retention) -> None:
 
 
 def _readable(checkpoints: Path) -> Iterator[RunState]:
-    """Of a damaged one nothing is known, and it stays."""
+    """Yield the states of complete checkpoints; damaged ones are skipped, so that they stay."""
     for path in complete(checkpoints):
         with suppress(UserError, FileNotFoundError):
             yield read_state(path)

@@ -32,7 +32,7 @@ _TAG = re.compile(r"step_([0-9]{8,})")
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands. The step is also the position in the data, in every schedule, and of all random numbers."""
+    """State of a run. The step is also the position in the data, in every schedule, and of all random numbers."""
 
     step: int
     world: int
@@ -65,7 +65,7 @@ def tag_of(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """By its name. Raises UserError for another."""
+    """Parse the step from a checkpoint folder's name. Raises UserError for another name."""
     match = _TAG.fullmatch(folder.name)
     if match is None:
         raise UserError(f"{folder} is no checkpoint; give RUN/checkpoints/step_N, or RUN")
@@ -73,7 +73,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_state(folder: Path) -> RunState:
-    """Of RUN/checkpoints/step_N. Raises FileNotFoundError where it holds none, UserError where it cannot be used."""
+    """Read RUN/checkpoints/step_N's state. Raises FileNotFoundError if there is none, UserError if it is unusable."""
     try:
         values = json.loads((folder / STATE).read_text())
         if values.get("format", 1) != FORMAT:
@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
-    """That those files are as they were written. Raises UserError, naming the first that is not."""
+    """Check that those files are as they were written. Raises UserError, naming the first that is not."""
     if changed := first_changed(folder, {name: manifest.files[name] for name in names}):
         raise UserError(
             f"the checkpoint {folder} is damaged: {': '.join(changed)}; remove this folder, and --resume takes the one "
@@ -198,7 +198,7 @@ def sweep(checkpoints: Path) -> None:
 
 
 def figures_of(named: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Of an evaluation, without chance."""
+    """Return an evaluation's metrics without their chance levels."""
     return {name: float(value) for name, (value, _) in named.items()}
 
 

@@ -42,7 +42,7 @@ def trained_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parame
 
 
 def shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
-    """Of all trained parameters, whole."""
+    """Return the full shapes of all trained parameters."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(engine)}
 
 

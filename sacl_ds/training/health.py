@@ -156,7 +156,7 @@ class Ledger:
         self._first: Fault | None = None
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Of one step on this rank."""
+        """Record the faults of one step on this rank."""
         self._new.update(faults)
         self._seen += self._batch
 
@@ -205,7 +205,8 @@ class Stops:
         self._device, self._every = device, 1
 
     def pace(self, step_seconds: float) -> None:
-        """At a logged step, on every rank: how long steps take by now."""
+        """Set how often ranks look for requests to stop, by the seconds a step takes; a collective, called when
+        logging."""
         self._every = broadcast_object(max(1, int(_SECONDS_BETWEEN_LOOKS / max(step_seconds, 1e-3))))
 
     def agreed(self, done: int, asked: bool) -> bool:

@@ -106,7 +106,7 @@ class Loop:
         return result
 
     def schedules(self, done: int) -> dict[str, float]:
-        """Where they stood in the last of so many steps."""
+        """Return the schedules' values in the last of `done` steps."""
         optim = self.run.optim
         factor = learning_rate_factor(done - 1, self.run.train.steps, optim)
         rates = {"lr_image": factor * optim.lr_image, "lr_text": factor * optim.lr_text}
@@ -180,7 +180,7 @@ class Loop:
         return {**settled.figures, f"duplicate_{self.task.rows}": duplicates(ids), "batch_digest": digest}
 
     def _speed(self, done: int, steps: int, clock: float, waited: float) -> dict[str, float]:
-        """Of the steps since the last logged one, which began at `clock`; the same on all ranks, but for the time."""
+        """Measure the steps since the last logged one, begun at `clock`; all but the time is the same on all ranks."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the clock stops while steps are still queued
         seconds = max(time.perf_counter() - clock, 1e-9)

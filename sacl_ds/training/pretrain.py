@@ -312,7 +312,7 @@ def _with_positions(run: RunConfig, folder: Path, resume: bool) -> RunConfig:
 
 
 def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device: torch.device) -> Momentum | None:
-    """Of the model as it starts; its queue holds the teacher's features where it is regulated."""
+    """Copy the initial model as the momentum model; its queue holds the teacher's features if it is regulated."""
     settings = run.momentum
     if not settings.enabled:
         return None

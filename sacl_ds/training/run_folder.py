@@ -61,10 +61,10 @@ def limits(run: TrainingConfig) -> Limits:
 
 
 def require_shared(folder: Path, seconds: float = 10.0) -> None:
-    """That every rank sees what the first one writes into `folder`. Every rank calls it; the first one's folder exists.
+    """Check that every rank sees what rank 0 writes into `folder`. Every rank calls it; rank 0's folder exists.
 
-    seconds: how long a file system over a network may take to show it.
-    Raises UserError, the same on every rank, with the first rank that does not see it and its node.
+    seconds: how long a file system over a network may take to show it. Raises UserError, the same on every rank, with
+    the first rank that does not see it and its node.
     """
     own = (f".shared_{secrets.token_hex(8)}", str(folder), socket.gethostname()) if rank() == 0 else None
     token, name, writer = broadcast_object(own)

@@ -49,7 +49,7 @@ class TrainingTask:
         return list(batch.keys)
 
     def schedules(self, step: int) -> dict[str, float]:
-        """Where the schedules stand at `step`, for the log."""
+        """Return the values of the schedules at `step`, for the log."""
         return {}
 
     def caution(self, done: int, figures: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""From a run directory to its report: reads what the run has written, looks at pairs under its model, writes all."""
+"""Build a run's report: read its records, weigh pairs under its model, write the page and its plots."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _scenes(truth: SceneTruth, wanted: Sequence[Place]) -> Pictures:
 def _gallery(
     run: RunConfig, lowest: list[dict[str, Any]], held_out: HeldOut | None, truth: SceneTruth | None, folder: Path
 ) -> Section:
-    """From the records of the last step; from held-out pairs where the training shards are not to be reached."""
+    """Show the lowest-weight pairs of the last recorded step, or held-out pairs if the shards cannot be read."""
     step = lowest[0]["step"] if lowest else None
     origin = f"The pairs of least weight in the global batch of step {step}, by anchor."
     if run.data.source == "scenes":

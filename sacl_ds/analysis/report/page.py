@@ -168,7 +168,7 @@ def percent(value: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """For JSON, which has no NaN: null in its place."""
+    """Convert a value for JSON; NaN and infinities become null."""
     if isinstance(value, dict):
         return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

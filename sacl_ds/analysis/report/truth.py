@@ -15,7 +15,7 @@ from sacl_ds.data.sources import scene_size
 
 
 class SceneTruth:
-    """Of the scenes that a run is trained on or judged by."""
+    """Pictures and relevance of the scenes that a run is trained or evaluated on."""
 
     def __init__(self, run: RunConfig) -> None:
         self._size, self._first = scene_size(run.model.image_size), run.data.scenes.detail

@@ -63,11 +63,11 @@ class QuestionItem:
 
 @dataclass(frozen=True)
 class QuestionCollator:
-    """From questions to batches. What is random about a question is drawn from (seed, epoch, its key).
+    """Makes batches of questions. What is random about a question is drawn from (seed, epoch, its key).
 
-    image_view: from the question and all its answers to a view, which may leave mirroring out where they speak of left
-    or right. Questions reach the tokenizer as they are: it lower-cases them, and sets punctuation apart as it did with
-    the captions of pre-training (ALBEF, whose captions were stripped of it, strips its questions as well).
+    image_view: returns the transform for a question with all its answers; it may leave out mirroring where they speak
+    of left or right. Questions reach the tokenizer as they are: it lower-cases them, and sets punctuation apart as it
+    did with the captions of pre-training (ALBEF, whose captions were stripped of it, strips its questions as well).
     """
 
     tokenizer: TextView

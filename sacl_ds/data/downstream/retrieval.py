@@ -53,7 +53,7 @@ def karpathy_images(json: Path, folder: Path, split: str) -> list[CaptionedImage
 
 
 def as_sample(image: CaptionedImage) -> Sample:
-    """With all its captions. Raises BadSample where the file is missing or no image."""
+    """Read an image with all its captions. Raises BadSample where the file is missing or no image."""
     return _sample(image, image.captions)
 
 

@@ -83,11 +83,11 @@ def answer_list(questions: Iterable[Question], at_least: int) -> list[str]:
 
 
 def vqa_questions(questions: Path, annotations: Path | None, images: Path) -> list[Question]:
-    """Of an official questions file (v2_OpenEnded_mscoco_*_questions.json), with the answers of its annotations file.
+    """Read an official questions file (v2_OpenEnded_mscoco_*_questions.json) with the answers of its annotations file.
 
     annotations: None where labels are absent (test sets). images: the folder that holds COCO's images,
     COCO_val2014_000000000042.jpg and the like, itself or in a folder val2014; 000000000042.jpg, 42.jpg and 42.png are
-    found as well. Whether they are there shows where they are read. Raises UserError with file and entry.
+    found as well. A missing image is noticed only when it is read. Raises UserError with file and entry.
     """
     content = read_json(questions)
     entries = _entries(content, "questions", questions)
@@ -110,7 +110,8 @@ def vqa_questions(questions: Path, annotations: Path | None, images: Path) -> li
 
 
 def visual_genome_questions(file: Path, images: Path) -> list[Question]:
-    """Of Visual Genome's question_answers.json, each with its one answer at half weight, as ALBEF trains on them.
+    """Read Visual Genome's question_answers.json, each question with its one answer at half weight, as ALBEF trains on
+    them.
 
     images: the folder that holds VG_100K/ID.jpg, VG_100K_2/ID.jpg or ID.jpg. Raises UserError with file and entry.
     """

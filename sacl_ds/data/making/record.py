@@ -99,5 +99,5 @@ class ImageBytes:
 
 
 def no_image() -> bytes:
-    """For a record whose problem says why."""
+    """Raise BrokenSample as the `load` of a record without an image; the record's own problem says why."""
     raise BrokenSample("no image")

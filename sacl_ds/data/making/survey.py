@@ -52,7 +52,7 @@ def survey(records: Iterable[Record], skip_broken: bool, seen: Callable[[int], N
 
 
 def sampled_survey(records: Collection[Record]) -> Survey:
-    """For a list that cannot be broken: the first few records stand for all."""
+    """Estimate the survey of a list that has no broken records from its first few."""
     part = survey(islice(records, _LOOKED_AT), skip_broken=False)
     share = len(records) / max(1, part.samples)
     return Survey(len(records), round(part.tar_bytes * share), part.broken, part.first)

@@ -36,7 +36,7 @@ class ShardCache:
 
     @classmethod
     def of(cls, folder: str | None, gigabytes: float) -> ShardCache | None:
-        """From data.cache_dir and data.cache_gb. Raises UserError for a folder that cannot be written to."""
+        """Create the cache of data.cache_dir and data.cache_gb. Raises UserError for a folder that is not writable."""
         if folder is None:
             return None
         path = Path(folder)

@@ -131,7 +131,8 @@ def _count_or_none(shard: str) -> int | None:
 
 
 def count_samples(shard: str) -> int:
-    """From the stats beside the shard, else by its headers; a remote shard without stats is read through.
+    """Count a shard's samples by the stats beside it, else by its headers; a remote shard without stats is read
+    through.
 
     A server is asked up to three times, and broken off when it falls silent. Raises UserError.
     """
@@ -163,7 +164,7 @@ def _stats(shard: str) -> int | None:
 
 
 def _is_count(says: Any) -> bool:
-    """Of the samples of a shard; what a file says need be neither a number nor one that memory can bear."""
+    """Return whether a stats file's value, which may be anything, is a number of samples that memory can bear."""
     return type(says) is int and 0 <= says <= _MOST
 
 

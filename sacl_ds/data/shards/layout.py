@@ -8,6 +8,6 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 def stats_path(shard: str | Path) -> Path:
-    """Where the count of a shard stands: 00012.tar -> 00012_stats.json."""
+    """Return the path of a shard's stats file: 00012.tar -> 00012_stats.json."""
     shard = Path(shard)
     return shard.with_name(f"{shard.stem}_stats.json")

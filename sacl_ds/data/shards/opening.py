@@ -29,7 +29,7 @@ _BUFFER = 1 << 19  # bytes of a local shard read together: fewer waits for the i
 
 
 class Heart:
-    """Of what reads: when it last moved, in seconds of a clock that only goes forward, and how to end it."""
+    """Watchdog of a reader: when it last moved, on a monotonic clock in seconds, and a way to end it."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
@@ -49,7 +49,7 @@ class Heart:
             stream.break_off()
 
     def stop(self) -> None:
-        """From another thread: what it reads from, now or later, is broken off where that is possible."""
+        """Break off, from another thread, the stream that is read from now or later, where that is possible."""
         self.stopped = True
         if self._stream is not None:
             self._stream.break_off()
@@ -102,7 +102,7 @@ class Stream:
         return b"".join(parts)
 
     def break_off(self) -> bool:
-        """From another thread: make a read that waits end. Returns whether that is possible."""
+        """End a blocked read from another thread. Returns whether that is possible."""
         if not isinstance(self._source, Pipe):
             return False
         self.stalled = True
@@ -170,7 +170,7 @@ def reason(error: Exception) -> str:
 
 
 def _pipe(command: str | list[str], **more: Any) -> Pipe:
-    """In a process group of its own, so that all of a shell's line can be ended."""
+    """Start a command in a process group of its own, so that all of a shell's line can be ended."""
     return Pipe(command, mode="rb", ignore_status=[23, 141], start_new_session=True, **more)
 
 

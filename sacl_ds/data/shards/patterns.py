@@ -42,7 +42,7 @@ def expand(pattern: str | Sequence[str], setting: str = "data.shards", *, typed:
 
 
 def is_gone(shard: str) -> bool:
-    """Of a local one; of others nothing is known."""
+    """Return whether a local shard is missing; False for remote ones, of which nothing is known."""
     return not is_remote(shard) and not Path(shard).is_file()
 
 
@@ -59,7 +59,7 @@ def missing_shards(
 
 
 def named(pattern: str | Sequence[str], setting: str = "data.shards", *, typed: bool = False) -> list[str]:
-    """As `expand`, be they there or not."""
+    """Expand patterns like `expand`, but without checking that the shards exist."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     shards = [shard for one in patterns for shard in _expand(one.strip(), setting, typed)]
     if not shards:

@@ -25,7 +25,7 @@ class Reading(Protocol[Read_co]):
 
     @property
     def shard(self) -> str:
-        """Where it stands."""
+        """Path or address of the shard."""
 
     def __iter__(self) -> Iterator[Read_co]: ...
 

@@ -236,7 +236,7 @@ def start_of(file: IO[bytes], number: int, heart: Heart) -> tuple[int, int]:
 
 
 class _Starts:
-    """Where the samples of one tar begin, found as far as was asked for."""
+    """Lazy index of the offsets at which a tar's samples begin."""
 
     def __init__(self) -> None:
         self._found = array("q")
@@ -305,8 +305,10 @@ class _Starts:
 
 @functools.lru_cache(maxsize=128)
 def _starts(*_: int) -> _Starts:
-    """Of this process (a fork must not wait for its parent's locks) and the file with this device, inode, size, time
-    of change."""
+    """Index of the file with this device, inode, size and time of change, shared within the process.
+
+    The process id is part of the key: a fork must not wait for its parent's locks.
+    """
     return _Starts()
 
 

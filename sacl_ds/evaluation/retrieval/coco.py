@@ -123,7 +123,10 @@ def _chance_at_r(counts: np.ndarray, there: np.ndarray, candidates: int) -> tupl
 
 
 def _lists(truth: CocoTruth, ranked: tuple[Ranked, Ranked]) -> dict[str, _Lists]:
-    """Without captions that the package does not know, of which the split has a few (images with more than five)."""
+    """Return the ranked COCO ids of each query, for both directions.
+
+    Captions that the package does not know are left out; the split has a few (images with more than five).
+    """
     ids, known = truth.ids, np.array(list(truth.metrics.coco_gts["t2i"]))
     listed = np.isin(ids.captions, known)
     to_text = (order[listed[order]] for order in ranked[1].top[:, :DEPTH])
@@ -168,7 +171,7 @@ def _moved_within_folds(
 
 
 def _folds(truth: CocoTruth) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each fold the places of its images and of its captions, ascending."""
+    """Return, for each fold, the ascending indices of its images and of its captions."""
     ids, owners = truth.ids, truth.metrics.coco_gts["t2i"]
     folds = []
     for captions in np.split(truth.metrics.coco_ids, _FOLDS):

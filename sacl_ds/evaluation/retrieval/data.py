@@ -167,7 +167,7 @@ def _decoded(source: Source, raw: object) -> Sample | Fault:
 
 
 def _blocks(source: Source, numbers: Sequence[int]) -> Iterator[Block]:
-    """Where the samples of these ascending numbers lie, a block a shard."""
+    """Yield the places of the samples with these ascending numbers, a block a shard."""
     first, shard, position = 0, 0, 0
     for counts in source.sets:
         for count in counts:

@@ -33,7 +33,7 @@ class TextStates:
         return np.diff(self.starts)
 
     def batch(self, texts: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Of some captions: (b, L, width) with zeros behind their ends, and (b, L) int64 mask."""
+        """Pad the states of some captions to (b, L, width) with zeros; returns them with their (b, L) int64 mask."""
         lengths = torch.from_numpy(self.lengths[texts])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         states = self.states.new_zeros(*mask.shape, self.states.shape[1])

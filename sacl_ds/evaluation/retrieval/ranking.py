@@ -26,7 +26,7 @@ class Listed:
         return cls(ranked.top[:, :LISTED], ranked.hits[relevance][:, :LISTED])
 
     def place(self, query: int) -> int:
-        """Of the first right candidate, from 0; how many are listed where none of them is right."""
+        """Rank of the first right candidate, from 0; the length of the list where none of them is right."""
         right = np.flatnonzero(self.right[query])
         return int(right[0]) if len(right) else self.order.shape[1]
 

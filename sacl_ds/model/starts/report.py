@@ -10,7 +10,7 @@ _GROUPS = 12  # in a line; the rest is counted
 
 @dataclass(frozen=True)
 class SourceReport:
-    """Of one source: names of the model's tensors that it filled, and of its own that went nowhere."""
+    """Tensors of the model that one source of weights filled, and tensors of the source that were not used."""
 
     setting: str
     source: str
@@ -23,7 +23,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class StartReport:
-    """Of all sources; str() is the text of a run's start.txt."""
+    """Reports of all sources of weights; str() is the text of a run's start.txt."""
 
     tensors: Collection[str]  # all names in the model
     sources: list[SourceReport] = field(default_factory=list)

@@ -62,7 +62,7 @@ def _tensors(module: Any) -> dict[str, Tensor]:
 
 
 class _Record:
-    """In the place of every module and every other object."""
+    """Stand-in for every module and every other pickled object; keeps its attributes."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):  # else one with a __setstate__ of its own, which is not run
@@ -70,7 +70,7 @@ class _Record:
 
 
 class _Anything:
-    """In the place of every function. Has no attributes that a pickle could set."""
+    """Stand-in for every pickled function. Has no attributes that a pickle could set."""
 
     __slots__ = ()
 
@@ -79,7 +79,7 @@ class _Anything:
 
 
 class _Rebuild(_Anything):
-    """Of `torch._utils._rebuild_tensor_v2`."""
+    """Safe stand-in for `torch._utils._rebuild_tensor_v2`."""
 
     __slots__ = ()
 

@@ -91,7 +91,7 @@ def _tensors(loaded: Any) -> dict[str, Tensor]:
 
 
 def _plain(tensors: dict[str, Tensor], label: str) -> dict[str, Tensor]:
-    """Without the parts of names that wrappers of the model add. Raises UserError where two names become one."""
+    """Strip the prefixes that model wrappers add to names. Raises UserError where two names become one."""
     names = list(tensors)
     for part in _WRAPPED:
         names = [name.replace(part, "") for name in names]

@@ -83,7 +83,7 @@ class Plan(_Room):
     arms: dict[str, Arm]
 
     def only(self, arms: list[str] | None, seeds: list[int] | None) -> Plan:
-        """With these arms and seeds. Raises UserError for unknown ones."""
+        """Return the plan restricted to these arms and seeds. Raises UserError for unknown ones."""
         for name in arms or []:
             if name not in self.arms:
                 raise UserError(f"no arm of the plan is called {name!r}; it has {', '.join(self.arms)}")

@@ -48,7 +48,7 @@ class Task:
 
 
 def build(arm: Arm, sizes: Sizes, seed: int, folder: Path) -> Task:
-    """With new text and fusion encoders; the image encoder's start comes from `folder`."""
+    """Build an arm's task with new text and fusion encoders; the image encoder's weights come from `folder`."""
     kind: Callable[[Arm, Sizes, int, Path], Task] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[arm.task]
     task = kind(arm, sizes, seed, folder)
     task.model.image_encoder.load_state_dict(load_file(image_start(sizes, folder)))
@@ -144,7 +144,7 @@ class QuestionAnswering(Task):
 
 
 def _place_of(scene: Scene, kind: str, question: str) -> int:
-    """Of the one object that a question names by its shape or its colour."""
+    """Return the grid cell of the one object that a question names by its shape or its colour."""
     attribute, names = {"shape": (COLOUR, COLOURS)}.get(kind, (SHAPE, SHAPES))
     return next(thing[PLACE] for thing in scene.objects if names[thing[attribute]] in question.split())
 
@@ -265,7 +265,7 @@ class Pretraining(Task):
         return float(torch.cat(hits).float().mean())
 
     def _held_out_itc(self, image: Tensor, text: Tensor, size: int = 64) -> float:
-        """Of batches of one caption a scene."""
+        """Mean ITC loss of held-out batches with one caption a scene."""
         scale = self.model.logit_scale()
         losses = []
         for start in range(0, len(image) - size + 1, size):
@@ -277,7 +277,7 @@ class Pretraining(Task):
 
 
 def trial_scenes(sizes: Sizes, seed: int) -> tuple[Scenes, Scenes]:
-    """For training and held out."""
+    """Return the training scenes and the held-out scenes."""
     training = Scenes(sizes.scenes, _TRAINING + seed, sizes.image_size)
     return training, Scenes(sizes.held_out, HELD_OUT, sizes.image_size)
 

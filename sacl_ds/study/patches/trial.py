@@ -80,7 +80,7 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def trained(plan: Plan, name: str, seed: int, folder: Path) -> Task:
-    """In eval mode: gone on from the task's start with the arm's way of choosing patches, on scenes of the seed."""
+    """Train the arm's way of choosing patches on the seed's scenes, from the task's start; returned in eval mode."""
     arm, sizes = plan.arms[name], plan.sizes
     task = build(arm, sizes, seed, folder)
     task.module.load_state_dict(load_file(task_start(arm.task, sizes, folder)))
