@@ -44,8 +44,7 @@ def write_manifest(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Written]]:
-    """What `write_manifest` wrote under `names`, and the entry `files` among it. Raises OSError, or ValueError where it
-    is not as it was written."""
+    """Read a manifest's values of `names` and its file entries. Raises OSError, or ValueError where it was changed."""
     try:
         said = json.loads(path.read_text())
         values = {name: said[name] for name in names}
@@ -59,7 +58,7 @@ def read_manifest(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], d
 
 
 def first_changed(folder: Path, files: Mapping[str, Written]) -> tuple[str, str] | None:
-    """The first of these files that is not as it was written, and how; None where all are."""
+    """Return the first of these files that differs from its record, and how; None where all match."""
     for name in sorted(files):
         try:
             if checksum(folder / name) != files[name]:
@@ -70,7 +69,7 @@ def first_changed(folder: Path, files: Mapping[str, Written]) -> tuple[str, str]
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
-    """Write the manifest of what is finished: of these files, and of all in these folders. Raises OSError."""
+    """Write the manifest of a finished folder: of these files, and of all files in these folders. Raises OSError."""
     parts = [folder / name for name in names]
     found = [file for part in parts for file in [part, *sorted(part.rglob("*"))] if file.is_file()]
     written = {file.relative_to(folder).as_posix(): asdict(checksum(file)) for file in found}
@@ -78,7 +77,7 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """Before any of its files changes. Raises OSError."""
+    """Remove the manifest, before any of its files changes. Raises OSError."""
     (folder / FILE).unlink(missing_ok=True)
 
 

@@ -27,9 +27,9 @@ from sacl_ds.losses.distribution import THRESHOLDS
 
 
 def detectors(regulation: Regulation, teacher: bool) -> dict[str, Regulation]:
-    """The weights of the model alone, of the teacher alone, and of both as the run mixes them.
+    """Return the regulations of model and teacher alone, and of both as the run mixes them.
 
-    What has sharpness 0 in the run would tell nothing alone; it is looked at with 1.
+    A side whose sharpness is 0 in the run is given 1, since its weights alone would all be equal.
     """
     whole = replace(regulation, negative_mass=1.0, drop_below=None)
     found = {"model": replace(whole, alpha=0.0, sharpness=whole.sharpness or 1.0)}
@@ -93,7 +93,7 @@ def detection(question: Question, regulation: Regulation) -> tuple[dict[str, Any
 
 
 def act(options: argparse.Namespace) -> None:
-    """The subcommand."""
+    """Run the subcommand `detect`."""
     examined = _examined(options)
     regulation = regulation_for(examined, options)
     asked = questions(examined.pairs)

@@ -95,7 +95,7 @@ def described(regulation: Regulation) -> dict[str, float | None]:
 
 
 def batch_of(subject: Subject) -> int:
-    """Images at a time."""
+    """Return how many images pass through the model at a time."""
     return 256 if subject.run.model.image_size <= 128 else 64
 
 

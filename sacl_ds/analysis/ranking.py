@@ -1,4 +1,4 @@
-"""How well scores find what they should: ROC, precision and recall, rank correlation. NumPy alone."""
+"""Quality of scores as detectors: ROC, precision and recall, rank correlation. NumPy alone."""
 
 from __future__ import annotations
 

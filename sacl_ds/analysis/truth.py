@@ -68,7 +68,7 @@ class Question:
 
 
 def questions(pairs: Pairs) -> list[Question]:
-    """What is known about these pairs: built-in scenes, or COCO's test split. Raises UserError for others."""
+    """Return the known truths about these pairs: built-in scenes, or COCO's test split. Raises UserError for others."""
     if pairs.shards and set(pairs.shards) == {COCO}:
         return _of_coco(pairs)
     places = [place_of(key) for key in pairs.keys]
@@ -80,7 +80,7 @@ def questions(pairs: Pairs) -> list[Question]:
 
 
 def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[Question]:
-    """One caption of each scene, graded by the share of its statements that hold in a picture."""
+    """Build the questions of scenes: one caption each, graded by the share of its statements that hold in a picture."""
     said: list[Caption] = []
     drawn: list[Scene] = []
     sets: dict[int, Scenes] = {}
@@ -101,7 +101,10 @@ def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[Question
 
 
 def _of_coco(pairs: Pairs) -> list[Question]:
-    """ECCV Caption (its queries alone) and CxC, of the package eccv_caption. A row is a caption with its image."""
+    """Build the questions of ECCV Caption (its queries alone) and CxC, of the package eccv_caption.
+
+    A row is a caption with its image.
+    """
     names = [key.split("-") for key in pairs.keys]
     image_ids, caption_ids = (np.array([int(name[part]) for name in names]) for part in (0, 1))
     images, first = np.unique(image_ids, return_index=True)

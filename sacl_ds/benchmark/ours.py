@@ -31,7 +31,7 @@ _ALPHA = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """fusion: ITM and MLM as well. placement: of patch selection."""
+    """Variant of our step. fusion: ITM and MLM as well. placement: of patch selection."""
 
     fusion: bool = False
     contrastive: Literal["infonce", "sacl"] = "sacl"
@@ -53,7 +53,8 @@ CASES = {
 
 
 def run_of(case: Case, setting: Setting) -> RunConfig:
-    """The run whose step this is. Raises UserError where its ranks do not divide the batch (`resolve`)."""
+    """Return the configuration whose training step this is. Raises UserError where its ranks do not divide the batch
+    (`resolve`)."""
     selection = setting.model.patch_selection.model_copy(update={"placement": case.placement})
     weights = {} if case.fusion else {"matching_weight": 0.0, "mlm_weight": 0.0}
     return RunConfig.model_validate({
@@ -70,8 +71,7 @@ def run_of(case: Case, setting: Setting) -> RunConfig:
 
 
 class OurStep:
-    """Calling it takes a step of `case` on `batch`, which lies on the device, or on the host where it goes through the
-    model in several micro-batches."""
+    """Training step of `case` on `batch`, called to take it; the batch is on the host if it has micro-batches."""
 
     def __init__(self, case: Case, setting: Setting, batch: Batch, machine: Machine) -> None:
         self.run, self.device = run_of(case, setting), setting.device
@@ -99,14 +99,14 @@ class OurStep:
         self.taken += 1
 
     def _step(self) -> tuple[Losses, Features, Targets]:
-        """Forward and backward."""
+        """Run forward and backward."""
         seed = self.taken * world_size() + rank()
         generator = torch.Generator(self.device).manual_seed(seed)
         step = TrainingStep(self.taken, seed, generator, self.device, self.rows, alpha=_ALPHA)
         return contrastive_step(self.engine, self.batch, step, self.frozen)
 
     def loss_alone(self) -> Step:
-        """Forward and backward of the contrastive loss of this step's own features, over all ranks."""
+        """Run forward and backward of the contrastive loss of this step's own features, over all ranks."""
         losses, features, targets = self._step()
         self.engine.step()
         self.taken += 1

@@ -37,7 +37,7 @@ def load(name: str) -> None:
 
 
 def peers() -> tuple[str, ...]:
-    """Those that can run here."""
+    """List the peers' steps that can run here."""
     return (EQUAL, FUSED, OWN) if importlib.util.find_spec("open_clip") else ()
 
 
@@ -117,7 +117,7 @@ class OpenClipStep:
 
 
 def own_towers(setting: Setting, ours: SaclModel) -> Any:
-    """open_clip's CLIP, as wide and deep as our towers, with as many heads, patches, places and words."""
+    """Build open_clip's CLIP as wide and deep as our towers, with as many heads, patches, positions and tokens."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     model, vit = setting.model, ours.image_encoder.vit

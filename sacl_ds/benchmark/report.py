@@ -1,4 +1,4 @@
-"""What was measured as rows, a table and a plot."""
+"""Measurements as rows, a table and a plot."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Row:
 
 
 def rows_of(measured: Mapping[str, Measured], pairs: int, peak: float | None) -> list[Row]:
-    """pairs: of a step, over all ranks. peak: FLOP/s of a device."""
+    """Summarise measurements as rows. pairs: of a step, over all ranks. peak: FLOP/s of a device."""
     rows = []
     for name, found in measured.items():
         seconds = statistics.median(found.seconds)
@@ -75,7 +75,7 @@ def _ratios(found: Measured, base: Measured | None) -> tuple[float, float, float
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown; columns that nothing is known for are left out."""
+    """Format rows as Markdown; columns without any value are left out."""
     columns: dict[str, list[str]] = {
         "step": [row.step for row in rows],
         "s a step": [f"{row.seconds:.3g}" for row in rows],
@@ -93,7 +93,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _flops(rate: float | None) -> str:
-    """'41.2 G'"""
+    """Format a FLOP count: '41.2 G'."""
     return flops_text(rate).removesuffix("FLOP") if rate else ""
 
 
@@ -106,13 +106,13 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _half_of(row: Row) -> tuple[float, float]:
-    """How far below and above the median the middle half of the rounds reaches."""
+    """Return how far below and above the median the middle half of the rounds reaches."""
     low, middle, high = statistics.quantiles(row.rounds * 2 if len(row.rounds) == 1 else row.rounds, method="inclusive")
     return middle - low, high - middle
 
 
 def plot(rows: Sequence[Row], heading: str, path: Path) -> None:
-    """Seconds a step, the loss's part of them dark, and memory; a line where open_clip with our towers ends."""
+    """Plot seconds a step, the loss's part dark, and memory; a line marks open_clip with our towers."""
     import matplotlib
 
     matplotlib.use("Agg")

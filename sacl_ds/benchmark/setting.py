@@ -1,4 +1,4 @@
-"""What all steps of a comparison share: the model, the precision, and the batch that lies on the device."""
+"""Common setting of all compared steps: the model, the precision, and the batch on the device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Setting:
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
-    """The preset, with what is given in place of its own. Raises UserError."""
+    """Return the preset's configuration, overridden by the options. Raises UserError."""
     arguments = dict(PRESETS[options.preset]["image_encoder_arguments"])
     names = {
         "embed_dim": options.width,
@@ -81,7 +81,7 @@ def lengths(captions: Captions, pairs: int, longest: int, generator: torch.Gener
 
 
 def random_batch(setting: Setting, pairs: int, rank: int) -> Batch:
-    """A rank's part of it, on the host: texts padded to the longest of them, MLM's share of their words masked."""
+    """Draw a rank's part of a batch, on the host: texts padded to the longest, MLM's share of their tokens masked."""
     model, g = setting.model, torch.Generator().manual_seed(rank)
     tokens = lengths(setting.captions, pairs, model.max_tokens, g)
     places = torch.arange(int(tokens.max()))

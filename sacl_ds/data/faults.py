@@ -1,4 +1,4 @@
-"""What was wrong with a sample, so that another stood in for it."""
+"""Faults: reasons why a sample was replaced by another."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ Item = TypeVar("Item")
 
 
 class Feed(Generic[Item]):
-    """The slots [begin, end) of each step from `start_step` on.
+    """Items of the slots [begin, end) of each step, from `start_step` on.
 
-    make: a sample and its place to what the batch is made of; raises BadSample. It is asked again with another sample
-    until it does not, always the same one for the same slot.
+    make: makes an item from a sample and its place; raises BadSample for one that cannot be used. The slot then gets
+    another sample, always the same one for the same slot.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Feed(Generic[Item]):
 
 
 class _Part:
-    """A stream's slots low..high of each step."""
+    """Slots low..high of one stream, step after step."""
 
     def __init__(self, source: Source, order: GlobalOrder, stream: int, low: int, high: int, position: int) -> None:
         self.stream = stream
@@ -88,7 +88,7 @@ class _Part:
         self._served: dict[int, _Shuffled] = {}
 
     def step(self) -> Iterator[tuple[int, Place, Any]]:
-        """(position in the stream, place, undecoded sample or Fault) of each slot of the next step."""
+        """Yield (position in the stream, place, undecoded sample or Fault) of each slot of the next step."""
         for slot in range(self._order.slots_per_stream):
             number = next(self._turns)
             if self._low <= slot < self._high:
@@ -145,7 +145,7 @@ class _Head:
 
 
 class _Heads:
-    """The first samples of a few shards, read as far as they were asked for."""
+    """Cache of the first samples of a few shards, read as far as they were asked for."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._heads = source, OrderedDict[int, _Head]()

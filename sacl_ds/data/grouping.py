@@ -1,4 +1,4 @@
-"""Samples that are no negatives of each other for a reason of the user's own: a table of keys and groups."""
+"""Grouping by the user: a table of keys and groups whose samples are no negatives of each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHARD = "shard"
 
 
 class Grouping:
-    """One id a sample: equal for two samples of one group, and a sample's own where it is in none.
+    """Group id of each sample, or an id of its own where it is in none.
 
     Two arrays of 64 bits a row of the table, which loader workers share.
     """
@@ -55,7 +55,7 @@ class Grouping:
         return cls(samples)
 
     def id_of(self, shard: str, key: str) -> int:
-        """64 bits, unsigned."""
+        """Return the sample's group id, 64 bits unsigned."""
         own = _name(shard, key)
         for name in (own, _name("", key)):
             place = int(np.searchsorted(self._names, np.uint64(name)))
@@ -99,7 +99,7 @@ def _parquet_rows(path: Path, where: str) -> Iterable[tuple[Any, Any, Any]]:
 
 
 def _columns(there: Sequence[str], where: str) -> tuple[str, str, str | None]:
-    """Those to read: key, group, and shard or None."""
+    """Return the names of the columns to read: key, group, and shard or None."""
     for name in _COLUMNS:
         if name not in there:
             near = nearest(name, there)

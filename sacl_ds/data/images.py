@@ -1,4 +1,4 @@
-"""Whether encoded images decode, and how large they are."""
+"""Encoded images: decodability and size."""
 
 from __future__ import annotations
 

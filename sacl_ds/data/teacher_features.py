@@ -1,4 +1,4 @@
-"""A frozen teacher's features on disk: one safetensors file a shard, found and checked by the teacher's identity.
+"""Features of a frozen teacher on disk: one safetensors file a shard, found and checked by the teacher's identity.
 
 A file holds `image` (n, d) and `text` (m, d), unit float16; `first_text` (n + 1,): sample i's captions are the rows
 first_text[i] to first_text[i + 1] of `text`; `samples` (n,): their fingerprints, 0 where one cannot be used.
@@ -57,7 +57,7 @@ class FeatureFolder:
             taken[path] = shard
 
     def require_all(self, shards: Sequence[str]) -> None:
-        """`require`, and every file is there."""
+        """Check `require`, and that every file exists."""
         self.require(shards)
         missing = [shard for shard in shards if not self.path(shard).is_file()]
         if not missing:
@@ -82,7 +82,7 @@ class ShardFeatures:
     samples: list[int]  # fingerprints; 0: it could not be used
 
     def save(self, path: Path, identity: str) -> None:
-        """Atomically."""
+        """Write the file atomically."""
         tensors: dict[str, np.ndarray] = {
             "image": _rows(self.image),
             "text": _rows(self.text),
@@ -96,14 +96,15 @@ class ShardFeatures:
 
 
 class FeatureReader:
-    """Features by place, for the loader: rows are read from the files, nothing is held."""
+    """Reader of features by place, for the loader: rows are read from the files, nothing is held."""
 
     def __init__(self, folder: FeatureFolder, shards: Sequence[str]) -> None:
         self._folder, self._shards = folder, shards
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def of(self, place: Place, sample: Sample, caption: int) -> np.ndarray:
-        """(2, d) float16: of the image, and of caption number `caption`. Raises UserError for another sample's."""
+        """Return (2, d) float16: the features of the image, and of caption number `caption`. Raises UserError for
+        another sample's."""
         file, at = self._file(place.shard), place.offset
         path = self._folder.path(self._shards[place.shard])
         try:
@@ -139,6 +140,6 @@ class FeatureReader:
 
 
 def _rows(rows: list[np.ndarray]) -> np.ndarray:
-    """(n, d) float16; empty ones are zeros."""
+    """Stack rows to (n, d) float16; empty ones are zeros."""
     width = max(map(len, rows), default=0)
     return np.array([row if len(row) else np.zeros(width) for row in rows], np.float16).reshape(len(rows), width)

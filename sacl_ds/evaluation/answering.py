@@ -1,4 +1,4 @@
-"""A VQA model on questions: what it answers, in the official result format, and how often people said the same."""
+"""Evaluation of a VQA model: its answers, in the official result format, and their accuracy."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class VqaResult:
     notes: list[str]
 
     def write_predictions(self, path: Path) -> None:
-        """The official result JSON, atomically. For one rank to call: all hold the same."""
+        """Write the official result JSON, atomically. One rank calls it: all hold the same."""
         write_text(path, json.dumps(self.predictions))
 
 
 class _Answered(NamedTuple):
-    """A question's outcome. accuracy, chance: NaN where they are not known."""
+    """Outcome of a question. accuracy, chance: NaN where they are not known."""
 
     question_id: int
     kinds: tuple[str, ...]
@@ -135,7 +135,7 @@ def _judged(question: Question, answer: str, score: float, baseline: Mapping[str
 
 
 def _figures(answered: Sequence[_Answered]) -> dict[str, tuple[float, float]]:
-    """Means over the questions that have labels, overall first."""
+    """Average over the questions that have labels, overall first."""
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for each in answered:
         if not np.isnan(each.accuracy):
@@ -146,7 +146,7 @@ def _figures(answered: Sequence[_Answered]) -> dict[str, tuple[float, float]]:
 
 
 def _unknown(answers: Sequence[str], questions: Sequence[Question]) -> list[str]:
-    """A line where no answer that people gave to a question is among those to choose from."""
+    """Return a line where no answer that people gave to a question is among those to choose from."""
     known = set(answers)
     lost = [each for each in questions if each.answers and known.isdisjoint(answer_weights(each))]
     if not lost:
@@ -158,7 +158,7 @@ def _unknown(answers: Sequence[str], questions: Sequence[Question]) -> list[str]
 
 
 def _alike(answers: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:
-    """A line where answers of the list have the same tokens, so that only the first of them is ever given."""
+    """Return a line where answers have the same tokens, so that only the first of them is ever given."""
     counts = Counter(map(tuple, rows))
     alike = [answer for answer, row in zip(answers, rows, strict=True) if counts[tuple(row)] > 1]
     if not alike:

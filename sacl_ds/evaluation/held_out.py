@@ -1,4 +1,4 @@
-"""The retrieval that a pre-training run is judged by, from its configuration."""
+"""Held-out retrieval of a pre-training run, from its configuration."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def held_out_evaluator(run: RunConfig) -> Evaluator | None:
 
 
 def _photographs(run: RunConfig) -> tuple[Source, int]:
-    """data.eval_shards, and how many of its images are looked at."""
+    """Open data.eval_shards; returns them with the number of images that are evaluated."""
     from sacl_ds.data.shards.index import index_shards
     from sacl_ds.data.shards.source import ShardSource
 

@@ -1,4 +1,4 @@
-"""Accuracy and consistency on NLVR2, as its official script has them, and a model's predictions on all ranks."""
+"""Accuracy and consistency on NLVR2, as its official script defines them, and a model's predictions on all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHANCE = 0.5
 
 
 def group_of(identifier: str) -> str:
-    """What the statements made of one sentence share: the identifier split-set-pair-sentence without the pair."""
+    """Return what statements of one sentence share: the identifier split-set-pair-sentence without its pair."""
     parts = identifier.split("-")
     return "-".join([*parts[:2], "", *parts[3:]])
 
@@ -62,7 +62,7 @@ class Nlvr2Result:
     notes: list[str]
 
     def write_predictions(self, path: Path) -> None:
-        """The official CSV, `identifier,True` or `identifier,False` a line, atomically; for one rank to call."""
+        """Write the official CSV, `identifier,True` or `identifier,False` a line, atomically; one rank calls it."""
         write_text(path, "".join(f"{identifier},{verdict}\n" for identifier, verdict in self.predictions))
 
 
@@ -123,7 +123,7 @@ def evaluate_statements(
 
 
 def _result(judged: Sequence[tuple[str, bool | None, float]], notes: list[str]) -> Nlvr2Result:
-    """judged: identifier, label, and probability to be true."""
+    """Summarise predictions. judged: identifier, label, and probability to be true."""
     known = [(identifier, label, p > CHANCE) for identifier, label, p in judged if label is not None]
     figures: dict[str, tuple[float, float]] = {}
     if known:

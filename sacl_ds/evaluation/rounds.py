@@ -1,4 +1,4 @@
-"""Evaluating many examples on all ranks: every rank takes its part once, and all run equally many passes."""
+"""Evaluation of many examples on all ranks: each reads its part once, and all run equally many passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _READERS = 4  # threads; decoding lets go of the interpreter's lock
 
 
 class Rounds(NamedTuple, Generic[Result]):
-    """results: one an example, in order, equal on all ranks; None where it could not be read. faults: why not."""
+    """Results of all examples. results: one an example, in order, equal on all ranks; None where it could not be read.
+    faults: why not."""
 
     results: list[Result | None]
     faults: list[Fault]
@@ -33,7 +34,7 @@ def in_rounds(
     filler: Item,
     done: Callable[[int], None] = lambda examples: None,
 ) -> Rounds[Result]:
-    """What `run` makes of examples 0 .. count - 1, each of which one rank reads and runs; every rank calls it.
+    """Apply `run` to examples 0 .. count - 1, each read and run on one rank; every rank calls it.
 
     read(number) raises BadSample for an example that cannot be used. run: a batch of at most batch_size to one result
     each, which must not depend on what else is in the batch. Under ZeRO 3 a pass is collective, so ranks with fewer
@@ -77,8 +78,8 @@ def in_rounds(
 
 
 def require_few(faults: Sequence[Fault], count: int, most: float, setting: str = "data.max_bad_share") -> str | None:
-    """A line that counts and names examples that could not be used, None where there is none. Raises SharedError, on
-    every rank alike, where they are more than the share `most` of `count`."""
+    """Count and name examples that could not be used, in a line; None where there is none. Raises SharedError, on every
+    rank alike, where they are more than the share `most` of `count`."""
     if not faults:
         return None
     named = "; ".join(map(str, faults[:3])) + ("; ..." if len(faults) > 3 else "")

@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how it was trained, what it reached, how it is used."""
+"""README.md of an export: what the model is, how it was trained, what it reached, how it is used."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ model.match(["photo.jpg"], ["a dog on a beach"])    # probability that they belo
 
 
 def card(source: Source, form: str, dtype: str, name: str, widened: bool) -> str:
-    """form: hf or safetensors. name: of the folder. widened: whether the image tower has a head of zeros."""
+    """Write the text of the README.
+
+    form: hf or safetensors. name: of the folder. widened: whether the image tower has a head of zeros.
+    """
     front = {
         "library_name": "transformers" if form == "hf" else "sacl_ds",
         "pipeline_tag": "zero-shot-image-classification",

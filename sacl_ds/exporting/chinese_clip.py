@@ -1,4 +1,4 @@
-"""Both towers as transformers' ChineseCLIPModel: features of the text's raw [CLS], projections without bias."""
+"""Conversion of both towers to transformers' ChineseCLIPModel: the text's raw [CLS], projections without bias."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def _tensors(model: SaclModel, tower: Tower, image: Tensor) -> dict[str, Tensor]
 
 
 def _log_scale(model: SaclModel) -> Tensor:
-    """0-dim, as the model's own clamp leaves it."""
+    """Return the 0-dim log of the logit scale, clamped as the model clamps it."""
     return model.logit_scale.log_scale.detach().float().clamp(0.0, math.log(MAX_LOGIT_SCALE)).squeeze(0)
 
 
 @torch.no_grad()
 def largest_difference(model: SaclModel, made: ChineseCLIPModel, config: ModelConfig, tokenizer: Tokenizer) -> float:
-    """Between values of the unit features of both, on pictures and texts drawn at random, the same each time."""
+    """Return the largest difference between the unit features of both models on fixed random pictures and texts."""
     g = torch.Generator().manual_seed(0)
     size = config.image_size
     coarse = torch.rand(4, 3, 4, 4, generator=g)

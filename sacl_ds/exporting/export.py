@@ -30,11 +30,11 @@ _KEPT_EXACT = "logit_scale."  # bf16 would move the temperature by up to 1 %
 
 
 def export(checkpoint: str, form: str, out: Path, dtype: str = "fp32") -> list[str]:
-    """Write `checkpoint` (a finished run, its checkpoints/step_N, an earlier export) as `form` into the new folder
-    `out`; returns lines to be printed.
+    """Export `checkpoint` (a finished run, its checkpoints/step_N, an earlier export) to the new folder `out`.
 
-    form: hf, the two towers as ChineseCLIPModel, or safetensors, the whole model. dtype: fp32 or bf16. Raises UserError
-    where the run cannot be read, `out` is in use, or ChineseCLIPModel cannot hold the towers.
+    Returns lines to be printed. form: hf, the two towers as ChineseCLIPModel, or safetensors, the whole model. dtype:
+    fp32 or bf16. Raises UserError where the run cannot be read, `out` is in use, or ChineseCLIPModel cannot hold the
+    towers.
     """
     require_free(out, _OUT)
     source = read_source(checkpoint)
@@ -82,7 +82,7 @@ def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
 
 
 def _with_length(tokenizer: Tokenizer):  # type: ignore[no-untyped-def]
-    """A copy that cuts, where it is asked to, at as many tokens as the model was trained with."""
+    """Return a copy that truncates, where it is asked to, to the length that the model was trained with."""
     fast = tokenizer.fast
     fast.backend_tokenizer.no_truncation()  # state of the last call
     fast.backend_tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""What is exported: the model of a run, and what the run's files say of it."""
+"""Source of an export: the model of a run, and what the run's files say of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Source:
 
 
 def read_source(checkpoint: str) -> Source:
-    """A finished run, its checkpoints/step_N (of any ZeRO stage), or an earlier export. Raises UserError."""
+    """Read a finished run, its checkpoints/step_N (of any ZeRO stage), or an earlier export. Raises UserError."""
     label, folder = f"checkpoint={checkpoint}", run_of(checkpoint)
     state, step = saved_state(checkpoint)
     model, run, tokenizer = load_model(folder, "checkpoint", state)

@@ -1,4 +1,4 @@
-"""What a run is guarded by while it goes on: requests to stop, the pulse between its ranks, its status on the disk."""
+"""Guard of a running job: requests to stop, heartbeats between its ranks, its status on the disk."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ _ALONE = 120.0  # seconds for a last checkpoint where the launcher is gone
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this rank is among which, and how they reach each other. share: the first rank's object on every rank;
-    together: returns when all ranks have come."""
+    """This rank's place in the job, and communication between ranks.
+
+    share: returns the first rank's object on every rank. together: a barrier.
+    """
 
     rank: int
     world: int
@@ -39,7 +41,7 @@ class Ranks:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank tells of the loss of the first one: one on each machine does, and the second of all."""
+        """Whether this rank reports the loss of the first one: one on each machine does, and the second of all."""
         return self.rank == 1 or self.local_rank == 0
 
 
@@ -72,16 +74,16 @@ class Guard:
         self._write("running", begins=True)
 
     def at(self, step: int, doing: Doing) -> None:
-        """step: how many are done."""
+        """Note what this rank is doing. step: how many are done."""
         self._place = step, doing, time.monotonic()
 
     def begin(self, checkpoint: int | None) -> None:
-        """A phase of the run, at that checkpoint of it; None: at its start."""
+        """Begin a phase of the run, at that checkpoint of it; None: at its start."""
         self._checkpoint = checkpoint
         self.at(checkpoint or 0, "starting")
 
     def saved(self, step: int) -> None:
-        """A checkpoint of that step is on the disk."""
+        """Note that a checkpoint of that step is on the disk."""
         self._checkpoint = step
         self._write("running")
 
@@ -108,7 +110,7 @@ class Guard:
         self.requests.close()
 
     def wait_for_the_cause(self, seconds: float) -> None:
-        """A collective has failed because another rank has: the pulse ends this process when it knows which."""
+        """Wait after a failed collective, so that the heartbeat can end this process by the rank at fault."""
         time.sleep(seconds)
 
     def _close(self) -> None:
@@ -157,7 +159,7 @@ class Guard:
 
 
 def _leave(status: Exit) -> None:
-    """Now, from any thread, with all that this process started."""
+    """Kill all child processes and exit at once, from any thread."""
     for child in psutil.Process().children(recursive=True):
         try:
             child.kill()
@@ -170,14 +172,17 @@ _current: Guard | None = None
 
 
 def current() -> Guard | None:
-    """The guard of the run that goes on in this process."""
+    """Return the guard of the run in this process."""
     return _current
 
 
 @contextmanager
 def guarding(folder: Path, ranks: Ranks, limits: Limits, checkpoint: int | None) -> Iterator[Guard]:
-    """Around a run; every rank enters it. What is raised inside is left to the command line to say, which then finds
-    the guard by `current`; a request to stop is told to the disk here."""
+    """Guard a run; every rank enters the block.
+
+    A failure inside is left to the command line to report, which then finds the guard by `current`; a request to stop
+    is written to the status file here.
+    """
     global _current  # noqa: PLW0603 (one process trains one run)
     _current = guard = Guard(folder, ranks, limits, checkpoint)
     try:

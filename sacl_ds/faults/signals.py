@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM and SIGINT, or a launcher that has gone without a word."""
+"""Requests to stop: SIGTERM and SIGINT, or a launcher that ended silently."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ IMPATIENT = 2.0  # seconds after which a second Ctrl-C ends at once
 
 
 class Requests:
-    """The first reason for which this process was asked to stop; None until then. Signals only set it: the run itself
-    stops behind a step, with a checkpoint."""
+    """First reason for which this process was asked to stop; None until then.
+
+    Signals only set it: the run itself stops after a step, with a checkpoint.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -62,8 +64,7 @@ class Requests:
 
 
 def launchers() -> list[psutil.Process]:
-    """Those above this process that started it: supervisor, launcher, and on a remote node the shell and the sshd that
-    they came by."""
+    """List the ancestors that started this process: supervisor, launcher; on a remote node also the shell and sshd."""
     found: list[psutil.Process] = []
     try:
         for process in psutil.Process().parents():

@@ -36,8 +36,7 @@ FindPictures = Callable[[Sequence[Place]], Pictures]
 
 
 def chosen(batch: MiniBatch, count: int) -> list[int]:
-    """Pairs of the mini-batch to be looked at: those of the lowest weights of images over texts, anchor and negative
-    side by side, until there are `count`."""
+    """Choose `count` pairs of the mini-batch to show: lowest weights of images over texts, anchor beside negative."""
     if len(batch.negatives) <= count:
         return list(range(len(batch.negatives)))
     rows, columns = np.nonzero(batch.negatives)

@@ -1,4 +1,4 @@
-"""What a report is made of, and the one HTML file that it becomes."""
+"""Elements of a report, and their rendering as one HTML file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """One image-text pair. picture: a data URI, or None where it was not found."""
+    """Image-text pair. picture: a data URI, or None where it was not found."""
 
     picture: str | None
     caption: str

@@ -31,7 +31,7 @@ class Ranking:
 def side_by_side(
     sides: Sequence[tuple[str, Pairs]], find: FindPictures, truth: SceneTruth | None, folder: Path
 ) -> Section:
-    """sides: (name, the same pairs under its run) twice."""
+    """Compare retrieval of two runs. sides: (name, the same pairs under its run), twice."""
     pairs = sides[0][1]
     relevant = relevance_of(pairs, truth)
     rankings = [ranking(name, side, relevant) for name, side in sides]

@@ -21,7 +21,10 @@ from sacl_ds.data.text import attention_mask, pad
 
 @dataclass(frozen=True)
 class QuestionBatch(Movable):
-    """b questions with A answers in all. L, La: tokens of the longest question and answer, [CLS] and [SEP] included."""
+    """Batch of b questions with A answers in all.
+
+    L, La: tokens of the longest question and answer, [CLS] and [SEP] included.
+    """
 
     keys: list[str]
     images: Tensor  # (b, 3, H, W) uint8
@@ -38,7 +41,8 @@ class QuestionBatch(Movable):
         return len(self.keys)
 
     def parts(self, rows: int) -> list[QuestionBatch]:
-        """The questions in order, so many in each, with their answers. On the host: it looks at lengths."""
+        """Split the questions in order into micro-batches of `rows`, with their answers. Call it on the host: it looks
+        at lengths."""
         made = []
         for start in range(0, len(self), rows):
             own = (self.answer_question >= start) & (self.answer_question < start + rows)
@@ -53,7 +57,7 @@ class QuestionBatch(Movable):
 
 @dataclass(frozen=True, slots=True)
 class QuestionItem:
-    """A question as the collator's views see it."""
+    """Transformed question, before it is collated."""
 
     key: str
     image: Tensor  # (3, H, W) uint8
@@ -84,7 +88,7 @@ class QuestionCollator:
         return QuestionItem(question.key, pixels(question, view, entropy), question.question, answers)
 
     def __call__(self, items: Sequence[QuestionItem], faults: Sequence[Fault] = ()) -> QuestionBatch:
-        """faults: questions that some of these stand in for."""
+        """Collate items to a batch. faults: questions that some of these stand in for."""
         asked = self.tokenizer.ids([item.question for item in items])
         said = self.tokenizer.ids([answer for item in items for answer in item.answers])
         keys = [item.key for item in items]
@@ -102,7 +106,7 @@ class QuestionCollator:
         )
 
     def join(self, parts: Sequence[QuestionBatch]) -> QuestionBatch:
-        """The rows of several batches, in order, padded to the longest of them."""
+        """Concatenate batches, padded to the longest."""
         if len(parts) == 1:
             return parts[0]
         first_rows = np.cumsum([0, *map(len, parts)])
@@ -130,7 +134,8 @@ class QuestionCollator:
 
 
 def pixels(question: Question, view: ImageView, entropy: tuple[int, ...]) -> Tensor:
-    """(3, size, size) uint8. Raises BadSample where the image is missing or damaged."""
+    """Read and transform a question's image to (3, size, size) uint8. Raises BadSample where the image is missing or
+    damaged."""
     try:
         return view(question.image.picture(), entropy)
     except BadImage as error:

@@ -21,11 +21,11 @@ VISUAL_GENOME_WEIGHT = 0.5  # of an answer that only one person gave, as in ALBE
 
 
 class PictureOf(Protocol):
-    """An image that is read only where it is looked at."""
+    """Image that is read only when it is asked for."""
 
     @property
     def key(self) -> str:
-        """What names it in error lines."""
+        """Name of the image in error lines."""
 
     def picture(self) -> Picture:
         """Raises BadSample."""
@@ -33,7 +33,7 @@ class PictureOf(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one image.
+    """Question about one image.
 
     answers: what people answered, ten in VQA v2; [] where labels are absent. kind: the official question_type, "" where
     none is told. answer_type: "yes/no", "number" or "other"; "" likewise. chosen: the official multiple_choice_answer,
@@ -51,15 +51,15 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Who it is, in this and in any other list of questions."""
+        """Name of the question, the same in any list of questions."""
         return f"{self.image.key}, question {self.question_id}"
 
 
 def answer_weights(question: Question) -> dict[str, float]:
-    """Each distinct answer with its share of the given ones times the question's weight; {} without labels.
+    """Map each distinct answer to its share of the given ones times the question's weight; {} without labels.
 
-    ALBEF's: 1 / n for each of n given answers, 0.5 for Visual Genome's one. Spelt as the answers of `answer_list`, so
-    that what is learned can be chosen.
+    ALBEF's weights: 1 / n for each of n given answers, 0.5 for Visual Genome's one. Spelt as the answers of
+    `answer_list`, so that what is learned can be chosen.
     """
     given = Counter(map(_spelt, question.answers))
     return {answer: question.weight * count / len(question.answers) for answer, count in given.items()}
@@ -179,8 +179,7 @@ def _labelled(made: Sequence[Question], questions: Path, annotations: Path) -> I
 
 @dataclass(frozen=True, slots=True)
 class _CocoImage:
-    """One of COCO's by its id; the places where it may lie are told only where it is read, of half a million questions
-    they would fill a gigabyte."""
+    """COCO image by its id; its candidate paths are made when it is read: half a million lists fill a gigabyte."""
 
     images: Path
     subset: str
@@ -206,7 +205,7 @@ def _image_key(image_id: int) -> str:
 
 @lru_cache(maxsize=2**16)
 def _spelt(answer: str) -> str:
-    """Normalised; as it stands, in lower case, where nothing would be left of it, such as of the answer 'a'."""
+    """Normalise an answer; lower-case it only, where nothing would be left of it, such as of the answer 'a'."""
     return normalise_answer(answer) or " ".join(answer.lower().split())
 
 

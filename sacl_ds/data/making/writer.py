@@ -99,7 +99,7 @@ def list_skipped(folder: Path) -> Counter[str]:
 
 
 class _Part:
-    """What a shard's stretch of the list is, images aside: so that a later run knows the shard for its own."""
+    """Digest of a shard's stretch of the list, images aside, by which a later run knows the shard for its own."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -129,7 +129,7 @@ def _refuse_stray(folder: Path, shards: int, digits: int) -> None:
 
 
 def _read_stats(path: Path) -> dict[str, Any] | None:
-    """The stats of a finished shard, None for one that is to be written."""
+    """Read the stats of a finished shard; None for one that is to be written."""
     if not path.exists():
         return None
     with suppress(OSError, ValueError):
@@ -206,7 +206,7 @@ _Members = tuple[bytes, list[BrokenSample]]
 def _in_order(
     pool: ThreadPoolExecutor, records: Iterable[Record], skip_broken: bool
 ) -> Iterator[tuple[Record, Future[_Members]]]:
-    """Records with their members, prepared by the pool a little ahead."""
+    """Yield records in order with their members, prepared by the pool a little ahead."""
     waiting: deque[tuple[Record, Future[_Members]]] = deque()
     for record in records:
         waiting.append((record, pool.submit(_members, record, skip_broken)))
@@ -231,7 +231,10 @@ def _members(record: Record, skip_broken: bool) -> _Members:
 
 
 def _tar_member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Header, content, zeros up to a whole block. What TarFile.addfile writes, which keeps all headers in memory."""
+    """Encode a tar member: header, content, zeros up to a whole block.
+
+    The bytes are those of TarFile.addfile, which keeps all headers in memory.
+    """
     info = tarfile.TarInfo(name)
     info.size = len(data)
     header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
@@ -244,7 +247,7 @@ def _unfinished(path: Path) -> Path:
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Removes the file if writing it fails; a full disk becomes one line."""
+    """Remove the file if writing it fails; a full disk becomes one line."""
     try:
         yield
     except BaseException as error:

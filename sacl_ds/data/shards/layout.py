@@ -1,4 +1,4 @@
-"""Names in and beside a shard, as img2dataset has them. Imports nothing heavy: the writer needs no torch."""
+"""File names in and beside a shard, as img2dataset has them. Imports nothing heavy: the writer needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Undecoded samples of shards, place by place; what cannot be read becomes a fault, and the places after it go on."""
+"""Reading of undecoded samples from shards by place; an unreadable one becomes a fault, and those after it go on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PAUSES = (0.5, 2.0, 8.0)  # seconds before the second attempt, the third, and a
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample as it lies in its shard: fields by extension, and '__key__'."""
+    """Sample as it lies in its shard: fields by extension, and '__key__'."""
 
     shard: str
     place: Place
@@ -132,5 +132,5 @@ class ShardReading:
 
 
 def _may_pass(error: OSError, shard: str) -> bool:
-    """Whether trying again can help: with servers always; with a file that is gone or damaged it cannot."""
+    """Return whether trying again can help: with servers always; not with a file that is gone or damaged."""
     return is_remote(shard) or not isinstance(error, (BadShard, FileNotFoundError, PermissionError))

@@ -23,7 +23,7 @@ from sacl_ds.errors import UserError
 
 
 class ShardSource:
-    """The shards of an index, read as the data configuration says."""
+    """Source over the shards of an index, read as the data configuration says."""
 
     def __init__(self, index: ShardIndex, data: DataConfig | None = None) -> None:
         data = DataConfig() if data is None else data
@@ -42,7 +42,8 @@ class ShardSource:
         return self.read(iter([Block(places, [])]))
 
     def whole(self, shard: int, to_its_end: bool = True) -> Iterator[RawSample]:
-        """All samples of a shard. Where it cannot be read to its end, raises UserError, or ends if it need not be."""
+        """Yield all samples of a shard. Where it cannot be read to its end, raises UserError, or ends if it need not
+        be."""
         samples = self.head(shard, self._counts[shard])
         try:
             for _ in range(self._counts[shard]):

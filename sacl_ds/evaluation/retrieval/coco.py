@@ -28,7 +28,7 @@ _Lists = dict[int, list[int]]  # for each query's id the candidates' ids, best f
 
 @dataclass(frozen=True)
 class CocoTruth:
-    """The package's truth, and the ids of the images and captions that were ranked."""
+    """Ground truth of the package, and the ids of the images and captions that were ranked."""
 
     metrics: Any
     ids: CocoIds
@@ -83,7 +83,7 @@ def coco_figures(
 
 
 def _asked(truth: CocoTruth, lists: Mapping[str, _Lists], within: Mapping[str, _Lists]) -> Figures:
-    """What the package says, on the first rank; nothing on others."""
+    """Compute the package's metrics on the first rank; other ranks return nothing."""
     if rank() != 0:
         return {}
     metrics = truth.metrics
@@ -137,7 +137,7 @@ def _lists(truth: CocoTruth, ranked: tuple[Ranked, Ranked]) -> dict[str, _Lists]
 
 
 def _fold_lists(truth: CocoTruth, encoded: Encoded) -> dict[str, _Lists]:
-    """The first candidates of each query among those of its own fold: lists cut at some depth need not hold one."""
+    """Rank each query's candidates within its own fold: lists cut at some depth need not hold one."""
     ids, table = truth.ids, {"t2i": _Lists(), "i2t": _Lists()}
     deepest = max(KS)
     for images, captions in _folds(truth):
@@ -152,7 +152,7 @@ def _fold_lists(truth: CocoTruth, encoded: Encoded) -> dict[str, _Lists]:
 def _moved_within_folds(
     truth: CocoTruth, second: tuple[Ranked, Ranked], folds: Mapping[str, _Lists], moved: int
 ) -> dict[str, _Lists]:
-    """The folds' lists with the candidates that were moved in front, in their new order."""
+    """Return the folds' lists with the re-ranked candidates in front, in their new order."""
     ids, table = truth.ids, {"t2i": _Lists(), "i2t": _Lists()}
     fold_of_image, fold_of_caption = np.full(len(ids.images), -1), np.full(len(ids.captions), -1)
     for fold, (images, captions) in enumerate(_folds(truth)):

@@ -1,4 +1,4 @@
-"""What is retrieved: images with their captions, read in rounds, so that never more than two batches are in memory."""
+"""Images with their captions for retrieval, read in rounds so that never more than two batches are in memory."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _READERS = 4  # threads; decoding lets go of the interpreter's lock
 
 
 def unseen(stage: str, count: int, total: int) -> None:
-    """A `Done` that shows nothing."""
+    """Ignore progress: a `Done` that shows nothing."""
 
 
 @dataclass(frozen=True)
 class CocoIds:
-    """COCO's names of the set, in its order. images: (n,) int64 cocoid; captions: (m,) int64 sentid."""
+    """COCO's ids of the set, in its order. images: (n,) int64 cocoid; captions: (m,) int64 sentid."""
 
     images: np.ndarray
     captions: np.ndarray
@@ -40,11 +40,11 @@ class CocoIds:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """The first `count` images of a source with all their captions, and which captions are true of which images.
+    """First `count` images of a source with all their captions, and which captions are true of which images.
 
     satisfying: (captions, images) bool, where it is known of all pairs (scenes); None: only a caption's own image is.
-    coco: where the set is of COCO. max_bad_share: of the images, how many may be missing or damaged: they are left
-    out with their captions. setting: what to raise where it is more, '' for a set that must be whole.
+    coco: where the set is of COCO. max_bad_share: of the images, how many may be missing or damaged: they are left out
+    with their captions. setting: what to raise where it is more, '' for a set that must be whole.
     """
 
     source: Source
@@ -61,12 +61,12 @@ class RetrievalSet:
 
     @property
     def mine(self) -> range:
-        """The numbers of this rank's images: every world-th."""
+        """Numbers of this rank's images: every world-th."""
         return range(rank(), self.count, world_size())
 
 
 class Seen(NamedTuple):
-    """An image as the model sees it, (3, size, size) uint8, and where it stands in the source."""
+    """Transformed image, (3, size, size) uint8, and its number in the source."""
 
     number: int
     key: str
@@ -76,11 +76,11 @@ class Seen(NamedTuple):
 
 @dataclass
 class ImageRounds:
-    """This rank's images in rounds of at most batch_size, equally many on every rank; a round may be empty.
+    """Rounds over this rank's images, at most batch_size each, equally many on every rank; a round may be empty.
 
     The next round is read while one is used. What cannot be read is left out, and stands in `faults`. Every rank goes
-    through all rounds; where reading failed altogether on one of them, all raise its UserError at the end, since a
-    rank that stopped in between would leave the others waiting.
+    through all rounds; where reading failed altogether on one of them, all raise its UserError at the end, since a rank
+    that stopped in between would leave the others waiting.
     """
 
     data: RetrievalSet
@@ -136,7 +136,7 @@ class ImageRounds:
 
 
 def pictures_of(data: RetrievalSet, numbers: Sequence[int]) -> dict[int, Image.Image]:
-    """The images of these numbers, whole; without those that cannot be read."""
+    """Read the images of these numbers, whole; those that cannot be read are left out."""
     wanted = sorted(set(numbers))
     samples = data.source.read(_blocks(data.source, wanted))
     found = {}

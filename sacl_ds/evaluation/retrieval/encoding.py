@@ -1,4 +1,4 @@
-"""Features of all images and captions, and the states of captions: every rank encodes its part once."""
+"""Features of all images and captions, and the states of captions, each encoded once by one rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TextStates:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(m,) int64."""
+        """(m,) int64: tokens of each caption."""
         return np.diff(self.starts)
 
     def batch(self, texts: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
@@ -43,10 +43,10 @@ class TextStates:
 
 @dataclass(frozen=True)
 class Encoded:
-    """All n images that could be read and their m captions, equal on every rank.
+    """Features of all n images that could be read and of their m captions, equal on every rank.
 
-    numbers: (n,) int64, ascending: where an image stands in the source. owner: (m,) int64, ascending: the place, 0 to
-    n - 1, of a caption's image. image (n, d), text (m, d): unit features, float32. states: where they were asked for.
+    numbers: (n,) int64, ascending: where an image stands in the source. owner: (m,) int64, ascending: the place, 0 to n
+    - 1, of a caption's image. image (n, d), text (m, d): unit features, float32. states: where they were asked for.
     """
 
     numbers: np.ndarray
@@ -100,13 +100,13 @@ def encode(
 
 
 def stacked(part: Sequence[Seen], view: View, device: torch.device) -> Tensor:
-    """(b, 3, size, size) uint8; one black picture where there is none, for a pass that others need."""
+    """Stack images to (b, 3, size, size) uint8; one black picture where there is none, for a pass that others need."""
     images = [each.image for each in part] or [torch.zeros(3, view.image.size, view.image.size, dtype=torch.uint8)]
     return torch.stack(images).to(device)
 
 
 def check(faults: Sequence[Fault], data: RetrievalSet) -> str | None:
-    """A line on the images that are left out, if any. Raises SharedError where they are too many."""
+    """Return a line on the images that are left out, if any. Raises SharedError where they are too many."""
     if faults and not data.setting:
         raise SharedError(
             f"{len(faults)} of {data.count} images cannot be used: {faults[0]}; put them right or leave them out of "
@@ -124,8 +124,10 @@ def encode_texts(
     states: bool,
     done: Done,
 ) -> tuple[np.ndarray, TextStates | None]:
-    """Unit features (m, d) float32 and, where asked for, the states; on every rank, gathered a round at a time, so that
-    no device holds them all."""
+    """Encode captions to unit features (m, d) float32 and, where asked for, their states, equal on every rank.
+
+    They are gathered a round at a time, so that no device holds them all.
+    """
     rows = view.tokenizer.ids(captions)
     together = batch_size * world_size()
     features: list[np.ndarray] = []
@@ -148,6 +150,6 @@ def encode_texts(
 
 
 def _gathered(rows: Tensor) -> Tensor:
-    """All ranks' (n, width) rows in rank order, on the CPU. As bytes, since not every backend sends every type."""
+    """Gather all ranks' (n, width) rows in rank order, on the CPU. As bytes: not every backend sends every type."""
     sent = rows.contiguous().view(torch.uint8)
     return gather_rows(sent, row_counts(sent)).cpu().view(rows.dtype)

@@ -1,4 +1,4 @@
-"""Retrieval from the model to the figures: first stage by features, second by ITM, on all ranks."""
+"""Retrieval from the model to the metrics: first stage by features, second by ITM, on all ranks."""
 
 from __future__ import annotations
 

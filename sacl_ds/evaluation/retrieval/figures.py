@@ -1,4 +1,4 @@
-"""Figures of both directions, each with what chance would give."""
+"""Retrieval metrics of both directions, each with its chance level."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Figures = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Truth:
-    """What is relevant. owner: (m,) each caption's image of n; satisfying: (m, n) bool, or None where not known."""
+    """Relevance of candidates. owner: (m,) each caption's image of n; satisfying: (m, n) bool, None if unknown."""
 
     owner: np.ndarray
     images: int
@@ -30,7 +30,7 @@ class Truth:
 
     @property
     def right(self) -> str:
-        """The name of what a person would count as right."""
+        """Name of the relevance that a person would count as right."""
         return OWN if self.satisfying is None else ANY
 
     def of_texts(self) -> dict[str, Relevance]:

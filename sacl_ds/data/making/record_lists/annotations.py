@@ -1,4 +1,4 @@
-"""Caption files in JSON, which are read whole: Karpathy's and COCO's."""
+"""Records from caption files in JSON, Karpathy's and COCO's, which are read whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sacl_ds.errors import UserError
 
 
 def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record]:
-    """Records of one split of a Karpathy JSON (COCO, Flickr30k, Flickr8k); 'train' takes 'restval' too.
+    """List the records of one split of a Karpathy JSON (COCO, Flickr30k, Flickr8k); 'train' takes 'restval' too.
 
     Raises UserError as `karpathy_split`.
     """
@@ -31,7 +31,7 @@ def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record
 
 
 def coco_records(annotations: Path, images: Path) -> list[Record]:
-    """Records of a COCO captions JSON in the order of its 'images'; all captions of an image in one sample.
+    """List the records of a COCO captions JSON in the order of its 'images', one an image with all its captions.
 
     A caption that is null is an empty one, and one whose image_id no image has becomes a broken record at the end.
     Raises UserError, with the entry, for a file that is not as it should be.

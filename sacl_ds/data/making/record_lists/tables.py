@@ -1,4 +1,4 @@
-"""Tables of (image, caption): CSV, TSV (also gzipped) and parquet, read row by row."""
+"""Records of tables of (image, caption): CSV, TSV (also gzipped) and parquet, read row by row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """where: 'line 7' or 'row 7'. image: a path, or the encoded image itself; empty where there is none."""
+    """Row of a table. where: 'line 7' or 'row 7'. image: a path, or the encoded image itself; empty where there is
+    none."""
 
     where: str
     image: str | bytes
@@ -34,7 +35,7 @@ class Table(Protocol):
 
 
 class TableRecords:
-    """Consecutive rows of one image are one sample with several captions."""
+    """Records of a table: consecutive rows of one image are one sample with several captions."""
 
     def __init__(self, path: Path, table: Table, images: Path) -> None:
         self.path, self.table, self.images = path, table, images
@@ -115,7 +116,7 @@ def _check_columns(table: Path, there: Sequence[str], image_column: str, caption
 
 
 class TextTable:
-    """CSV or TSV with a header line, in UTF-8, plain or gzipped."""
+    """CSV or TSV table with a header line, in UTF-8, plain or gzipped."""
 
     def __init__(
         self, path: Path, delimiter: str, image_column: str, caption_column: str, quotes: bool, padded: bool
@@ -164,7 +165,7 @@ class TextTable:
 
 
 class ParquetTable:
-    """A parquet file, read a few rows at a time; images may be paths, bytes, or structs with a field 'bytes'."""
+    """Parquet table, read a few rows at a time; images may be paths, bytes, or structs with a field 'bytes'."""
 
     def __init__(self, path: Path, image_column: str, caption_column: str) -> None:
         import pyarrow as arrow
