@@ -171,7 +171,7 @@ def dense_loss(batch: GlobalBatch, logit_scale: Tensor, regulation: Regulation) 
 
 
 def negatives_in_batch(batch: GlobalBatch) -> Tensor:
-    """(b, N) bool: which of all pairs are negatives of this rank's."""
+    """Mask (b, N) bool: which of all pairs are negatives of this rank's."""
     mine = slice(batch.start, batch.start + len(batch.image))
     columns = torch.arange(sum(batch.counts), device=batch.image.device)
     mask = columns[None, :] != columns[mine, None]
@@ -385,7 +385,7 @@ class SimilarityRegulatedLoss(nn.Module):
 
 
 def _tiles(backend: str, features: Tensor) -> Tiles | None:
-    """The module that computes the tiles; None for the dense form."""
+    """Return the module that computes the tiles; None for the dense form."""
     _check_backend(backend)
     if backend == "auto":
         fits = features.is_cuda and features.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
@@ -409,7 +409,7 @@ def _check_backend(backend: str) -> None:
 
 
 def _checked_counts(counts: Sequence[int] | None, image: Tensor, group: Group) -> list[int] | None:
-    """Raise ValueError where this rank holds other than what `counts` says of it."""
+    """Raise ValueError where this rank's rows are not as many as `counts` says."""
     if counts is None:
         return None
     if len(counts) != world_size(group) or counts[rank(group)] != len(image):

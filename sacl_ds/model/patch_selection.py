@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Scored(NamedTuple):
-    """Tokens that a selection may choose from, of n images.
+    """Tokens of n images from which a selection may choose.
 
     tokens: (n, 1 + patches + fused, width), [CLS] first, and last, where `fused`, the token that an earlier selection
     left. keys: (n, heads, 1 + patches + fused, head width) of the layer's attention, and query: (n, heads, head width)
@@ -34,12 +34,12 @@ class Scored(NamedTuple):
 
 
 def kept_count(patches: int, keep_rate: float) -> int:
-    """How many of so many patches are kept: the share, rounded up."""
+    """Return how many patches are kept: the share, rounded up."""
     return min(patches, math.ceil(round(keep_rate * patches, 6)))
 
 
 def attention_scores(query: Tensor, keys: Tensor) -> Tensor:
-    """What a head of attention gives each key, mean over the heads, float32 (float64 for float64 keys).
+    """Compute each key's attention, mean over the heads, float32 (float64 for float64 keys).
 
     query (n, heads, head width), keys (n, heads, m, head width) -> (n, m), each row sums to 1.
     """
@@ -50,7 +50,7 @@ def attention_scores(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def token_scores(query: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(q x^T / sqrt(width)) over tokens, the published form; float32 (float64 for float64 tokens).
+    """Compute softmax(q x^T / sqrt(width)) over tokens, the published form; float32 (float64 for float64 tokens).
 
     query (n, width), tokens (n, m, width) -> (n, m), each row sums to 1.
     """

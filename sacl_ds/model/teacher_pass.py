@@ -1,4 +1,4 @@
-"""A teacher over whole shards, once: its features for `sacl_ds.data.teacher_features`."""
+"""Pass of a teacher over whole shards, for the files of `sacl_ds.data.teacher_features`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def shard_features(
 
 
 def _look(view: View, source: ShardSource, shard: int, threads: int) -> Iterator[Seen]:
-    """The samples in their order, decoded by several threads."""
+    """Decode the samples in their order, by several threads."""
 
     def one(raw: RawSample) -> Seen:
         try:

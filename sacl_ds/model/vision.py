@@ -26,7 +26,7 @@ _ALL = PatchSelectionConfig()
 
 
 class ImageStates(NamedTuple):
-    """What the image encoder makes of b images. A tuple, since ZeRO 3 looks for tensors in those alone.
+    """Output of the image encoder for b images. A tuple, since ZeRO 3 looks for tensors in those alone.
 
     tokens: (b, P, width), [CLS] first; of them come the image's features. scored: where a text that is known later
     begins to choose among patches (`ImageEncoder.guided`); None where nothing is left to choose. places: (b, kept)
@@ -46,10 +46,11 @@ class ImageStates(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One selection. scores: float, rows sum to 1. What a later one chooses from has a last score, the fused token's.
+    """Record of one patch selection.
 
     layer: from 1. among, places: (n, patches) and (n, kept) int64, the patches chosen from and those kept, by their
-    place in the picture. scores: (n, patches) or (n, patches + 1).
+    index in the picture. scores: float, rows sum to 1: (n, patches), or in a later selection (n, patches + 1), the last
+    being the fused token's.
     """
 
     layer: int
@@ -59,7 +60,7 @@ class Choice(NamedTuple):
 
 
 class ImageEncoder(nn.Module):
-    """(b, 3, H, W) uint8 -> `ImageStates`. Pixels are normalised here, on the device."""
+    """Image encoder, (b, 3, H, W) uint8 -> `ImageStates`. Pixels are normalised here, on the device."""
 
     mean: Tensor
     std: Tensor
@@ -94,7 +95,7 @@ class ImageEncoder(nn.Module):
         self.layers = _selecting_layers(self.vit, name, selection)
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each block is computed again in backward, instead of keeping what it made."""
+        """Set whether backward recomputes each block's activations instead of storing them."""
         self.vit.set_grad_checkpointing(on)
 
     def compile_layers(self, backend: str = "inductor") -> None:
@@ -132,8 +133,11 @@ class ImageEncoder(nn.Module):
     def guided(
         self, states: ImageStates, guide: Tensor, images: Tensor | None = None, record: list[Choice] | None = None
     ) -> ImageStates:
-        """Images as n texts are to see them. guide: (n, width), [CLS] states of the texts. images: (n,) places in the
-        batch, None for one text each, in order. Nothing is left to choose in what is returned."""
+        """Select the image tokens that n texts see, where selection is still open.
+
+        guide: (n, width), [CLS] states of the texts. images: (n,) places in the batch, None for one text each, in
+        order. Nothing is left to choose in what is returned.
+        """
         if images is not None:
             states = states.at(images)
         if states.scored is None:
@@ -177,7 +181,7 @@ class ImageEncoder(nn.Module):
         return x, places
 
     def _scores(self, scored: Scored, attention: Attention, guide: Tensor | None) -> Tensor:
-        """(n, patches + fused) of the layer with this attention, each row sums to 1."""
+        """Score the patches by the layer's attention, (n, patches + fused); each row sums to 1."""
         settings, keys = self.selection, scored.keys[:, :, 1:]
         if settings.guide == "random":
             return torch.rand(len(keys), keys.shape[2], device=keys.device).softmax(1)
@@ -192,7 +196,7 @@ class ImageEncoder(nn.Module):
         return token_scores(query.flatten(1), scored.tokens[:, 1:])
 
     def _attended(self, block: Block, x: Tensor, fused: bool) -> Scored:
-        """The attention half of a block, with what a selection scores by."""
+        """Run the attention half of a block; the result holds what a selection scores by."""
         tokens, keys, query = self._run(_FirstHalf(block), x)
         return Scored(tokens, keys, query, fused)
 
@@ -229,7 +233,7 @@ def _second_half(block: Block) -> Callable[[Tensor], Tensor]:
 
 
 def _load_published(vit: nn.Module, label: str) -> None:
-    """timm's weights of that model, all of them: without a classifier timm leaves at chance what they lack."""
+    """Load timm's weights of that model, all of them: without a classifier timm leaves at chance what they lack."""
     lacking: list[str] = []
     hook = vit.register_load_state_dict_post_hook(lambda _, names: lacking.extend(names.missing_keys))
     filter_fn = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
@@ -242,7 +246,7 @@ def _load_published(vit: nn.Module, label: str) -> None:
 
 
 def _selecting_layers(vit: nn.Module, name: str, selection: PatchSelectionConfig) -> list[int]:
-    """Layers, from 1, at which patches are scored. Raises UserError where this transformer cannot select."""
+    """Return the layers, from 1, at which patches are scored. Raises UserError where this transformer cannot select."""
     if selection.placement == "none":
         return []
     here = f"model.patch_selection with model.image_encoder={name!r}"

@@ -1,4 +1,4 @@
-"""Steps that are both measured and computed (`tools/measure_scaling.py`, docs/scaling.md)."""
+"""Steps that are both measured and estimated (`tools/measure_scaling.py`, docs/scaling.md)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """pairs: a rank. itc_alone: without ITM and MLM."""
+    """Step that is measured. pairs: a rank. itc_alone: without ITM and MLM."""
 
     size: str
     pairs: int

@@ -1,4 +1,4 @@
-"""What was measured, beside what the formulas say."""
+"""Comparison of measurements with the formulas."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _NEGLIGIBLE = 2000  # bytes a step: norms and counters, which no formula follows
 
 
 def predicted(job: Job) -> dict[str, float]:
-    """Bytes of a rank by the formulas, under the names that are measured: what offloading takes counts too, since on a
-    CPU it is the same memory."""
+    """Estimate the bytes of a rank under the names that are measured.
+
+    Offloaded bytes count too, since on a CPU it is the same memory.
+    """
     of = memory(job)
     all_kept = of.kept | {f"{name}, offloaded": size for name, size in of.host.items()}
     made = transfers(job)
@@ -73,7 +75,7 @@ def _ratio(measured: float, formula: float) -> float:
 
 
 def table(rows: list[Compared]) -> str:
-    """Markdown: a line a case, measured MB and their ratio to the formula."""
+    """Format Markdown: a line a case, measured MB and their ratio to the formula."""
     lines = [
         f"| ranks | ZeRO | with | {' | '.join(_FIGURES)} |",
         f"|{' ---: | --- | --- |'}{' ---: |' * len(_FIGURES)}",
@@ -82,12 +84,12 @@ def table(rows: list[Compared]) -> str:
 
 
 def worst(rows: list[Compared], names: tuple[str, ...]) -> float:
-    """The greatest deviation of any of these figures, as a share."""
+    """Return the greatest deviation of any of these metrics, as a share."""
     return max(abs(row.ratio[name] - 1) for row in rows for name in names)
 
 
 def _extras(case: Case) -> str:
-    """What sets a case apart from a plain step in float32."""
+    """Describe what sets a case apart from a plain step in float32."""
     parts = f"{case.micro_batches} micro-batches" if case.micro_batches > 1 else ""
     named = {"bf16": case.precision == "bf16", "offload": case.offload, parts: bool(parts)}
     named |= {"coalesced": case.coalesced, "checkpointing": case.checkpointed, "ITC alone": case.itc_alone}

@@ -1,4 +1,4 @@
-"""What the formulas of memory, traffic and time take in: a run, its ranks, and what ZeRO is told to do."""
+"""Inputs of the formulas of memory, traffic and time: a run, its ranks, and ZeRO's settings."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class Zero:
 
 @dataclass(frozen=True)
 class Job:
-    """A pre-training run on `world` ranks, its teacher's features at hand: one that runs beside it adds its own
-    weights and forward pass.
+    """Pre-training run on `world` ranks whose teacher's features are stored.
 
-    text_tokens, predicted, vocab_size: as for `ModelCost`. teacher_width: of the teacher's features, 0 without one.
-    id_columns: ids of a pair, by which its duplicates are known. Raises UserError where the batch does not divide.
+    A teacher that runs beside it adds its own weights and forward pass. text_tokens, predicted, vocab_size: as for
+    `ModelCost`. teacher_width: of the teacher's features, 0 without one. id_columns: ids of a pair, by which its
+    duplicates are known. Raises UserError where the batch does not divide.
     """
 
     run: RunConfig
@@ -89,7 +89,7 @@ class Job:
 
     @cached_property
     def pair(self) -> Cost:
-        """Forward of a pair, with the losses that the run has."""
+        """Cost of a pair's forward, with the losses that the run has."""
         return self.cost.pretraining(self.run.losses)
 
     @property
@@ -99,12 +99,12 @@ class Job:
 
     @property
     def at_once(self) -> int:
-        """Pairs that pass through the model together."""
+        """Number of pairs that pass through the model together."""
         return self.run.micro_batches(self.world)[0]
 
     @property
     def parts(self) -> int:
-        """Micro-batches of a step."""
+        """Number of micro-batches of a step."""
         return self.run.micro_batches(self.world)[1]
 
     @property
@@ -114,12 +114,12 @@ class Job:
 
     @property
     def reductions(self) -> int:
-        """Times a step that gradients are reduced: ZeRO 0 and 1 keep them whole until the last micro-batch."""
+        """Number of gradient reductions of a step: ZeRO 0 and 1 keep them whole until the last micro-batch."""
         return self.parts if self.zero.stage > 1 and self.reduced_in_backward else 1
 
     @property
     def reduced_in_backward(self) -> bool:
-        """Not behind that of the last micro-batch, of all of them at once."""
+        """Whether gradients are reduced during backward, and not all at once after that of the last micro-batch."""
         return self.parts == 1 or not self.run.train.coalesce_reduction
 
     @cached_property
@@ -158,7 +158,7 @@ class Job:
 
     @cached_property
     def parameters(self) -> int:
-        """Those that are trained."""
+        """Number of trained parameters."""
         return sum(size for size, _ in self.sizes)
 
     @cached_property
@@ -168,8 +168,10 @@ class Job:
 
     @property
     def shard(self) -> int:
-        """Parameters of which a rank keeps the optimizer's state, of those that are trained: under ZeRO 3 every tensor
-        is cut in equal parts, under ZeRO 1 and 2 all of them together."""
+        """Number of trained parameters whose optimizer state a rank keeps.
+
+        Under ZeRO 3 every tensor is cut in equal parts, under ZeRO 1 and 2 all of them together.
+        """
         if self.zero.stage == 0:
             return self.parameters
         if self.zero.stage == 3:
@@ -177,5 +179,5 @@ class Job:
         return -(-self.parameters // self.world)
 
     def cut(self, sizes: list[tuple[int, bool]]) -> int:
-        """Numbers of a rank where every one of these is cut in equal parts."""
+        """Return a rank's elements where every one of these tensors is cut in equal parts."""
         return sum(-(-size // self.world) for size, _ in sizes)

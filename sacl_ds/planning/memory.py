@@ -1,4 +1,4 @@
-"""Bytes that a rank holds, by part: what stays between steps, and what a step adds at its two high points.
+"""Memory of a rank in bytes, by part: what stays between steps, and what a step adds at its two high points.
 
 Parameters, gradients and Adam's two averages are float32, also under autocast, whose bfloat16 copies of the weights
 live from forward to backward. The high points are the beginning of backward, where every activation is held and no
@@ -90,8 +90,10 @@ def memory(job: Job) -> Memory:
 
 
 def activations(job: Job) -> float:
-    """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`; with checkpointing, of all
-    encoders' blocks only what goes in, in float32 also under autocast."""
+    """Estimate the bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`.
+
+    With checkpointing only the inputs of all encoders' blocks are kept, in float32 also under autocast.
+    """
     numbers, extra = job.pair.kept, _autocast_extra(job) if job.autocast else 0.0
     inputs = 0.0
     if job.checkpointed:
@@ -109,7 +111,7 @@ def activations(job: Job) -> float:
 
 
 def computed_again(job: Job) -> float:
-    """Bytes of the largest block, which backward holds as a whole with checkpointing."""
+    """Estimate the bytes of the largest block, which backward holds as a whole with checkpointing."""
     size = HALF if job.autocast else FLOAT
     most = max(size * each.kept + (HALF * each.extra if job.autocast else 0) for each in _blocks(job))
     return job.at_once * most if job.checkpointed else 0.0
@@ -152,14 +154,16 @@ def _blocks(job: Job) -> list[_Block]:
 
 
 def _autocast_extra(job: Job) -> float:
-    """bfloat16 numbers a pair on top of half of what float32 keeps: inputs of norms stay float32, and every linear
-    layer keeps its own bfloat16 copy of what several of them read."""
+    """Count the bfloat16 numbers a pair that autocast adds to half of what float32 keeps.
+
+    Inputs of norms stay float32, and every linear layer keeps its own bfloat16 copy of what several of them read.
+    """
     last_norm = (1 + job.cost.patches) * job.cost.model.image_encoder.width
     return sum(each.extra for each in _blocks(job)) + last_norm
 
 
 def loss_bytes(job: Job) -> float:
-    """Bytes of the contrastive loss: features, ids and log-sums of all texts, a share of the texts' gradient."""
+    """Estimate the bytes of the contrastive loss: features, ids and log-sums of all texts, part of their gradient."""
     texts = job.run.train.global_batch_size
     width = job.run.model.embed_dim + job.teacher_width
     return texts * (FLOAT * width + _IDS + _SUMS) if job.world > 1 else 0.0
@@ -187,15 +191,17 @@ def _whole_parameters(job: Job) -> float:
 
 
 def _accumulated(job: Job) -> dict[str, float]:
-    """Gradients that earlier micro-batches have left."""
+    """Bytes of gradients that earlier micro-batches have left."""
     if job.zero.stage < 2 or not job.reduced_in_backward:
         return {"gradients": FLOAT * job.parameters}
     return {"gradients": FLOAT * job.shard if job.zero.stage == 2 and not job.zero.optimizer else 0.0}
 
 
 def _bucket(job: Job) -> float:
-    """Under autocast ZeRO keeps buckets of two kinds, for gradients sent in float32 and in bfloat16; ZeRO 1 and 2 fill
-    both in float32, ZeRO 3 each in what is sent."""
+    """Bytes of the reduction buckets, of two kinds under autocast: gradients sent in float32 and in bfloat16.
+
+    ZeRO 1 and 2 fill both in float32, ZeRO 3 each in what is sent.
+    """
     kinds = {cast for _, cast in job.sizes}
     size, times = job.zero.reduce_bucket, 2 if job.zero.double else 1
     if job.zero.stage == 3:
@@ -209,7 +215,7 @@ def _sharded_parameters(job: Job) -> float:
 
 
 def _untrained(job: Job) -> float:
-    """ZeRO 1 and 2 leave them whole."""
+    """Bytes of parameters that are not trained; ZeRO 1 and 2 leave them whole."""
     sizes = job.untrained_sizes
     if job.zero.stage < 3:
         return FLOAT * sum(size for size, _ in sizes)

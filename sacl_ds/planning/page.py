@@ -1,4 +1,4 @@
-"""docs/scaling.md: `python -m sacl_ds.planning.page FILE` writes it; without FILE, stdout.
+"""Page docs/scaling.md: `python -m sacl_ds.planning.page FILE` writes it; without FILE, stdout.
 
 It is made of the formulas, and of docs/scaling_measured.json, which `tools/measure_scaling.py` gave.
 """
@@ -178,7 +178,7 @@ another 4P = {momentum:.1f} GB a GPU and a forward pass.
 
 
 def page(measured: dict[str, Any]) -> str:
-    """docs/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
+    """Write the text of docs/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
     job, rows, limited = _job(8, _ADVISED), [Compared.of(row) for row in measured["rows"]], measured["limited"]
     return _PAGE.format(
         million=f"{rows[0].case.job.parameters / 1e6:.1f}",
@@ -208,7 +208,7 @@ def page(measured: dict[str, Any]) -> str:
 
 
 def _job(world: int, stage: int, batch: int | None = None) -> Job:
-    """batch: None for that of `_WORLDS`."""
+    """Make a job of the page. batch: None for that of `_WORLDS`."""
     batch = batch or _WORLDS[world]
     micro = _AT_ONCE if batch // world > _AT_ONCE else None
     train = {"global_batch_size": batch, "precision": "bf16", "micro_batch_size": micro}
@@ -235,7 +235,7 @@ def _worked() -> list[str]:
 
 
 def _road() -> list[str]:
-    """Settings from one GPU to many, a row for each number of them."""
+    """List the settings from one GPU to many, a row for each number of them."""
     first = load_config(str(ROOT / "launch/configs/sacl.yaml"), [])
     assert first.train.global_batch_size == _ROAD[1]
     head = ["GPUs", "`global_batch_size`", "pairs a GPU, at once", "`lr_image`, `lr_text`", "`warmup_steps`", "`steps`"]

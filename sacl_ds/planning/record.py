@@ -1,7 +1,7 @@
-"""docs/scaling_measured.json: what tools measured for docs/scaling.md, each its own part of it.
+"""Record docs/scaling_measured.json: measurements of tools for docs/scaling.md, each its own part of it.
 
-{"rows": of `tools/measure_scaling.py`, {"case", "measured"} each,
-"limited": of `tools/show_offload.py`, {"parameters", "limit", "arms": lines}}
+{"rows": of `tools/measure_scaling.py`, {"case", "measured"} each, "limited": of `tools/show_offload.py`, {"parameters",
+"limit", "arms": lines}}
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def record_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def record_limited(path: Path, limited: dict[str, Any]) -> None:
-    """Instead of what `tools/show_offload.py` found before."""
+    """Replace the earlier findings of `tools/show_offload.py`."""
     _write(path, read_record(path) | {"limited": limited})
 
 

@@ -1,4 +1,4 @@
-"""How long a step takes: an estimate from assumed rates, which are inputs and no measurements."""
+"""Estimate of a step's time from assumed rates, which are inputs and no measurements."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ _LOSS, _KEYS = 8, 12
 
 @dataclass(frozen=True)
 class Rates:
-    """What is assumed of the hardware. flops: peak a GPU and second, dense; share: of it that is reached (MFU);
-    inside, outside: bytes a GPU sends a second within its node and to other nodes; node: GPUs of one."""
+    """Assumed rates of the hardware.
+
+    flops: peak a GPU and second, dense; share: of it that is reached (MFU); inside, outside: bytes a GPU sends a second
+    within its node and to other nodes; node: GPUs of one.
+    """
 
     flops: float
     share: float
@@ -34,8 +37,11 @@ H100 = Rates(flops=989e12, share=0.4, inside=0.8 * 450e9, outside=0.8 * 50e9)
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. compute: of the model and the loss, backward: the part of it that its backward passes are; hidden:
-    transfers that these can cover; open: others."""
+    """Time of a step in seconds.
+
+    compute: of the model and the loss, backward: the part of it that its backward passes are; hidden: transfers that
+    these can cover; open: others.
+    """
 
     compute: float
     backward: float
@@ -80,7 +86,7 @@ def backward_flops(job: Job) -> float:
 
 
 def step_time(job: Job, rates: Rates) -> StepTime:
-    """Rings run at the speed of their slowest link: the network's as soon as there is more than one node."""
+    """Estimate a step's time. Rings run at their slowest link, the network's as soon as there are several nodes."""
     speed = rates.inside if job.world <= rates.node else rates.outside
     made = transfers(job)
     hidden, rest = (sum(each.sent(job.world) for each in made if each.hidden is kind) / speed for kind in (True, False))
@@ -89,6 +95,6 @@ def step_time(job: Job, rates: Rates) -> StepTime:
 
 
 def hours(job: Job, rates: Rates, pairs: float) -> tuple[float, float]:
-    """To see so many pairs, with all transfers covered that can be, and with none. Data never waits."""
+    """Return the hours to see so many pairs, with all possible overlap and with none. Data never waits."""
     steps, each = math.ceil(pairs / job.run.train.global_batch_size), step_time(job, rates)
     return steps * each.least / 3600, steps * each.most / 3600

@@ -1,8 +1,8 @@
-"""Bytes that travel in a step, by purpose and collective.
+"""Bytes that a step sends, by purpose and collective.
 
 Convention: the payload of a collective is the tensor as a whole: what every rank hands to an all-reduce or a
-reduce-scatter, what every rank has after an all-gather. By a ring algorithm a rank then sends, and receives,
-2 (W-1)/W of it for an all-reduce, and (W-1)/W for the other two. DeepSpeed's ZeRO 1 and 2 all-reduce gradients
+reduce-scatter, what every rank has after an all-gather. By a ring algorithm a rank then sends, and receives, 2 (W-1)/W
+of it for an all-reduce, and (W-1)/W for the other two. DeepSpeed's ZeRO 1 and 2 all-reduce gradients
 (`use_multi_rank_bucket_allreduce`, on by default), although each rank needs its share only.
 """
 
@@ -18,7 +18,7 @@ _PARTS = 4  # in which the texts' gradient is sent
 
 @dataclass(frozen=True)
 class Transfer:
-    """payload: bytes of a step, of the whole tensors. hidden: whether the backward pass can go on meanwhile."""
+    """Transfer of a step. payload: bytes of the whole tensors. hidden: whether backward can go on meanwhile."""
 
     purpose: str
     collective: str
@@ -63,7 +63,7 @@ def _engine(job: Job) -> list[Transfer]:
 
 
 def _gathered(job: Job) -> float:
-    """Bytes of parameters that ZeRO 3 gathers in a step, those aside that stay whole.
+    """Count the bytes of parameters that ZeRO 3 gathers in a step, without those that stay whole.
 
     What forward gathers stays until backward is done with it, if there is room; and what the first pass of the first
     micro-batch gathers, until the second pass is. Fetching ahead knows but one order of modules, the second pass's: at
@@ -83,7 +83,7 @@ def _sent(job: Job, sizes: list[tuple[int, bool]]) -> float:
 
 
 def _padded(job: Job, size: int) -> int:
-    """To equal shares of all ranks."""
+    """Round up to equal shares of all ranks."""
     return job.world * -(-size // job.world)
 
 
@@ -106,7 +106,7 @@ def contrastive(job: Job) -> list[Transfer]:
 
 
 def contrastive_with_keys(job: Job) -> list[Transfer]:
-    """The same against a momentum model's keys: those of both sides travel, and, without gradient, nothing back."""
+    """List the transfers of the loss against a momentum model's keys: both sides' keys travel, no gradient returns."""
     texts = job.run.train.global_batch_size
     return [
         Transfer("ids", "all-gather", _ID * texts * job.id_columns),
@@ -116,7 +116,7 @@ def contrastive_with_keys(job: Job) -> list[Transfer]:
 
 
 def _means(job: Job) -> list[Transfer]:
-    """How many pairings and tokens the means of ITM and MLM are over, and the temperature's gradient."""
+    """List the transfers of ITM's and MLM's counts, and of the temperature's gradient."""
     counts = FLOAT * (len(job.run.losses) - 1) if job.parts == 1 else 2 * _ID
     return [
         Transfer("counts of ITM and MLM", "all-reduce", counts),

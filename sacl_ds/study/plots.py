@@ -1,4 +1,4 @@
-"""Pictures of a study."""
+"""Plots of a study."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {
 
 
 def plot_arms(found: list[Row], path: Path) -> None:
-    """mAP of every arm, best at the top: a diamond for the mean, a dot a seed."""
+    """Plot every arm's mAP, best at the top: a diamond for the mean, a dot a seed."""
     figure = Figure(figsize=(9, 1.2 + 0.24 * len(found)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(reversed(found)):
@@ -36,7 +36,7 @@ def plot_arms(found: list[Row], path: Path) -> None:
 
 
 def plot_sweeps(plan: Plan, found: list[Row], path: Path) -> bool:
-    """mAP along the plan's sweeps, with the best arms of other families as lines; False where nothing is drawn."""
+    """Plot mAP along the plan's sweeps, with the best arms of other families as lines; False where nothing is drawn."""
     known = {row.name: row for row in found}
     sweeps = {
         title: sorted(((value, known[name]) for name, value in points.items() if name in known), key=lambda p: p[0])

@@ -1,4 +1,4 @@
-"""Runs a plan's trials in several processes, each behind its teacher's; what is done already is not done again."""
+"""Scheduling of a plan's trials over processes, each after its teacher's; finished ones are not run again."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ Trial = tuple[str, int]  # arm and seed
 
 
 def finished(plan: Plan, folder: Folder) -> dict[Trial, dict[str, Any]]:
-    """Results of the plan's trials that are there. Raises UserError for a line that is none, but for a last one that
-    was broken off."""
+    """Read the results of the plan's trials, without a broken last line. Raises UserError for other bad lines."""
     lines = folder.trials.read_text().splitlines() if folder.trials.exists() else []
     known = {}
     for number, line in enumerate(lines, 1):
@@ -71,8 +70,10 @@ def run_plan(
 
 
 def _missing(plan: Plan, folder: Folder) -> list[Trial]:
-    """What is to be run, teachers first; arms that are the same under two names once. A teacher whose weights are gone
-    is trained anew where a student waits for it."""
+    """List the trials to run, teachers first; arms that are the same under two names once.
+
+    A teacher whose weights are gone is trained anew where a student waits for it.
+    """
     there = finished(plan, folder)
     missing: list[Trial] = []
     for seed in plan.seeds:
@@ -92,7 +93,7 @@ def _missing(plan: Plan, folder: Folder) -> list[Trial]:
 
 
 def _ready(plan: Plan, folder: Folder, waiting: list[Trial], running: Collection[Trial]) -> list[Trial]:
-    """Those whose teacher is trained, and not being trained anew."""
+    """List the waiting trials whose teacher is trained, and not being trained anew."""
     busy = {plan.fingerprint(*trial) for trial in (*waiting, *running)}
     return [
         (name, seed)

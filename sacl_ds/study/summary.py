@@ -1,4 +1,4 @@
-"""What a study found: a table over seeds, the verdict that was asked for, and its plots."""
+"""Results of a study: a table over seeds, the verdict that was asked for, and its plots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIMILARITY_FREE = ("infonce", "control")
 
 @dataclass(frozen=True)
 class Row:
-    """An arm over its seeds; fractions."""
+    """Mean of an arm over its seeds; fractions."""
 
     name: str
     family: str
@@ -38,7 +38,7 @@ class Row:
 
 
 def rows(plan: Plan, results: Results) -> list[Row]:
-    """Arms of which every seed is there, best first."""
+    """Average the arms of which every seed is there, best first."""
     found = []
     for name, arm in plan.arms.items():
         per_seed = [results[name, seed] for seed in plan.seeds if (name, seed) in results]
@@ -52,7 +52,7 @@ def rows(plan: Plan, results: Results) -> list[Row]:
 
 
 def table(found: list[Row]) -> str:
-    """Markdown, per cent: mean and spread over seeds of the metric, means of the other figures."""
+    """Format Markdown, per cent: mean and spread over seeds of the metric, means of the other metrics."""
     columns = (
         "arm", METRIC, "spread", "AP of matches", "nDCG@10", "R@1, any", "R@1 t→i / i→t", "negatives under 0.7",
         "effective", "push", "shape",
@@ -76,7 +76,7 @@ def table(found: list[Row]) -> str:
 
 
 def verdict(found: list[Row]) -> list[str]:
-    """The best regulated arm against the best arm without similarity, and the way to the oracle that it goes."""
+    """Compare the best regulated arm with the best without similarity, and both with InfoNCE and the oracle."""
 
     def best(*families: str) -> Row | None:
         return next((row for row in found if row.family in families), None)
@@ -113,7 +113,7 @@ def _against(ours: Row, free: Row) -> str:
 
 
 def save_csv(plan: Plan, results: Results, path: Path) -> None:
-    """A line a trial."""
+    """Write a line a trial."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "family", "seed", *_SHOWN, "logit_scale", "seconds", "fingerprint"])

@@ -1,4 +1,4 @@
-"""The configuration of a task: its defaults, what the checkpoint's run says, the YAML file, the arguments."""
+"""Configuration of a task: its defaults, the settings of the checkpoint's run, the YAML file, the arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ORIGIN: dict[str, Any] = {"start": None, "image_weights": None, "image_pretrain
 
 
 def finetune_config(task: str | None, file: str | None, overrides: list[str]) -> FinetuneConfig:
-    """task: what --task says. Raises UserError."""
+    """Resolve the configuration of a fine-tuning. task: what --task says. Raises UserError."""
     given = read_layers(file, overrides)
     said = merged(given)
     name = _task(task, said.get("task"))
@@ -69,7 +69,7 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
 
 
 def run_of(checkpoint: str) -> Path:
-    """The run that `checkpoint` is, or is one of. Raises UserError."""
+    """Return the run directory that `checkpoint` is, or lies in. Raises UserError."""
     try:
         path = Path(checkpoint).expanduser()
         there = path.exists()
@@ -96,7 +96,7 @@ def _defaults(task: str, said: dict[str, Any]) -> list[Layer]:
 
 
 def _model_of(folder: Path) -> Layer:
-    """The model of a run, to start from."""
+    """Return the model settings of a run, to start from."""
     theirs = _saved(folder).get("model")
     if not isinstance(theirs, dict):
         raise UserError(f"{folder / CONFIG} has no room 'model'; give the directory of a run")
@@ -104,7 +104,7 @@ def _model_of(folder: Path) -> Layer:
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    """What a run's configuration says. Raises UserError."""
+    """Read a run's settings. Raises UserError."""
     require_unchanged(folder, f"checkpoint={folder}", CONFIG)
     return read_yaml(folder / CONFIG)
 

@@ -39,7 +39,7 @@ from sacl_ds.training.task import Figures, Training, TrainingTask
 
 
 class FineTuning(TrainingTask):
-    """Steps of a downstream task; the best weights by its validation figures are left in the run's directory."""
+    """Training steps of a downstream task; the best weights by its validation metrics stay in the run's directory."""
 
     def __init__(self, task: Task, model: nn.Module, seen: Seen, folder: Path, progress: RunProgress) -> None:
         self.task, self.model, self.seen = task, model, seen
@@ -117,8 +117,8 @@ def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
 
 
 def _with_steps(run: FinetuneConfig, task: Task) -> FinetuneConfig:
-    """train.steps, eval_every and save_every as numbers, from the epochs. Raises UserError where nothing is to train
-    on."""
+    """Set train.steps, eval_every and save_every as numbers, from the epochs. Raises UserError where nothing is to
+    train on."""
     count, train = task.count("train"), run.train
     if not count:
         raise UserError(f"nothing to train on: data.source=files, and the room {run.task} names no training files")
@@ -158,7 +158,7 @@ def _keep_tokenizer(task: Task, folder: Path, resume: bool) -> None:
 
 
 def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: RunProgress, resume: bool) -> Training:
-    """All parts of the training."""
+    """Build all parts of the training."""
     run = task.run
     with same_error():
         engine_config = job.engine_config(run, folder)
@@ -191,14 +191,14 @@ def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: R
 
 
 def _announce(run: FinetuneConfig, folder: Path, model: nn.Module, progress: RunProgress) -> None:
-    """Room on the disk; for rank 0."""
+    """Check the room on the disk; only rank 0 calls it."""
     parameters = sum(p.numel() for p in model.parameters())
     if warning := check_space(folder, parameters, 2):  # a new checkpoint is written before the old one goes
         progress.print(f"warning: {warning}")
 
 
 def _data_fingerprint(order: GlobalOrder, run: FinetuneConfig) -> str:
-    """Equal for two runs to which the same steps bring the same examples."""
+    """Return a digest that is equal for two runs to which the same steps bring the same examples."""
     rooms = run.model_dump(mode="json")
     said = [order.fingerprint, run.task, rooms["data"]["source"], rooms["data"]["scenes"], rooms[run.task]]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""NLVR2: is a statement about two images true?"""
+"""NLVR2 task: is a statement about two images true?"""
 
 from __future__ import annotations
 

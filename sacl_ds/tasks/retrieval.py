@@ -34,7 +34,7 @@ from sacl_ds.training.step import Losses, Step, contrastive_step
 
 
 class RetrievalOutcome:
-    """figures, notes, and what is written: rankings.jsonl, and gallery.png."""
+    """Outcome of a retrieval: metrics, notes, and files to write: rankings.jsonl and gallery.png."""
 
     def __init__(self, result: RetrievalResult, data: RetrievalSet, gallery: int) -> None:
         self.figures, self.notes = result.figures, result.notes
@@ -105,7 +105,7 @@ class RetrievalTask(Task):
         return PretrainObjective(model, self.run.loss)
 
     def forward_backward(self, engine: Any, batch: Batch, step: Step) -> Losses:
-        """No teacher: the model's own similarity regulates (the paper's fine-tuning)."""
+        """Run a step without a teacher: the model's own similarity regulates (the paper's fine-tuning)."""
         return contrastive_step(engine, batch, replace(step, statistics=step.logged))[0]
 
     def evaluate(self, model: SaclModel, split: str, seen: Seen) -> Outcome:
@@ -132,7 +132,7 @@ class RetrievalTask(Task):
 def retrieval_set(
     images: Sequence[CaptionedImage], max_bad_share: float, setting: str = "data.max_bad_share"
 ) -> RetrievalSet:
-    """The retrieval set of a list of image files; with COCO's names where all of them have some."""
+    """Make the retrieval set of a list of image files; with COCO's names where all of them have some."""
     sentids = [each.sentids for each in images]
     cocoids = [each.cocoid for each in images if each.cocoid is not None]
     coco = None

@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on the disk, without an engine: what it holds, that it is whole, which is the newest.
+"""Checkpoint on the disk, without an engine: its content, its integrity, and which is the newest.
 
 `RUN/checkpoints/step_N` holds no pickle: JSON, YAML and safetensors. It gets its name when all of it is written, so a
 folder of that name is complete; `latest` names the one that --resume takes.
@@ -51,7 +51,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: of the checkpoint, but this one, which has its own checksum in it. shapes: of the trained parameters."""
+    """Manifest of a checkpoint. files: of the checkpoint, but this one, which has its own checksum in it. shapes: of
+    the trained parameters."""
 
     files: dict[str, Written]
     shapes: dict[str, tuple[int, ...]]
@@ -136,12 +137,12 @@ def rank_files(folder: Path, manifest: Manifest) -> list[Path]:
 
 
 def trained_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """All trained parameters, fp32, on the CPU, as the engine's module names them. Raises UserError."""
+    """Read all trained parameters, fp32, on the CPU, as the engine's module names them. Raises UserError."""
     return Fragments(rank_files(folder, manifest)).whole("weight", manifest.shapes)
 
 
 def frozen_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Parameters that are not trained, and buffers; {} where there are none. Raises UserError."""
+    """Read parameters that are not trained, and buffers; {} where there are none. Raises UserError."""
     return read_tensors(folder / FROZEN) if FROZEN in manifest.files else {}
 
 
@@ -151,14 +152,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def complete(checkpoints: Path) -> list[Path]:
-    """Checkpoints, the oldest first."""
+    """List the complete checkpoints, the oldest first."""
     found = [(int(m[1]), path) for path in checkpoints.glob("step_*") if (m := _TAG.fullmatch(path.name))]
     named = [path for step, path in sorted(found) if path.name == tag_of(step)]
     return [path for path in named if (path / MANIFEST).exists() and (path / STATE).exists()]
 
 
 def incomplete(checkpoints: Path, taken: int) -> list[str]:
-    """A line for each checkpoint after the one of step `taken` that lacks a file, so that it was not taken."""
+    """Return a line for each checkpoint after step `taken` that was not taken since it lacks a file."""
     lines = []
     for path in sorted(checkpoints.glob("step_*")):
         missing = [name for name in (STATE, MANIFEST) if not (path / name).exists()]
@@ -168,7 +169,7 @@ def incomplete(checkpoints: Path, taken: int) -> list[str]:
 
 
 def latest(run_folder: Path) -> RunState | None:
-    """The state of the checkpoint that --resume takes, or None. Raises UserError where it cannot be read.
+    """Return the state of the checkpoint that --resume takes, or None.
 
     That is the one that `latest` names. Where that was removed by hand, or a kill came before it was ever written: the
     newest that is there.
@@ -185,7 +186,7 @@ def latest(run_folder: Path) -> RunState | None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Out of sight first: a folder that bears its name is always complete."""
+    """Remove a checkpoint, renamed first: a folder that bears its name is always complete."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removing")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)  # what is left of it the next `sweep` removes

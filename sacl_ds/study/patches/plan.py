@@ -1,4 +1,4 @@
-"""What the study of patch selection runs: arms, each a task with a way of choosing patches, over seeds."""
+"""Plan of the study of patch selection: arms, each a task with a way of choosing patches, over seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Arm(_Room):
 
 
 class Sizes(_Room):
-    """What all arms share: a small model over scenes of 6 x 6 patches, four to a cell."""
+    """Settings that all arms share: a small model over scenes of 6 x 6 patches, four to a cell."""
 
     image_size: int = 48
     patch_size: int = 8
@@ -68,12 +68,12 @@ class Sizes(_Room):
 
     @property
     def image_fingerprint(self) -> str:
-        """Equal for equal starts of the image encoder."""
+        """Digest that is equal for equal initial weights of the image encoder."""
         others = {"scenes", "held_out", "steps", "start_steps", "text_layers", "fusion_layers", "lr_image", "lr_text"}
         return _digest(self.model_dump(exclude=others))
 
     def start_fingerprint(self, task: str) -> str:
-        """Equal for equal starts of a task."""
+        """Digest that is equal for equal initial weights of a task."""
         return _digest({**self.model_dump(exclude={"steps", "start_steps"}), task: self.start_steps[task]})
 
 
@@ -91,7 +91,7 @@ class Plan(_Room):
         return Plan(sizes=self.sizes, seeds=self.seeds if seeds is None else seeds, arms=kept)
 
     def fingerprint(self, name: str, seed: int) -> str:
-        """Equal for two trials that train the same model."""
+        """Digest that is equal for two trials that train the same model."""
         arm = self.arms[name].model_dump(mode="json")
         task = self.arms[name].task
         start = self.sizes.start_fingerprint(task)

@@ -1,4 +1,4 @@
-"""What the study of patch selection found, as tables in markdown."""
+"""Results of the study of patch selection, as tables in Markdown."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def draw_kept(task: QuestionAnswering, title: str, path: Path, count: int = 3) -
 
 
 def speed_table(plan: Plan, seconds: dict[str, float]) -> str:
-    """Steps against those of the first arm of the same task."""
+    """Format step times relative to the first arm of the same task."""
     lines = ["| arm | ms a step | pairs/s | against none |", "|---|---|---|---|"]
     for name, took in seconds.items():
         task = plan.arms[name].task

@@ -34,7 +34,7 @@ _ABOUT_ONE = ("colour", "texture", "place", "shape")  # kinds of questions that 
 
 
 class Task:
-    """A model, what is trained with it, a loss for rows drawn, and what it reaches on held-out scenes."""
+    """Task of the study: a model, its trained module, a loss for rows, and metrics on held-out scenes."""
 
     model: SaclModel
     module: nn.Module
@@ -68,7 +68,7 @@ class _Asked:
 
 
 class QuestionAnswering(Task):
-    """A question's answer from a closed list, by a linear head on the fused [CLS]; one run of the tower, guided."""
+    """Question answering: a linear head on the fused [CLS] picks from a closed list; the tower runs once, guided."""
 
     def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
@@ -90,7 +90,7 @@ class QuestionAnswering(Task):
 
     @staticmethod
     def questions(scenes: Scenes, index: int) -> list[tuple[str, str, str]]:
-        """(kind, question, answer) of those about one object."""
+        """List (kind, question, answer) of the questions about one object."""
         return [one for one in scenes.questions(index) if one[0] in _ABOUT_ONE]
 
     def _asked(self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer) -> _Asked:
@@ -118,8 +118,10 @@ class QuestionAnswering(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """accuracy; by kind of question; kept_asked: share kept of the patches of the object that is asked about, and
-        kept_objects of those of all objects, in per one."""
+        """Evaluate accuracy, also by kind of question, and shares of patches kept, in per one.
+
+        kept_asked: of the object that is asked about; kept_objects: of all objects.
+        """
         right: list[bool] = []
         kept: dict[str, list[float]] = {"asked": [], "objects": []}
         asked = self.held_out
@@ -162,7 +164,7 @@ class _Captioned:
     relevance: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def batch(self, rows: Tensor) -> Batch:
-        """rows: captions."""
+        """Make a batch of the captions at `rows`."""
         longest = int(self.mask[rows].sum(1).max())
         scene = rows // self.per_scene
         names = [str(int(index)) for index in scene]
@@ -171,7 +173,7 @@ class _Captioned:
 
 
 class Pretraining(Task):
-    """The package's objective with InfoNCE, all three losses."""
+    """Pre-training with the package's objective: InfoNCE, all three losses."""
 
     def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
@@ -240,7 +242,7 @@ class Pretraining(Task):
         return states[:, 0], features
 
     def _reranked(self, scores: np.ndarray, seen: ImageStates) -> float:
-        """any_R@1 of ITM among the images that ITC puts first."""
+        """Return any_R@1 of ITM among the images that ITC ranks first."""
         data, model = self.held_out, self.model
         candidates = torch.from_numpy(np.argsort(-scores, axis=1, kind="stable")[:, :_RERANKED].copy())
         found: list[bool] = []
@@ -255,7 +257,7 @@ class Pretraining(Task):
         return float(np.mean(found))
 
     def _masked_words(self, seen: ImageStates) -> float:
-        """Share of the masked words that MLM tells right."""
+        """Return the share of the masked tokens that MLM predicts right."""
         data, hits = self.held_out, []
         for rows in torch.arange(len(data.ids)).split(_PART):
             batch = data.batch(rows)

@@ -1,4 +1,4 @@
-"""Trials of the study of patch selection, several at a time, kept; and the speed of its arms, step by step in turn."""
+"""Trials of the study of patch selection, several at a time, with results kept; and timing of its arms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _START_SEED = 500
 
 
 def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
-    """Results of the plan's trials that are in `folder`."""
+    """Read the results of the plan's trials from `folder`."""
     path = folder / "trials.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a last line without end was broken off
     known = {result["fingerprint"]: result for result in map(json.loads, lines)}
@@ -58,7 +58,7 @@ def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, di
 
 
 def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
-    """Weights of a task's module that has learned it with all patches: from `folder`, or trained and kept there."""
+    """Load a task's module that learned it with all patches from `folder`, or train it and save it there."""
     path = folder / f"start-{kind}-{sizes.start_fingerprint(kind)}.safetensors"
     if not path.exists():
         task = build(Arm(task=kind), sizes, _START_SEED, folder)
@@ -72,7 +72,7 @@ def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
 
 
 def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Figures of an arm on held-out scenes, and how long it took."""
+    """Train an arm and return its metrics on held-out scenes, and how long it took."""
     start = time.perf_counter()
     figures = trained(plan, name, seed, folder).evaluate()
     seconds = time.perf_counter() - start
@@ -98,7 +98,7 @@ def _train(task: Task, sizes: Sizes, seed: int, steps: int) -> None:
 
 
 def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
-    """One step of training: (rows, number of the step, steps in all)."""
+    """Return the function of one training step: (rows, number of the step, steps in all)."""
     named = list(task.module.named_parameters())
     groups = [
         {"params": [p for n, p in named if ("image_encoder." in n) == of_image], "peak": peak}
@@ -120,7 +120,7 @@ def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
 
 
 def speeds(plan: Plan, folder: Path, rounds: int = 30) -> dict[str, float]:
-    """Median seconds of a training step of each arm, all in one process, one step of each in turn."""
+    """Measure the median seconds of each arm's training step, all in one process, one step of each in turn."""
     tasks = {name: build(arm, plan.sizes, 0, folder) for name, arm in plan.arms.items()}
     steps = {name: stepper(task, plan.sizes) for name, task in tasks.items()}
     took: dict[str, list[float]] = {name: [] for name in tasks}
