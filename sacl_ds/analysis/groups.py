@@ -11,7 +11,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Groups:
-    """of: (n,) int64, a number for each sample in a group of at least two, else -1. Numbers count from 0.
+    """Groups of samples.
+
+    of: (n,) int64, a number for each sample in a group of at least two, else -1. Numbers count from 0.
 
     sizes: of the groups, the largest first. refused: links that were left out since a group would have grown past the
     bound. largest_uncapped: the largest group with all links.

@@ -91,7 +91,9 @@ def scan(
     seed: int = 0,
     seen: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Distribution]:
-    """{direction: distribution}; batch_size is at most the number of pairs. seen(1) is called after each mini-batch.
+    """Compute the distribution of weights over mini-batches, by direction.
+
+    batch_size is at most the number of pairs. seen(1) is called after each mini-batch.
 
     The sums are made in the order of the mini-batches, and so have the same bits each time.
     """

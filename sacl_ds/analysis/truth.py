@@ -23,7 +23,7 @@ _ROWS = 256  # anchors at a time
 
 @dataclass(frozen=True)
 class Question:
-    """One direction under one truth.
+    """Query of one direction under one truth: anchors, candidates and their relevance.
 
     anchors (a, d), candidates (m, d): unit features, as are the teacher's. anchor_ids (a, k), candidate_ids (m, k): a
     match in any column is no negative. relevance: (a, m) in [0, 1], 1 for a false negative, or for each anchor the
@@ -144,7 +144,7 @@ def _of_coco(pairs: Pairs) -> list[Question]:
 
 
 def _verified() -> Mapping[str, Mapping[str, Mapping[int, Sequence[int]]]]:
-    """{truth: {'i2t': {image: captions}, 't2i': {caption: images}}}."""
+    """Read the verified matches: {truth: {'i2t': {image: captions}, 't2i': {caption: images}}}."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about packages that only make it faster
         try:

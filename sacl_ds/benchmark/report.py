@@ -16,7 +16,9 @@ BASE = "ITC, SACL"
 
 @dataclass(frozen=True)
 class Measured:
-    """One step. seconds: of each round. loss: those of the contrastive loss alone, in the same rounds; None for peers.
+    """Measurements of one step.
+
+    seconds: of each round. loss: those of the contrastive loss alone, in the same rounds; None for peers.
 
     flops: of a step on one device. bytes: at the peak.
     """

@@ -23,8 +23,11 @@ _PARTS_OF_TWELVE = (5, 10)  # layers of twelve behind which patches are left out
 
 @dataclass(frozen=True)
 class Setting:
-    """batch: pairs over all ranks. ds: what DeepSpeed's file holds. Of our steps alone: micro_batch, pairs that a rank
-    passes through the model at once (None: all of its own); checkpoint: activations; compiled: its blocks."""
+    """Setting of a comparison.
+
+    batch: pairs over all ranks. ds: what DeepSpeed's file holds. Of our steps alone: micro_batch, pairs that a rank
+    passes through the model at once (None: all of its own); checkpoint: activations; compiled: its blocks.
+    """
 
     model: ModelConfig
     batch: int

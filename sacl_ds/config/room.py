@@ -1,4 +1,4 @@
-"""What every room of a configuration is, and the kinds of numbers in it."""
+"""Base class of the configuration's sections, and the kinds of numbers in them."""
 
 from __future__ import annotations
 

@@ -10,8 +10,11 @@ from sacl_ds.errors import one_line
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far.
-    shard: '' for an example of a list, whose key says what it is."""
+    """Reason why a sample was replaced.
+
+    kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far. shard: ''
+    for an example of a list, whose key says what it is.
+    """
 
     kind: Literal["bad", "filtered"]
     shard: str

@@ -23,7 +23,7 @@ class Grouping:
     """
 
     def __init__(self, samples: Mapping[int, int]) -> None:
-        """samples: hash of a sample's name to its group's id."""
+        """Build the table. samples: hash of a sample's name to its group's id."""
         self._names = np.fromiter(samples, np.uint64, len(samples))
         order = np.argsort(self._names)
         self._names = self._names[order]

@@ -208,7 +208,7 @@ def _look(
 
 
 def _check_stats(found: Inspection, file: str, with_image: int | None) -> None:
-    """with_image: samples in the tar, None where it was not read to its end."""
+    """Compare a shard's stats with its content. with_image: samples in the tar, None where it was not read through."""
     if is_remote(file):
         return
     path = stats_path(file)

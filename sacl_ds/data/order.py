@@ -65,7 +65,9 @@ class GlobalOrder:
         shuffle_buffer: int = 32768,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """sets: for each set, the samples of each of its shards; shards are numbered through all sets.
+        """Lay out the streams over the sets.
+
+        sets: for each set, the samples of each of its shards; shards are numbered through all sets.
 
         weights: each set's share of every batch, up to a factor; None for a single set. streams, shuffle_buffer: see
         DataConfig. Raises ValueError for a set without samples.
@@ -178,7 +180,7 @@ class _Set:
     def __init__(
         self, counts: Sequence[int], first: int, seed: int, number: int, streams: int, block: int, apart: int
     ) -> None:
-        """first: its first shard's number; apart: serving positions that neighbours keep between them."""
+        """Lay out a set. first: its first shard's number; apart: serving positions between neighbours."""
         self.counts = np.asarray(counts, np.int64)
         self.total = int(self.counts.sum())
         if self.total < 1:

@@ -41,7 +41,7 @@ class Picture:
             raise bad_image(error) from None
 
     def __init__(self, data: bytes | Tensor) -> None:
-        """data: a JPEG, PNG or WebP, or (3, H, W) uint8. Raises BadImage where it is no image."""
+        """Open an image. data: a JPEG, PNG or WebP, or (3, H, W) uint8. Raises BadImage where it is no image."""
         self._data, self._jpeg, self._plain, self._turned = data, False, False, False
         self._decoded: dict[int, Tensor] = {}  # by 1 / scale
         if isinstance(data, Tensor):

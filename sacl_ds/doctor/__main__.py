@@ -1,4 +1,4 @@
-"""Whether this node, or every node of a hostfile, is fit to train, and what to do where not."""
+"""Check whether this node, or every node of a hostfile, is fit to train, and say what to do where not."""
 
 from __future__ import annotations
 

@@ -25,10 +25,12 @@ from sacl_ds.model.vqa import VqaModel
 
 @dataclass(frozen=True)
 class VqaResult:
-    """figures: {name: (value, chance)}, fractions: `accuracy`, and `accuracy/...` for each type of answer and of
-    question; chance is that of the most frequent answer to the type of question, NaN where that is not known. Empty
-    without labels. predictions: {"question_id", "answer"} each, in the questions' order, without those whose image
-    cannot be used. scores: the log-likelihood of each. notes: what a reader of the figures should know.
+    """Result of a VQA evaluation.
+
+    figures: {name: (value, chance)}, fractions: `accuracy`, and `accuracy/...` for each type of answer and of question;
+    chance is that of the most frequent answer to the type of question, NaN where that is not known. Empty without
+    labels. predictions: {"question_id", "answer"} each, in the questions' order, without those whose image cannot be
+    used. scores: the log-likelihood of each. notes: what a reader of the figures should know.
     """
 
     figures: dict[str, tuple[float, float]]

@@ -52,9 +52,12 @@ def chance_consistency(identifiers: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Nlvr2Result:
-    """figures: {name: (value, chance)}, fractions; empty without labels. predictions: (identifier, verdict) of the
-    statements whose images could be read, in order, and probabilities: what they were given to be true. notes: lines
-    on what is missing."""
+    """Result of an NLVR2 evaluation.
+
+    figures: {name: (value, chance)}, fractions; empty without labels. predictions: (identifier, verdict) of the
+    statements whose images could be read, in order, and probabilities: what they were given to be true. notes: lines on
+    what is missing.
+    """
 
     figures: dict[str, tuple[float, float]]
     predictions: list[tuple[str, bool]]

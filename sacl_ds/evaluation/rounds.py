@@ -90,9 +90,9 @@ def require_few(faults: Sequence[Fault], count: int, most: float, setting: str =
 
 
 def require_finite(values: np.ndarray, names: Sequence[str], what: str) -> None:
-    """values: (n,) or (n, d), of examples with these names, the same on every rank. what: they are called.
+    """Raise SharedError, on every rank alike, where a value is NaN or infinite: what is ranked by it says nothing.
 
-    Raises SharedError, on every rank alike, where one is NaN or infinite: what is ranked by it says nothing.
+    values: (n,) or (n, d), of examples with these names, the same on every rank. what: they are called.
     """
     finite = np.isfinite(values.reshape(len(names), -1)).all(1) if names else np.ones(0, bool)
     wrong = np.flatnonzero(~finite)

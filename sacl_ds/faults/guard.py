@@ -52,8 +52,8 @@ class Guard:
     """
 
     def __init__(self, folder: Path, ranks: Ranks, limits: Limits, checkpoint: int | None) -> None:
-        """checkpoint: the step of the newest one. Every rank calls it. Raises Fault where the first rank cannot be
-        reached."""
+        """Connect the ranks and begin the status file; every rank calls it. checkpoint: the step of the newest one.
+        Raises Fault where the first rank cannot be reached."""
         self.requests = Requests()
         self._folder, self._ranks = folder, ranks
         self._place: tuple[int, Doing, float] = (checkpoint or 0, "starting", time.monotonic())

@@ -10,7 +10,7 @@ _ORDER = {"data": 0, "step": 1}  # within a step
 
 @dataclass(frozen=True)
 class Beat:
-    """Heartbeat: what a rank does. doing: starting, data, step, evaluation, saving or ending; seconds: since when."""
+    """Heartbeat of a rank. doing: starting, data, step, evaluation, saving or ending; seconds: for how long."""
 
     rank: int
     host: str

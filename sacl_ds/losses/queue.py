@@ -38,7 +38,7 @@ from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, constant, row_produ
 
 @dataclass(frozen=True)
 class Keys:
-    """What the anchors are compared with, without gradient.
+    """Keys that the anchors are compared with, without gradient.
 
     image, text: (b, d) features of this rank's pairs, from momentum encoders. queue_image, queue_text: (m, d) features
     of earlier pairs, the same on all ranks, or None; with them queue_teacher_image, queue_teacher_text (m, d_t) where
@@ -199,7 +199,7 @@ def keys_loss(logit_scale: Tensor, keys: Keys, soft_weight: float, job: TileJob)
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction's matrix. anchors: this rank's. batch: the keys of all ranks, in rank order. queue: those of
+    """Matrix of one direction. anchors: this rank's. batch: the keys of all ranks, in rank order. queue: those of
     earlier pairs."""
 
     anchors: Side

@@ -134,7 +134,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class TileJob:
-    """What every pass over the tiles shares. ids, shared: of the batch and then of a queue, from `shared_ids`."""
+    """Inputs shared by every pass over the tiles. ids, shared: of the batch and then of a queue, from `shared_ids`."""
 
     batch: GlobalBatch
     regulation: Regulation
@@ -232,7 +232,7 @@ class Anchors:
 
     @classmethod
     def of(cls, sums: Sums, own: Tensor, regulation: Regulation) -> Anchors:
-        """own: (n,) float64, z of each anchor and its positive. An anchor without negatives has loss and pull 0."""
+        """Finish the anchors' sums. own: (n,) float64, z of each positive. Without negatives loss and pull are 0."""
         alone = sums.count == 0
         regulated = math.log(regulation.negative_mass) + sums.weighted
         if regulation.drop_below is None:

@@ -104,7 +104,9 @@ class ImageEncoder(nn.Module):
             block.compile(backend=backend)
 
     def forward(self, images: Tensor, guide: Tensor | None = None, record: list[Choice] | None = None) -> ImageStates:
-        """guide: (b, width) [CLS] states of texts to choose the patches by, already here.
+        """Encode images.
+
+        guide: (b, width) [CLS] states of texts to choose the patches by, already here.
 
         With placement `tower` or `published`, and for `output` too where it is given; without a guide no text takes
         part in the result. record: gets every selection that is made, in order.

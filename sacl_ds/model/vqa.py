@@ -20,8 +20,8 @@ _CANDIDATES_AT_ONCE = 8  # of each question; independent of the batch, so that a
 
 
 class Ranking(NamedTuple):
-    """best: (b,) int64, the candidate ranked first. scores: (b, top) float32, log-likelihoods, falling.
-    candidates: (b, top) int64, whose they are."""
+    """Ranking of answers. best: (b,) int64, the candidate ranked first. scores: (b, top) float32, log-likelihoods,
+    falling. candidates: (b, top) int64, whose they are."""
 
     best: Tensor
     scores: Tensor

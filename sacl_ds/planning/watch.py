@@ -130,7 +130,7 @@ def _all_threads_counted() -> Iterator[None]:
 
 
 def live_tensors() -> dict[int, int]:
-    """{storage: its bytes} of the CPU tensors that Python knows."""
+    """Return {storage: its bytes} of the CPU tensors that Python knows."""
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():

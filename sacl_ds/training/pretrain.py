@@ -53,7 +53,7 @@ _VOCABULARY_CAPTIONS = 100_000
 
 class Evaluator(Protocol):
     def __call__(self, model: SaclModel, view: View, device: torch.device) -> Figures:
-        """{name: (value, chance)}; every rank calls it."""
+        """Evaluate the model: {name: (value, chance)}; every rank calls it."""
 
 
 Evaluators = Callable[[RunConfig], Evaluator | None]

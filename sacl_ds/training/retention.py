@@ -11,7 +11,7 @@ from sacl_ds.config import TrainConfig
 
 
 class Judged(Protocol):
-    """Checkpoint: steps done, and held-out metrics of that step by name, where it was evaluated."""
+    """Interface of a checkpoint: its step, and held-out metrics of that step by name, where it was evaluated."""
 
     @property
     def step(self) -> int: ...

@@ -33,7 +33,7 @@ Run = TypeVar("Run", bound=TrainingConfig)
 
 @dataclass(frozen=True)
 class Job:
-    """What one start of a command line trains with. ds: DeepSpeed's file; resume: continue the run in its directory."""
+    """Execution of a training, beside its configuration. ds: DeepSpeed's file; resume: go on in its directory."""
 
     ds: dict[str, Any]
     ds_name: str

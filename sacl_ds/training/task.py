@@ -67,7 +67,7 @@ class TrainingTask:
 
 @dataclass(frozen=True)
 class Training:
-    """All parts of one training, built for its configuration: `sacl_ds.training.run.train` runs it.
+    """Parts of one training, built for its configuration; `sacl_ds.training.run.train` runs it.
 
     objective: the module whose forward returns the losses, with the model in its attribute `model`. identity: what its
     checkpoints belong to. workers: loader processes asked for. max_bad_share: how many samples may be unusable.

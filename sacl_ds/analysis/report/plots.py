@@ -110,7 +110,10 @@ def lines(
     bottom: float | None = None,
     top: float | None = None,
 ) -> None:
-    """curves: {label: (steps, values, colour, line style)}. zero: draw the line at 0; share: values as per cent."""
+    """Plot curves: {label: (steps, values, colour, line style)}.
+
+    zero: draw the line at 0; share: values as per cent.
+    """
     with _axes(path) as axis:
         for name, (steps, values, colour, style) in curves.items():
             axis.plot(steps, values, style, color=colour, label=name, marker=_marker(steps), markersize=4)

@@ -21,7 +21,7 @@ _KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Ranking:
-    """One run's images for each text: (n, n) scores, and the average precision of each query."""
+    """Text to image ranking of one run: (n, n) scores, and the average precision of each query."""
 
     name: str
     scores: np.ndarray

@@ -79,7 +79,7 @@ class EvaluationImages(Sequence[Sample]):
 
 
 class TrainingPairs(Sequence[Sample]):
-    """One entry a caption, so that an epoch is all captions; read when it is asked for, which raises BadSample.
+    """Training pairs, a caption each, so that an epoch is all captions; read when asked for, which raises BadSample.
 
     What identifies the image is its key, not its bytes: all captions of an image get the same first pair id from
     `Collator`, and are never negatives of each other.

@@ -59,7 +59,7 @@ class Stream:
     """Stream of bytes, read from front to back."""
 
     def __init__(self, source: IO[bytes] | Pipe, heart: Heart, stall_seconds: float, owner: object = None) -> None:
-        """heart: beats when bytes have come. owner: what must live as long as the source."""
+        """Wrap a source. heart: beats when bytes have come. owner: what must live as long as the source."""
         self._source, self._heart, self._owner = source, heart, owner
         self._limit, self._since, self._ended = stall_seconds, 0.0, False
         self.stalled = False

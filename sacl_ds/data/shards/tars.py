@@ -119,8 +119,9 @@ def _grouped(members: Iterable[tuple[str, bool, Item]]) -> Iterator[_Group[Item]
 
 
 def samples_of(stream: Stream, without_image: bool = False) -> Iterator[dict[str, Any]]:
-    """{'__key__': ..., 'jpg': bytes, ...} of each sample from where the stream stands: pictures, txt and json alone; of
-    one that cannot be used, PROBLEM says why. Raises BadShard.
+    """Yield {'__key__': ..., 'jpg': bytes, ...} of each sample from where the stream stands.
+
+    Only pictures, txt and json are read; of one that cannot be used, PROBLEM says why. Raises BadShard.
 
     without_image: groups that have none too, which are no samples for training.
     """

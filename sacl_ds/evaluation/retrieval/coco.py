@@ -65,11 +65,11 @@ def coco_figures(
     second: tuple[Ranked, Ranked] | None,
     reranked: int,
 ) -> Figures:
-    """{name: (value, chance)} of both directions: eccv_*_mAP@R, _R-precision and _R@1, cxc_*_R@k, coco_1k_*_R@k; those
-    of the second order with the prefix reranked_. Every rank calls it.
+    """Compute COCO's metrics of both directions, {name: (value, chance)}; every rank calls it.
 
-    first, second: text to image, image to text, at least `DEPTH` deep. reranked: how many candidates of each query the
-    second order moved.
+    Names: eccv_*_mAP@R, _R-precision and _R@1, cxc_*_R@k, coco_1k_*_R@k; those of the second order with the prefix
+    reranked_. first, second: text to image, image to text, at least `DEPTH` deep. reranked: how many candidates of each
+    query the second order moved.
     """
     folds = _fold_lists(truth, encoded)
     table: Figures = {}

@@ -62,9 +62,11 @@ class Encoded:
 def encode(
     model: SaclModel, data: RetrievalSet, view: View, device: torch.device, batch_size: int, states: bool, done: Done
 ) -> Encoded:
-    """Each rank takes every world-th image and its share of the captions, and all run equally many forward passes:
-    under ZeRO 3 every pass is collective. Raises SharedError where too many images cannot be read, or all, and where
-    features are not finite."""
+    """Encode every world-th image and a share of the captions on each rank, and gather all on every rank.
+
+    All ranks run equally many forward passes: under ZeRO 3 every pass is collective. Raises SharedError where too many
+    images cannot be read, or all, and where features are not finite.
+    """
     rounds = ImageRounds(data, view, batch_size)
     features: list[np.ndarray] = []
     listed: list[tuple[int, str, list[str]]] = []

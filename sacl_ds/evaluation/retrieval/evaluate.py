@@ -20,7 +20,8 @@ from sacl_ds.model.sacl import SaclModel
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """figures: {name: (value, chance)}, fractions. notes: lines on what was left out, or could not be computed."""
+    """Result of a retrieval. figures: {name: (value, chance)}, fractions. notes: lines on what was left out, or could
+    not be computed."""
 
     figures: Figures
     ranking: Ranking

@@ -54,8 +54,11 @@ def figures_of(
     reranked: tuple[np.ndarray, np.ndarray] | None = None,
     prefix: str = "",
 ) -> Figures:
-    """{name: (value, chance)}, fractions. features: text (m, d) and image (n, d). reranked: for each text the first
-    k images of the first stage, and their scores (`mean_precisions`)."""
+    """Compute the metrics of both directions, {name: (value, chance)}, fractions.
+
+    features: text (m, d) and image (n, d). reranked: for each text the first k images of the first stage, and their
+    scores (`mean_precisions`).
+    """
     known, m, n = truth.satisfying, len(truth.owner), truth.images
     own = np.bincount(truth.owner, minlength=n)
     table: Figures = {}

@@ -96,7 +96,7 @@ def table_records(
 
 
 def _check_delimiter(table: Path, delimiter: str, header: str) -> None:
-    """header: the only column that it gives."""
+    """Refuse a table that its delimiter leaves in one piece. header: the only column that it gives."""
     others = [each for each in ("\t", "|", ";", ",") if each != delimiter and each in header]
     if others:
         used, other = (each.encode("unicode_escape").decode() for each in (delimiter, others[0]))
