@@ -17,7 +17,7 @@ from sacl_ds.analysis.pairs import is_features
 from sacl_ds.analysis.ranking import Curve, Detector, spearman
 from sacl_ds.analysis.subject import load_subject, read_pairs
 from sacl_ds.analysis.terminal import progress, say, table
-from sacl_ds.analysis.truth import Question, questions
+from sacl_ds.analysis.truth import GradedNegatives, questions
 from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.sources import HELD_OUT, scene_size
@@ -40,7 +40,7 @@ def detectors(regulation: Regulation, teacher: bool) -> dict[str, Regulation]:
     return found
 
 
-def detection(question: Question, regulation: Regulation) -> tuple[dict[str, Any], Curve]:
+def detection(question: GradedNegatives, regulation: Regulation) -> tuple[dict[str, Any], Curve]:
     """Figures, and the curves of -log w as a score for false negatives, over all anchors and their negatives.
 
     Figures: auc, average_precision, chance (the average precision of random scores), at_weight: for each of THRESHOLDS

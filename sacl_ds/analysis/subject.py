@@ -22,7 +22,7 @@ from sacl_ds.config import CaptionFilter, RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
 from sacl_ds.data.collate import Collator, Item
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample, Source
@@ -282,7 +282,7 @@ def _seen(
     """(item, names) of each sample in its order, decoded by several threads; None for one that cannot be used."""
 
     def one(raw: Any, place: Place) -> tuple[Item, tuple[str, str, str, str, str]] | None:
-        if isinstance(raw, Fault):
+        if isinstance(raw, SampleFault):
             return None
         try:
             sample = source.decode(raw)

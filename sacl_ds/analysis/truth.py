@@ -22,7 +22,7 @@ _ROWS = 256  # anchors at a time
 
 
 @dataclass(frozen=True)
-class Question:
+class GradedNegatives:
     """Query of one direction under one truth: anchors, candidates and their relevance.
 
     anchors (a, d), candidates (m, d): unit features, as are the teacher's. anchor_ids (a, k), candidate_ids (m, k): a
@@ -67,7 +67,7 @@ class Question:
         return made
 
 
-def questions(pairs: Pairs) -> list[Question]:
+def questions(pairs: Pairs) -> list[GradedNegatives]:
     """Return the known truths about these pairs: built-in scenes, or COCO's test split. Raises UserError for others."""
     if pairs.shards and set(pairs.shards) == {COCO}:
         return _of_coco(pairs)
@@ -79,7 +79,7 @@ def questions(pairs: Pairs) -> list[Question]:
     )
 
 
-def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[Question]:
+def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[GradedNegatives]:
     """Build the questions of scenes: one caption each, graded by the share of its statements that hold in a picture."""
     said: list[Caption] = []
     drawn: list[Scene] = []
@@ -95,12 +95,12 @@ def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[Question
     t_image, t_text = pairs.teacher or (None, None)
     ids = pairs.pair_ids
     return [
-        Question("scenes", "image_to_text", pairs.image, pairs.text, _both(t_image, t_text), ids, ids, holds.T),
-        Question("scenes", "text_to_image", pairs.text, pairs.image, _both(t_text, t_image), ids, ids, holds),
+        GradedNegatives("scenes", "image_to_text", pairs.image, pairs.text, _both(t_image, t_text), ids, ids, holds.T),
+        GradedNegatives("scenes", "text_to_image", pairs.text, pairs.image, _both(t_text, t_image), ids, ids, holds),
     ]
 
 
-def _of_coco(pairs: Pairs) -> list[Question]:
+def _of_coco(pairs: Pairs) -> list[GradedNegatives]:
     """Build the questions of ECCV Caption (its queries alone) and CxC, of the package eccv_caption.
 
     A row is a caption with its image.
@@ -116,7 +116,7 @@ def _of_coco(pairs: Pairs) -> list[Question]:
     for truth, known in _verified().items():
         positives, rows = _listed(known["i2t"], place_of_image, place_of_caption)
         found.append(
-            Question(
+            GradedNegatives(
                 truth,
                 "image_to_text",
                 pairs.image[first][rows],
@@ -129,7 +129,7 @@ def _of_coco(pairs: Pairs) -> list[Question]:
         )
         positives, rows = _listed(known["t2i"], place_of_caption, place_of_image)
         found.append(
-            Question(
+            GradedNegatives(
                 truth,
                 "text_to_image",
                 pairs.text[rows],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sacl_ds.benchmark.setting import Setting
+from sacl_ds.benchmark.setting import BenchmarkSetting
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.distributed import rank, world_size
@@ -30,7 +30,7 @@ _ALPHA = 0.5
 
 
 @dataclass(frozen=True)
-class Case:
+class StepVariant:
     """Variant of our step. fusion: ITM and MLM as well. placement: of patch selection."""
 
     fusion: bool = False
@@ -40,19 +40,19 @@ class Case:
 
 
 CASES = {
-    "ITC, InfoNCE": Case(contrastive="infonce"),
-    "ITC, SACL": Case(),
-    "ITC, SACL, stored teacher": Case(teacher="stored"),
-    "ITC, SACL, live teacher": Case(teacher="live"),
-    "three losses": Case(fusion=True),
-    "three losses, stored teacher": Case(fusion=True, teacher="stored"),
-    "three losses, live teacher": Case(fusion=True, teacher="live"),
-    "three losses, patches at output": Case(fusion=True, placement="output"),
-    "three losses, patches as published": Case(fusion=True, placement="published"),
+    "ITC, InfoNCE": StepVariant(contrastive="infonce"),
+    "ITC, SACL": StepVariant(),
+    "ITC, SACL, stored teacher": StepVariant(teacher="stored"),
+    "ITC, SACL, live teacher": StepVariant(teacher="live"),
+    "three losses": StepVariant(fusion=True),
+    "three losses, stored teacher": StepVariant(fusion=True, teacher="stored"),
+    "three losses, live teacher": StepVariant(fusion=True, teacher="live"),
+    "three losses, patches at output": StepVariant(fusion=True, placement="output"),
+    "three losses, patches as published": StepVariant(fusion=True, placement="published"),
 }
 
 
-def run_of(case: Case, setting: Setting) -> RunConfig:
+def run_of(case: StepVariant, setting: BenchmarkSetting) -> RunConfig:
     """Return the configuration whose training step this is. Raises UserError where its ranks do not divide the batch
     (`resolve`)."""
     selection = setting.model.patch_selection.model_copy(update={"placement": case.placement})
@@ -73,7 +73,7 @@ def run_of(case: Case, setting: Setting) -> RunConfig:
 class OurStep:
     """Training step of `case` on `batch`, called to take it; the batch is on the host if it has micro-batches."""
 
-    def __init__(self, case: Case, setting: Setting, batch: Batch, machine: Machine) -> None:
+    def __init__(self, case: StepVariant, setting: BenchmarkSetting, batch: Batch, machine: Machine) -> None:
         self.run, self.device = run_of(case, setting), setting.device
         torch.manual_seed(0)
         model = SaclModel(self.run.model, self.run.model.vocab_size, pretrained=False)

@@ -22,7 +22,7 @@ _PARTS_OF_TWELVE = (5, 10)  # layers of twelve behind which patches are left out
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchmarkSetting:
     """Setting of a comparison.
 
     batch: pairs over all ranks. ds: what DeepSpeed's file holds. Of our steps alone: micro_batch, pairs that a rank
@@ -83,7 +83,7 @@ def lengths(captions: Captions, pairs: int, longest: int, generator: torch.Gener
     return drawn.round().long().clamp(min(_SHORTEST, longest), longest)
 
 
-def random_batch(setting: Setting, pairs: int, rank: int) -> Batch:
+def random_batch(setting: BenchmarkSetting, pairs: int, rank: int) -> Batch:
     """Draw a rank's part of a batch, on the host: texts padded to the longest, MLM's share of their tokens masked."""
     model, g = setting.model, torch.Generator().manual_seed(rank)
     tokens = lengths(setting.captions, pairs, model.max_tokens, g)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import IGNORED, Tokenizer
 
@@ -68,7 +68,7 @@ class Batch(Movable):
     teacher_input_ids: Tensor | None = None  # (b, L_t) int64
     teacher_attention_mask: Tensor | None = None  # (b, L_t) int64
     teacher_features: Tensor | None = None  # (b, 2, d_t) float16: of image and text, computed beforehand
-    faults: list[Fault] = field(default_factory=list)  # samples that others of this batch stand in for
+    faults: list[SampleFault] = field(default_factory=list)  # samples that others of this batch stand in for
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from sacl_ds.data.batch import Batch, TrainingView, View, concatenate
 from sacl_ds.data.captions import normalised
 from sacl_ds.data.draws import hash64, words
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
@@ -72,7 +72,7 @@ class Collator:
         features = self.features.of(place, sample, which) if self.features else None
         return Item(sample.key, sample.shard, draw, caption, image, teacher_image, features, self._ids(sample, caption))
 
-    def __call__(self, items: Sequence[Item], faults: Sequence[Fault] = ()) -> Batch:
+    def __call__(self, items: Sequence[Item], faults: Sequence[SampleFault] = ()) -> Batch:
         """Collate items to a batch. faults: samples that some of these stand in for."""
         tokenizer = self.view.tokenizer
         captions = [item.caption for item in items]

@@ -9,7 +9,7 @@ from sacl_ds.errors import one_line
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class SampleFault:
     """Reason why a sample was replaced.
 
     kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far. shard: ''
@@ -29,6 +29,6 @@ class Fault:
 class BadSample(ValueError):
     """Raised where a sample cannot be used."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault: SampleFault) -> None:
         super().__init__(str(fault))
         self.fault = fault

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sacl_ds.data.batch import Moves
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.feed import Feed
 from sacl_ds.data.order import GlobalOrder, Place
 from sacl_ds.data.sample import Source
@@ -40,7 +40,7 @@ class Loadable(Moves, Protocol):
         """(b, k) int64: ids of the rows, the same in every run."""
 
     @property
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[SampleFault]:
         """Samples that others of this batch stand in for."""
 
     def __len__(self) -> int: ...
@@ -55,7 +55,7 @@ class Collates(Protocol[Made]):
     def item(self, sample: Any, place: Place) -> Any:
         """Decode and transform a sample to an item. Raises BadSample."""
 
-    def __call__(self, items: Sequence[Any], faults: Sequence[Fault] = ()) -> Made: ...
+    def __call__(self, items: Sequence[Any], faults: Sequence[SampleFault] = ()) -> Made: ...
 
     def join(self, parts: Sequence[Made]) -> Made:
         """Concatenate batches, in order."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.order import Block
 from sacl_ds.data.pictures import Picture
 
@@ -34,14 +34,14 @@ class Sample:
         digest.update("\0".join([self.key, *self.captions]).encode())
         return int.from_bytes(digest.digest(), "little")
 
-    def fault(self, reason: str) -> Fault:
-        return Fault("bad", self.shard, self.key, reason)
+    def fault(self, reason: str) -> SampleFault:
+        return SampleFault("bad", self.shard, self.key, reason)
 
 
 class Samples(Protocol):
     """Iterator over undecoded samples that can be closed."""
 
-    def __next__(self) -> Any | Fault: ...
+    def __next__(self) -> Any | SampleFault: ...
 
     def close(self) -> None: ...
 

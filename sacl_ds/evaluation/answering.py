@@ -54,7 +54,7 @@ class _Answered(NamedTuple):
     chance: float
 
 
-class _Asked(NamedTuple):
+class _LoadedQuestion(NamedTuple):
     question: Question | None
     image: Tensor
     text: str
@@ -86,11 +86,11 @@ def evaluate_questions(
     candidates = torch.from_numpy(pad(rows, tokenizer.pad_id)).to(device)
     candidate_mask = torch.from_numpy(attention_mask(rows)).to(device)
 
-    def read(number: int) -> _Asked:
+    def read(number: int) -> _LoadedQuestion:
         question = questions[number]
-        return _Asked(question, pixels(question, image_view, ()), question.question)
+        return _LoadedQuestion(question, pixels(question, image_view, ()), question.question)
 
-    def run(asked: Sequence[_Asked]) -> list[_Answered]:
+    def run(asked: Sequence[_LoadedQuestion]) -> list[_Answered]:
         ids = tokenizer.ids([each.text for each in asked])  # here, on one thread: a tokenizer bears no more
         mask = torch.from_numpy(attention_mask(ids)).to(device)
         images = torch.stack([each.image for each in asked]).to(device)
@@ -103,7 +103,7 @@ def evaluate_questions(
             if each.question is not None
         ]
 
-    filler = _Asked(None, torch.zeros(3, image_view.size, image_view.size).byte(), "")
+    filler = _LoadedQuestion(None, torch.zeros(3, image_view.size, image_view.size).byte(), "")
     was_training = model.training
     model.eval()
     try:

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.distributed import gather_objects, rank, world_size
 from sacl_ds.errors import SharedError
 
@@ -23,7 +23,7 @@ class Rounds(NamedTuple, Generic[Result]):
     faults: why not."""
 
     results: list[Result | None]
-    faults: list[Fault]
+    faults: list[SampleFault]
 
 
 def in_rounds(
@@ -44,9 +44,9 @@ def in_rounds(
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rounds = -(-len(range(0, count, world_size())) // batch_size)
     results: list[tuple[int, Result]] = []
-    faults: list[Fault] = []
+    faults: list[SampleFault] = []
 
-    def attempt(number: int) -> Item | Fault:
+    def attempt(number: int) -> Item | SampleFault:
         try:
             return read(number)
         except BadSample as error:
@@ -54,7 +54,7 @@ def in_rounds(
 
     with ThreadPoolExecutor(_READERS) as pool:
 
-        def start(turn: int) -> list[Future[Item | Fault]]:
+        def start(turn: int) -> list[Future[Item | SampleFault]]:
             return [pool.submit(attempt, number) for number in batches[turn]] if turn < len(batches) else []
 
         coming = start(0)
@@ -62,14 +62,14 @@ def in_rounds(
             read_now, coming = coming, start(turn + 1)
             told = [each.result() for each in read_now]
             numbers = batches[turn] if turn < len(batches) else range(0)
-            good = [(n, each) for n, each in zip(numbers, told, strict=True) if not isinstance(each, Fault)]
-            faults += [each for each in told if isinstance(each, Fault)]
+            good = [(n, each) for n, each in zip(numbers, told, strict=True) if not isinstance(each, SampleFault)]
+            faults += [each for each in told if isinstance(each, SampleFault)]
             given = run([each for _, each in good] or [filler])
             if good:
                 results += zip((number for number, _ in good), given, strict=True)
             done(len(told))
     merged: list[Result | None] = [None] * count
-    all_faults: list[Fault] = []
+    all_faults: list[SampleFault] = []
     for part, wrong in gather_objects((results, faults)):
         all_faults += wrong
         for number, result in part:
@@ -77,7 +77,9 @@ def in_rounds(
     return Rounds(merged, all_faults)
 
 
-def require_few(faults: Sequence[Fault], count: int, most: float, setting: str = "data.max_bad_share") -> str | None:
+def require_few(
+    faults: Sequence[SampleFault], count: int, most: float, setting: str = "data.max_bad_share"
+) -> str | None:
     """Count and name examples that could not be used, in a line; None where there is none. Raises SharedError, on every
     rank alike, where they are more than the share `most` of `count`."""
     if not faults:

@@ -12,7 +12,7 @@ from sacl_ds import __version__
 from sacl_ds.config import ModelConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
-from sacl_ds.exporting.vision import Tower, tower_of
+from sacl_ds.exporting.vision import VisionTower, tower_of
 from sacl_ds.exporting.widening import widened
 from sacl_ds.model.sacl import MAX_LOGIT_SCALE, SaclModel
 from sacl_ds.model.starts.quiet import quiet
@@ -42,7 +42,7 @@ def chinese_clip(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, la
     return made.eval()
 
 
-def _config(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, tower: Tower) -> ChineseCLIPConfig:
+def _config(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, tower: VisionTower) -> ChineseCLIPConfig:
     bert = model.text_encoder.bert.config
     kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
@@ -71,7 +71,7 @@ def _config(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, tower: 
     )
 
 
-def _tensors(model: SaclModel, tower: Tower, image: Tensor) -> dict[str, Tensor]:
+def _tensors(model: SaclModel, tower: VisionTower, image: Tensor) -> dict[str, Tensor]:
     state = model.state_dict()
     text = {name.removeprefix(_TEXT): tensor for name, tensor in state.items() if name.startswith(_TEXT)}
     return {

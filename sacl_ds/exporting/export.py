@@ -18,7 +18,7 @@ from sacl_ds.exporting.chinese_clip import chinese_clip, largest_difference, req
 from sacl_ds.exporting.folder import new_folder, require_free
 from sacl_ds.exporting.processor import image_processor
 from sacl_ds.exporting.settings import travelling
-from sacl_ds.exporting.source import Source, read_source
+from sacl_ds.exporting.source import ExportSource, read_source
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, write_tensors
 from sacl_ds.model.starts.quiet import quiet
 
@@ -46,7 +46,7 @@ def export(checkpoint: str, form: str, out: Path, dtype: str = "fp32") -> list[s
     return [*said, f"{out}: {form}, {dtype}, {size / 2**20:.1f} MB"]
 
 
-def _write_hf(source: Source, folder: Path, dtype: str, name: str) -> list[str]:
+def _write_hf(source: ExportSource, folder: Path, dtype: str, name: str) -> list[str]:
     config = source.run.model
     made = chinese_clip(source.model, config, source.tokenizer, source.label)
     difference = largest_difference(source.model, made, config, source.tokenizer)
@@ -64,7 +64,7 @@ def _write_hf(source: Source, folder: Path, dtype: str, name: str) -> list[str]:
     return said
 
 
-def _write_safetensors(source: Source, folder: Path, dtype: str, name: str) -> list[str]:
+def _write_safetensors(source: ExportSource, folder: Path, dtype: str, name: str) -> list[str]:
     settings = travelling(source.settings, source.label)
     tensors = {key: _cast(key, tensor, dtype) for key, tensor in source.model.state_dict().items()}
     said = {"step": source.step, "version": __version__, "dtype": dtype}

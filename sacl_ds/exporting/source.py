@@ -24,7 +24,7 @@ _BEST = "best.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     label: str  # what error lines begin with
     folder: Path  # of the run
     model: SaclModel  # on the CPU, float32, eval
@@ -36,7 +36,7 @@ class Source:
     chance: dict[str, float]
 
 
-def read_source(checkpoint: str) -> Source:
+def read_source(checkpoint: str) -> ExportSource:
     """Read a finished run, its checkpoints/step_N (of any ZeRO stage), or an earlier export. Raises UserError."""
     label, folder = f"checkpoint={checkpoint}", run_of(checkpoint)
     state, step = saved_state(checkpoint)
@@ -46,7 +46,7 @@ def read_source(checkpoint: str) -> Source:
         step = _step(folder / WEIGHTS)
     figures, chance = _evaluated(folder, step, whole)
     settings = read_yaml(folder / CONFIG)
-    return Source(label, folder, model.eval(), run, settings, tokenizer, step, figures, chance)
+    return ExportSource(label, folder, model.eval(), run, settings, tokenizer, step, figures, chance)
 
 
 def _step(weights: Path) -> int | None:

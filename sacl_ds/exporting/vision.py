@@ -18,7 +18,7 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_p
 
 
 @dataclass(frozen=True)
-class Tower:
+class VisionTower:
     """Converted image tower.
 
     tensors: float64, under ChineseCLIPVisionModel's names; the norm before the blocks is missing where timm's model has
@@ -40,7 +40,7 @@ class Tower:
         return "pre_layrnorm.weight" in self.tensors
 
 
-def tower_of(vit: nn.Module, label: str) -> Tower:
+def tower_of(vit: nn.Module, label: str) -> VisionTower:
     """Convert timm's vision transformer. Exact in real numbers; in float32 it rounds elsewhere than timm does.
 
     label: what error lines begin with. Raises UserError where ChineseCLIPVisionModel cannot compute what this one does.
@@ -58,7 +58,7 @@ def tower_of(vit: nn.Module, label: str) -> Tower:
         tensors |= {f"encoder.layers.{number}.{name}": tensor for name, tensor in _block(block).items()}
     tensors |= _affine("post_layernorm", vit.norm)
     first = vit.blocks[0]
-    return Tower(
+    return VisionTower(
         tensors,
         width=vit.embed_dim,
         heads=first.attn.num_heads,

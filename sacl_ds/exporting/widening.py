@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sacl_ds.exporting.vision import Tower
+from sacl_ds.exporting.vision import VisionTower
 
 # the root of Σ C² over the longest token's length; with more, rounding of the sum over ±C begins to tell
 _RATIO = 128.0
@@ -34,7 +34,7 @@ _READERS = {
 }
 
 
-def widened(tower: Tower, projection: Tensor, mean: Tensor, std: Tensor) -> tuple[Tower, Tensor]:
+def widened(tower: VisionTower, projection: Tensor, mean: Tensor, std: Tensor) -> tuple[VisionTower, Tensor]:
     """Widen the tower by one head, with a first norm that changes no token by more than 1 / (2 · 128²) of it.
 
     projection: (d, width) of the tower's features into the shared space, returned for the wider one, float64. mean,
@@ -105,7 +105,7 @@ def _padded(tensor: Tensor, dim: int, added: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _longest(tower: Tower, mean: Tensor, std: Tensor) -> float:
+def _longest(tower: VisionTower, mean: Tensor, std: Tensor) -> float:
     """Bound the length of tokens before the blocks, for any pixels."""
     centred = {name: t - t.mean(1 if "position" in name else 0, keepdim=True) for name, t in tower.tensors.items()
                if name.startswith("embeddings.")}  # fmt: skip

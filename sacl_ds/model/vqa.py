@@ -19,7 +19,7 @@ from sacl_ds.model.sacl import SaclModel
 _CANDIDATES_AT_ONCE = 8  # of each question; independent of the batch, so that all ranks run equally many passes
 
 
-class Ranking(NamedTuple):
+class AnswerRanking(NamedTuple):
     """Ranking of answers. best: (b,) int64, the candidate ranked first. scores: (b, top) float32, log-likelihoods,
     falling. candidates: (b, top) int64, whose they are."""
 
@@ -85,7 +85,7 @@ class VqaModel(nn.Module):
         candidate_mask: Tensor,
         top: int,
         first_token_twice: bool = True,
-    ) -> Ranking:
+    ) -> AnswerRanking:
         """The most likely of K candidate answers, (K, La) ids and mask, to each question, in ALBEF's two steps.
 
         The `top` candidates by the probability of their first token get their full likelihood; with as many as there
@@ -111,7 +111,7 @@ class VqaModel(nn.Module):
         scores = torch.cat(parts, 1) + (first if first_token_twice else 0)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         candidates = chosen.gather(1, order)
-        return Ranking(candidates[:, 0], scores, candidates)
+        return AnswerRanking(candidates[:, 0], scores, candidates)
 
 
 def _grow(model: SaclModel, words: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sacl_ds.config import RunConfig
 from sacl_ds.ds_config import read_ds_config
-from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.job import PlannedJob, Zero
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAIRS = 12  # a rank
@@ -64,7 +64,7 @@ class Case:
         return found
 
     @property
-    def job(self) -> Job:
-        return Job(
+    def job(self) -> PlannedJob:
+        return PlannedJob(
             self.run, self.world, Zero.of(self.ds), predicted=PREDICTED, vocab_size=VOCABULARY, teacher_width=TEACHER
         )

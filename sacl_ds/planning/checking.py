@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sacl_ds.planning.case import PAIRS, Case
-from sacl_ds.planning.job import Job
+from sacl_ds.planning.job import PlannedJob
 from sacl_ds.planning.memory import memory
 from sacl_ds.planning.wire import total, transfers
 
@@ -17,7 +17,7 @@ _LATER = ("buckets", "gradients of the share", "block computed again")  # made w
 _NEGLIGIBLE = 2000  # bytes a step: norms and counters, which no formula follows
 
 
-def predicted(job: Job) -> dict[str, float]:
+def predicted(job: PlannedJob) -> dict[str, float]:
     """Estimate the bytes of a rank under the names that are measured.
 
     Offloaded bytes count too, since on a CPU it is the same memory.

@@ -57,7 +57,7 @@ class Zero:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """Pre-training run on `world` ranks whose teacher's features are stored.
 
     A teacher that runs beside it adds its own weights and forward pass. text_tokens, predicted, vocab_size: as for

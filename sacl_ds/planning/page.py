@@ -15,7 +15,7 @@ from sacl_ds.config_file import load_config
 from sacl_ds.ds_config import read_ds_config
 from sacl_ds.planning.case import ROOT
 from sacl_ds.planning.checking import COLLECTIVES, HELD, Compared, table, worst
-from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.job import PlannedJob, Zero
 from sacl_ds.planning.memory import memory
 from sacl_ds.planning.record import read_record
 from sacl_ds.planning.time import H100, hours, step_time
@@ -207,14 +207,14 @@ def page(measured: dict[str, Any]) -> str:
     )
 
 
-def _job(world: int, stage: int, batch: int | None = None) -> Job:
+def _job(world: int, stage: int, batch: int | None = None) -> PlannedJob:
     """Make a job of the page. batch: None for that of `_WORLDS`."""
     batch = batch or _WORLDS[world]
     micro = _AT_ONCE if batch // world > _AT_ONCE else None
     train = {"global_batch_size": batch, "precision": "bf16", "micro_batch_size": micro}
     run = RunConfig.model_validate({"model": {"preset": "base"}, "train": train})
     ds = read_ds_config(ROOT / f"ds_configs/zero{stage}.json") if stage else {}
-    return Job(run, world, Zero.of(ds), teacher_width=_TEACHER)
+    return PlannedJob(run, world, Zero.of(ds), teacher_width=_TEACHER)
 
 
 def _worked() -> list[str]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sacl_ds.model.cost import BACKWARD
-from sacl_ds.planning.job import Job
+from sacl_ds.planning.job import PlannedJob
 from sacl_ds.planning.wire import transfers
 
 _CHECKPOINTED = 1  # forwards more, for the activations computed again
@@ -59,7 +59,7 @@ class StepTime:
         return self.compute + self.hidden + self.open
 
 
-def step_flops(job: Job) -> float:
+def step_flops(job: PlannedJob) -> float:
     """Count a rank's FLOPs in a step.
 
     Forward and backward of its pairs, both encoders' forward once more with micro-batches, forward of a momentum model,
@@ -80,12 +80,12 @@ def step_flops(job: Job) -> float:
     return job.pairs * (a_pair + a_rival * rivals * width)
 
 
-def backward_flops(job: Job) -> float:
+def backward_flops(job: PlannedJob) -> float:
     """Count the part of `step_flops` that the model's backward passes take."""
     return job.pairs * (BACKWARD - 1 + (_CHECKPOINTED if job.checkpointed else 0)) * job.pair.flops
 
 
-def step_time(job: Job, rates: Rates) -> StepTime:
+def step_time(job: PlannedJob, rates: Rates) -> StepTime:
     """Estimate a step's time. Rings run at their slowest link, the network's as soon as there are several nodes."""
     speed = rates.inside if job.world <= rates.node else rates.outside
     made = transfers(job)
@@ -94,7 +94,7 @@ def step_time(job: Job, rates: Rates) -> StepTime:
     return StepTime(step_flops(job) / reached, backward_flops(job) / reached, hidden, rest)
 
 
-def hours(job: Job, rates: Rates, pairs: float) -> tuple[float, float]:
+def hours(job: PlannedJob, rates: Rates, pairs: float) -> tuple[float, float]:
     """Return the hours to see so many pairs, with all possible overlap and with none. Data never waits."""
     steps, each = math.ceil(pairs / job.run.train.global_batch_size), step_time(job, rates)
     return steps * each.least / 3600, steps * each.most / 3600

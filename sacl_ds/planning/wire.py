@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sacl_ds.planning.job import FLOAT, HALF, Job
+from sacl_ds.planning.job import FLOAT, HALF, PlannedJob
 
 _ID = 8  # bytes of an id
 _PARTS = 4  # in which the texts' gradient is sent
@@ -30,7 +30,7 @@ class Transfer:
         return (2 if self.collective == "all-reduce" else 1) * (world - 1) / world * self.payload
 
 
-def transfers(job: Job) -> list[Transfer]:
+def transfers(job: PlannedJob) -> list[Transfer]:
     """List a step's transfers, without logging, records or evaluation; none in one process."""
     if job.world == 1:
         return []
@@ -43,7 +43,7 @@ def total(made: list[Transfer], collective: str) -> float:
     return sum(each.payload for each in made if each.collective == collective)
 
 
-def _engine(job: Job) -> list[Transfer]:
+def _engine(job: PlannedJob) -> list[Transfer]:
     zero, whole = job.zero, FLOAT * job.parameters
     sent = whole - (FLOAT - HALF) * job.cast
     times = job.reductions
@@ -62,7 +62,7 @@ def _engine(job: Job) -> list[Transfer]:
     ]
 
 
-def _gathered(job: Job) -> float:
+def _gathered(job: PlannedJob) -> float:
     """Count the bytes of parameters that ZeRO 3 gathers in a step, without those that stay whole.
 
     What forward gathers stays until backward is done with it, if there is room; and what the first pass of the first
@@ -78,16 +78,16 @@ def _gathered(job: Job) -> float:
     return job.parts * (every + late if once else 3 * every)
 
 
-def _sent(job: Job, sizes: list[tuple[int, bool]]) -> float:
+def _sent(job: PlannedJob, sizes: list[tuple[int, bool]]) -> float:
     return sum(_padded(job, size) * (HALF if cast else FLOAT) for size, cast in sizes)
 
 
-def _padded(job: Job, size: int) -> int:
+def _padded(job: PlannedJob, size: int) -> int:
     """Round up to equal shares of all ranks."""
     return job.world * -(-size // job.world)
 
 
-def contrastive(job: Job) -> list[Transfer]:
+def contrastive(job: PlannedJob) -> list[Transfer]:
     """List the transfers of the contrastive loss and its gradient: texts travel, images stay."""
     settings = job.run
     texts, width = settings.train.global_batch_size, settings.model.embed_dim
@@ -105,7 +105,7 @@ def contrastive(job: Job) -> list[Transfer]:
     return made
 
 
-def contrastive_with_keys(job: Job) -> list[Transfer]:
+def contrastive_with_keys(job: PlannedJob) -> list[Transfer]:
     """List the transfers of the loss against a momentum model's keys: both sides' keys travel, no gradient returns."""
     texts = job.run.train.global_batch_size
     return [
@@ -115,7 +115,7 @@ def contrastive_with_keys(job: Job) -> list[Transfer]:
     ]
 
 
-def _means(job: Job) -> list[Transfer]:
+def _means(job: PlannedJob) -> list[Transfer]:
     """List the transfers of ITM's and MLM's counts, and of the temperature's gradient."""
     counts = FLOAT * (len(job.run.losses) - 1) if job.parts == 1 else 2 * _ID
     return [
@@ -124,7 +124,7 @@ def _means(job: Job) -> list[Transfer]:
     ]
 
 
-def _momentum(job: Job) -> list[Transfer]:
+def _momentum(job: PlannedJob) -> list[Transfer]:
     settings = job.run.momentum
     if not settings.enabled:
         return []

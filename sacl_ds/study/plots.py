@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sacl_ds.study.plan import Plan
-from sacl_ds.study.summary import METRIC, Row
+from sacl_ds.study.summary import METRIC, ArmSummary
 
 _COLOURS = {
     "infonce": "#777777", "control": "#b07020", "regulated": "#1f6fb4", "other": "#8a5fb0", "oracle": "#2a9050",
@@ -16,7 +16,7 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def plot_arms(found: list[Row], path: Path) -> None:
+def plot_arms(found: list[ArmSummary], path: Path) -> None:
     """Plot every arm's mAP, best at the top: a diamond for the mean, a dot a seed."""
     figure = Figure(figsize=(9, 1.2 + 0.24 * len(found)), layout="constrained")
     axes = figure.subplots()
@@ -35,7 +35,7 @@ def plot_arms(found: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def plot_sweeps(plan: Plan, found: list[Row], path: Path) -> bool:
+def plot_sweeps(plan: Plan, found: list[ArmSummary], path: Path) -> bool:
     """Plot mAP along the plan's sweeps, with the best arms of other families as lines; False where nothing is drawn."""
     known = {row.name: row for row in found}
     sweeps = {

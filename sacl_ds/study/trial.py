@@ -24,7 +24,7 @@ from sacl_ds.study.dual_encoder import DualEncoder
 from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
 from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
 from sacl_ds.study.recognition import trained_stem
-from sacl_ds.study.weights import Seen, contrastive, log_weights
+from sacl_ds.study.weights import DirectionSimilarities, contrastive, log_weights
 from sacl_ds.training.false_share import falling_weights
 from sacl_ds.training.schedules import learning_rate_factor
 
@@ -122,7 +122,7 @@ def _train(
         elif teacher is not None:
             with torch.no_grad():
                 teacher_cosine = teacher.image(tokens) @ teacher.text(ids).T
-        seen = Seen(
+        seen = DirectionSimilarities(
             cosine.detach(),
             teacher_cosine,
             _negatives(data, captions),

@@ -15,7 +15,7 @@ from sacl_ds.study.plan import Arm
 
 
 @dataclass(frozen=True)
-class Seen:
+class DirectionSimilarities:
     """Similarities of one direction, anchors in rows. All (n, n); constants for the gradient.
 
     cosine: of the model; teacher: of its teacher, or None; negatives: bool; relevance: in [0, 1], how true the caption
@@ -27,13 +27,15 @@ class Seen:
     negatives: Tensor
     relevance: Tensor
 
-    def turned(self) -> Seen:
+    def turned(self) -> DirectionSimilarities:
         """Transpose to the other direction."""
         teacher = None if self.teacher is None else self.teacher.T
-        return Seen(self.cosine.T, teacher, self.negatives.T, self.relevance.T)
+        return DirectionSimilarities(self.cosine.T, teacher, self.negatives.T, self.relevance.T)
 
 
-def log_weights(arm: Arm, regulation: Regulation, seen: Seen, scale: float, generator: torch.Generator) -> Tensor:
+def log_weights(
+    arm: Arm, regulation: Regulation, seen: DirectionSimilarities, scale: float, generator: torch.Generator
+) -> Tensor:
     """Compute (n, n) log w_ij, -inf where j is no negative of i or is removed.
 
     regulation: the arm's at this step; generator: deals out shuffled weights.
@@ -96,7 +98,7 @@ def _hard(arm: Arm, z: Tensor, scale: Tensor, negatives: Tensor) -> Tensor:
     return torch.maximum(rest, floor).log() + shift + count.log()
 
 
-def _mass(weights: Tensor, seen: Seen, scale: float) -> Tensor:
+def _mass(weights: Tensor, seen: DirectionSimilarities, scale: float) -> Tensor:
     """Return (n, 1): how much the weights add to the log-sum of the negatives."""
     return AnchorSums.of(scale * seen.cosine, weights, seen.negatives).mass[:, None].to(weights.dtype)
 

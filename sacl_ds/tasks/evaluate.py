@@ -23,7 +23,7 @@ from sacl_ds.model.sacl import autocast
 from sacl_ds.model.saved import TOKENIZER
 from sacl_ds.tasks.configuration import run_of
 from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
 from sacl_ds.tasks.weights import saved_state, trained_model
 from sacl_ds.telemetry.progress import RunProgress, counting_stages, duration
 
@@ -64,11 +64,11 @@ def evaluated(task: Task, model: Any, tokenizer: Tokenizer, split: str, device: 
     begin = time.monotonic()
     model = model.eval().to(device)
     with counting_stages(enabled=rank() == 0) as done:
-        outcome = judged(task, model, split, Seen(tokenizer, device, done=done))
+        outcome = judged(task, model, split, EvaluationContext(tokenizer, device, done=done))
     return outcome, time.monotonic() - begin
 
 
-def judged(task: Task, model: Any, split: str, seen: Seen) -> Outcome:
+def judged(task: Task, model: Any, split: str, seen: EvaluationContext) -> Outcome:
     """Evaluate a task in the precision of training; every rank calls it."""
     with autocast(seen.device, task.run.train.precision):
         return task.evaluate(model, split, seen)

@@ -25,7 +25,7 @@ from sacl_ds.model.saved import CONFIG, TOKENIZER, seal_run
 from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.evaluate import evaluated, judged, report
 from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.task import Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Task
 from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer, trained_model
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
@@ -41,7 +41,9 @@ from sacl_ds.training.task import Figures, Training, TrainingTask
 class FineTuning(TrainingTask):
     """Training steps of a downstream task; the best weights by its validation metrics stay in the run's directory."""
 
-    def __init__(self, task: Task, model: nn.Module, seen: Seen, folder: Path, progress: RunProgress) -> None:
+    def __init__(
+        self, task: Task, model: nn.Module, seen: EvaluationContext, folder: Path, progress: RunProgress
+    ) -> None:
         self.task, self.model, self.seen = task, model, seen
         self.folder, self.progress = folder, progress
         self.rows = task.rows
@@ -174,7 +176,7 @@ def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: R
             run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     prepare_model(model, run, engine_config)
     order = example_order(source, run.train.global_batch_size, run.seed)
-    seen = Seen(tokenizer, job.device, run.data.eval_count)
+    seen = EvaluationContext(tokenizer, job.device, run.data.eval_count)
     return Training(
         run,
         folder,

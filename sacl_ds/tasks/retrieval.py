@@ -28,7 +28,7 @@ from sacl_ds.evaluation.retrieval.data import CocoIds, RetrievalSet, pictures_of
 from sacl_ds.evaluation.retrieval.evaluate import RetrievalResult, evaluate_retrieval
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.tasks.files import images_folder, scenes_of
-from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
 from sacl_ds.training.objective import PretrainObjective
 from sacl_ds.training.step import Losses, Step, contrastive_step
 
@@ -108,7 +108,7 @@ class RetrievalTask(Task):
         """Run a step without a teacher: the model's own similarity regulates (the paper's fine-tuning)."""
         return contrastive_step(engine, batch, replace(step, statistics=step.logged))[0]
 
-    def evaluate(self, model: SaclModel, split: str, seen: Seen) -> Outcome:
+    def evaluate(self, model: SaclModel, split: str, seen: EvaluationContext) -> Outcome:
         data = self._set(split, seen.limit)
         view = View(self.held_out_view(), seen.tokenizer)
         settings = self.run.retrieval

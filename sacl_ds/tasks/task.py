@@ -36,7 +36,7 @@ class Outcome(Protocol):
 
 
 @dataclass(frozen=True)
-class Seen:
+class EvaluationContext:
     """Inputs of an evaluation beside the model. limit: at most so many examples."""
 
     tokenizer: Tokenizer
@@ -115,7 +115,7 @@ class Task(ABC):
         return summed_step(engine, batch, step)
 
     @abstractmethod
-    def evaluate(self, model: Any, split: str, seen: Seen) -> Outcome:
+    def evaluate(self, model: Any, split: str, seen: EvaluationContext) -> Outcome:
         """Evaluate the model on a split; every rank calls it, and gets the same."""
 
     def keep(self, folder: Path) -> None:  # noqa: B027 - most tasks need nothing

@@ -27,7 +27,7 @@ from sacl_ds.evaluation.vqa import majority_answers
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.vqa import VqaModel
 from sacl_ds.tasks.files import images_folder, scenes_of
-from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
 from sacl_ds.training.vqa import VqaObjective
 
 ANSWERS = "answers.json"
@@ -155,7 +155,7 @@ class VqaTask(Task):
     def objective(self, model: VqaModel) -> nn.Module:
         return VqaObjective(model)
 
-    def evaluate(self, model: VqaModel, split: str, seen: Seen) -> Outcome:
+    def evaluate(self, model: VqaModel, split: str, seen: EvaluationContext) -> Outcome:
         questions = self._questions(split)[: seen.limit]
         result = evaluate_questions(
             model,

@@ -20,7 +20,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.distributed import (
     broadcast_object,
     gather_objects,
@@ -151,13 +151,13 @@ class Settled:
 class Ledger:
     def __init__(self, global_batch_size: int, max_bad_share: float, device: torch.device) -> None:
         self._batch, self._share, self._device = global_batch_size, max_bad_share, device
-        self._new: Counter[Fault] = Counter()
+        self._new: Counter[SampleFault] = Counter()
         self._totals = {"bad": 0, "filtered": 0}
         self._seen = 0
-        self._shown: set[Fault] = set()
-        self._first: Fault | None = None
+        self._shown: set[SampleFault] = set()
+        self._first: SampleFault | None = None
 
-    def add(self, faults: Iterable[Fault]) -> None:
+    def add(self, faults: Iterable[SampleFault]) -> None:
         """Record the faults of one step on this rank."""
         self._new.update(faults)
         self._seen += self._batch
@@ -169,7 +169,7 @@ class Ledger:
         new = sum_over_ranks(torch.tensor(mine, device=self._device)).tolist()
         for kind, count in zip(kinds, new, strict=True):
             self._totals[kind] += count
-        merged: Counter[Fault] = Counter()
+        merged: Counter[SampleFault] = Counter()
         if any(new):
             for part in gather_objects(self._new):
                 merged.update(part)
@@ -187,7 +187,7 @@ class Ledger:
         ]
         return Settled({f"{kind}_samples": total for kind, total in self._totals.items()}, listed, self._notes(bad))
 
-    def _notes(self, bad: list[Fault]) -> list[str]:
+    def _notes(self, bad: list[SampleFault]) -> list[str]:
         """List a line for each fault that was not shown before, until there are too many."""
         if len(self._shown) > _SHOWN:
             return []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.order import Block, GlobalOrder
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import Numbers
@@ -71,5 +71,5 @@ class ImageFile:
                 continue
             except (OSError, ValueError) as error:  # BadImage, or a name with a zero byte
                 reason = error.strerror if isinstance(error, OSError) else error
-                raise BadSample(Fault("bad", "", self.key, f"{path} cannot be read: {reason}")) from None
-        raise BadSample(Fault("bad", "", self.key, f"no file {' or '.join(map(str, self.places))}"))
+                raise BadSample(SampleFault("bad", "", self.key, f"{path} cannot be read: {reason}")) from None
+        raise BadSample(SampleFault("bad", "", self.key, f"no file {' or '.join(map(str, self.places))}"))

@@ -23,7 +23,7 @@ from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.examples import ImageFile
 from sacl_ds.data.downstream.scene_image import SceneImage
 from sacl_ds.data.draws import hash64
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.inside import require_relative
 from sacl_ds.data.json_files import each_entry, read_json_lines
@@ -63,7 +63,7 @@ class Statement:
             raise self.bad(f"an image cannot be decoded: {error}") from None
 
     def bad(self, reason: str) -> BadSample:
-        return BadSample(Fault("bad", "", self.identifier, reason))
+        return BadSample(SampleFault("bad", "", self.identifier, reason))
 
 
 def nlvr2_statements(file: Path, images: Path) -> list[Statement]:
@@ -159,7 +159,7 @@ class StatementBatch(Movable):
     attention_mask: Tensor  # (b, L) int64
     labels: Tensor  # (b,) int64, 1 where the statement is true
     pair_ids: Tensor  # (b, 1) int64
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[SampleFault] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -201,7 +201,7 @@ class StatementCollator:
         left, right = statement.views(self.image_view(statement.sentence), *draw)
         return StatementItem(statement.identifier, statement.sentence, statement.label, left, right)
 
-    def __call__(self, items: Sequence[StatementItem], faults: Sequence[Fault] = ()) -> StatementBatch:
+    def __call__(self, items: Sequence[StatementItem], faults: Sequence[SampleFault] = ()) -> StatementBatch:
         """Collate items to a batch. faults: statements that some of these stand in for."""
         rows = self.tokenizer.ids([item.sentence for item in items])
         keys = [item.key for item in items]

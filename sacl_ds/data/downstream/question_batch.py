@@ -13,7 +13,7 @@ from sacl_ds.data.batch import ImageView, Movable, TextView, part_of
 from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.vqa import Question, answer_weights
 from sacl_ds.data.draws import hash64
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Place
 from sacl_ds.data.text import attention_mask, pad
@@ -35,7 +35,7 @@ class QuestionBatch(Movable):
     answer_weight: Tensor  # (A,) float32
     answer_question: Tensor  # (A,) int64: the row that it answers
     pair_ids: Tensor  # (b, 1) int64
-    faults: list[Fault] = field(default_factory=list)  # questions that others of this batch stand in for
+    faults: list[SampleFault] = field(default_factory=list)  # questions that others of this batch stand in for
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -82,12 +82,12 @@ class QuestionCollator:
         """Raises BadSample where the image is missing or damaged, or no answer is known."""
         answers = answer_weights(question)
         if not answers:
-            raise BadSample(Fault("bad", "", question.key, "no answers to train on: it has no labels"))
+            raise BadSample(SampleFault("bad", "", question.key, "no answers to train on: it has no labels"))
         view = self.image_view(" ".join([question.question, *answers]))
         entropy = (self.seed, place.epoch, hash64(question.key.encode()))
         return QuestionItem(question.key, pixels(question, view, entropy), question.question, answers)
 
-    def __call__(self, items: Sequence[QuestionItem], faults: Sequence[Fault] = ()) -> QuestionBatch:
+    def __call__(self, items: Sequence[QuestionItem], faults: Sequence[SampleFault] = ()) -> QuestionBatch:
         """Collate items to a batch. faults: questions that some of these stand in for."""
         asked = self.tokenizer.ids([item.question for item in items])
         said = self.tokenizer.ids([answer for item in items for answer in item.answers])
@@ -140,4 +140,4 @@ def pixels(question: Question, view: ImageView, entropy: tuple[int, ...]) -> Ten
         return view(question.image.picture(), entropy)
     except BadImage as error:
         reason = f"the image cannot be decoded: {error}"
-        raise BadSample(Fault("bad", "", question.key, reason)) from None
+        raise BadSample(SampleFault("bad", "", question.key, reason)) from None

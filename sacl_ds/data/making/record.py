@@ -54,11 +54,11 @@ class Record:
 
     def image_size(self) -> int:
         """Return the bytes of the encoded image, for a file without reading it. Raises BrokenSample."""
-        return self.load.size() if isinstance(self.load, ImageFile) else len(self.load())
+        return self.load.size() if isinstance(self.load, ImageFileLoader) else len(self.load())
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFile:
+class ImageFileLoader:
     """Loader of an image file."""
 
     path: str
@@ -89,7 +89,7 @@ class ImageFile:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageBytes:
+class ImageBytesLoader:
     """Loader of an image that the list itself holds."""
 
     data: bytes

@@ -98,7 +98,7 @@ def list_skipped(folder: Path) -> Counter[str]:
     return counts
 
 
-class _Part:
+class _ShardDigest:
     """Digest of a shard's stretch of the list, images aside, by which a later run knows the shard for its own."""
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ def _compare(
     skip_broken: bool,
     finished: Callable[[int], None],
 ) -> None:
-    part = _Part()
+    part = _ShardDigest()
     for record in records:
         part.add(record)
         finished(1)
@@ -166,7 +166,7 @@ def _write_shard(
     skip_broken: bool,
     finished: Callable[[int], None],
 ) -> None:
-    part = _Part()
+    part = _ShardDigest()
     skipped: list[dict[str, str]] = []
     written = 0
     temporary = _unfinished(path)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.shards.cache import ShardCache
 from sacl_ds.data.shards.opening import Heart, Stream, open_shard, reason
@@ -55,7 +55,7 @@ class ShardReading:
     def shard(self) -> str:
         return self._shards[self._number]
 
-    def __iter__(self) -> Iterator[RawSample | Fault]:
+    def __iter__(self) -> Iterator[RawSample | SampleFault]:
         try:
             block = next(self._blocks, None)
             while block is not None:
@@ -67,13 +67,13 @@ class ShardReading:
         finally:
             self._leave()
 
-    def _at(self, place: Place) -> RawSample | Fault:
+    def _at(self, place: Place) -> RawSample | SampleFault:
         if place.shard != self._number or place.offset < self._next:
             self._leave()
             self._number, self._tries, self._failed = place.shard, 0, None
         while self._failed is None:
             if self.heart.stopped:
-                return Fault("bad", self.shard, "", "closed")
+                return SampleFault("bad", self.shard, "", "closed")
             self.heart.beat()
             try:
                 raw = RawSample(self.shard, place, self._forward(place.offset))
@@ -89,7 +89,7 @@ class ShardReading:
             else:
                 self._tries = 0
                 return raw
-        return Fault("bad", self.shard, "", self._failed)
+        return SampleFault("bad", self.shard, "", self._failed)
 
     def _forward(self, offset: int) -> dict[str, Any]:
         if self._samples is None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sacl_ds.data.batch import View
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.pictures import Picture
@@ -65,7 +65,7 @@ class RetrievalSet:
         return range(rank(), self.count, world_size())
 
 
-class Seen(NamedTuple):
+class LoadedImage(NamedTuple):
     """Transformed image, (3, size, size) uint8, and its number in the source."""
 
     number: int
@@ -86,42 +86,42 @@ class ImageRounds:
     data: RetrievalSet
     view: View
     batch_size: int
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[SampleFault] = field(default_factory=list)
 
     def __len__(self) -> int:
         return math.ceil(len(range(0, self.data.count, world_size())) / self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Seen]]:
+    def __iter__(self) -> Iterator[list[LoadedImage]]:
         failed: str | None = None
         parts = self._parts()
         for _ in range(len(self)):
-            part: list[Seen | Fault] = []
+            part: list[LoadedImage | SampleFault] = []
             if failed is None:
                 try:
                     part = next(parts)
                 except UserError as error:
                     failed = str(error)
-            self.faults += [each for each in part if isinstance(each, Fault)]
-            yield [each for each in part if isinstance(each, Seen)]
+            self.faults += [each for each in part if isinstance(each, SampleFault)]
+            yield [each for each in part if isinstance(each, LoadedImage)]
         parts.close()
         with same_error():
             if failed is not None:
                 raise UserError(failed)
 
-    def _parts(self) -> Generator[list[Seen | Fault], None, None]:
+    def _parts(self) -> Generator[list[LoadedImage | SampleFault], None, None]:
         mine, view, source = self.data.mine, self.view, self.data.source
         samples = source.read(_blocks(source, mine))
 
-        def look(number: int, raw: object) -> Seen | Fault:
+        def look(number: int, raw: object) -> LoadedImage | SampleFault:
             sample = _decoded(source, raw)
-            if isinstance(sample, Fault):
+            if isinstance(sample, SampleFault):
                 return sample
             try:
-                return Seen(number, sample.key, sample.captions, view.image(sample.picture, ()))
+                return LoadedImage(number, sample.key, sample.captions, view.image(sample.picture, ()))
             except BadImage as error:
                 return sample.fault(f"the image cannot be decoded: {error}")
 
-        def start(turn: int) -> list[Future[Seen | Fault]]:
+        def start(turn: int) -> list[Future[LoadedImage | SampleFault]]:
             numbers = mine[turn * self.batch_size : (turn + 1) * self.batch_size]
             return [pool.submit(look, number, next(samples)) for number in numbers]
 
@@ -157,8 +157,8 @@ def _whole(picture: Picture) -> Image.Image | None:
         return None
 
 
-def _decoded(source: Source, raw: object) -> Sample | Fault:
-    if isinstance(raw, Fault):
+def _decoded(source: Source, raw: object) -> Sample | SampleFault:
+    if isinstance(raw, SampleFault):
         return raw
     try:
         return source.decode(raw)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sacl_ds.data.batch import View
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.text import attention_mask, pad
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts, world_size
 from sacl_ds.errors import SharedError
-from sacl_ds.evaluation.retrieval.data import Done, ImageRounds, RetrievalSet, Seen
+from sacl_ds.evaluation.retrieval.data import Done, ImageRounds, LoadedImage, RetrievalSet
 from sacl_ds.evaluation.rounds import require_few, require_finite
 from sacl_ds.model.sacl import SaclModel
 
@@ -56,7 +56,7 @@ class Encoded:
     image: np.ndarray
     text: np.ndarray
     states: TextStates | None
-    faults: list[Fault]
+    faults: list[SampleFault]
 
 
 def encode(
@@ -76,7 +76,7 @@ def encode(
         listed += [(each.number, each.key, each.captions) for each in part]
         done("images", len(listed) + len(rounds.faults), len(data.mine))
     found: list[tuple[tuple[int, str, list[str]], np.ndarray]] = []
-    faults: list[Fault] = []
+    faults: list[SampleFault] = []
     for theirs, rows, wrong in gather_objects((listed, np.concatenate(features), rounds.faults)):
         found += zip(theirs, rows, strict=True)
         faults += wrong
@@ -101,13 +101,13 @@ def encode(
     )
 
 
-def stacked(part: Sequence[Seen], view: View, device: torch.device) -> Tensor:
+def stacked(part: Sequence[LoadedImage], view: View, device: torch.device) -> Tensor:
     """Stack images to (b, 3, size, size) uint8; one black picture where there is none, for a pass that others need."""
     images = [each.image for each in part] or [torch.zeros(3, view.image.size, view.image.size, dtype=torch.uint8)]
     return torch.stack(images).to(device)
 
 
-def check(faults: Sequence[Fault], data: RetrievalSet) -> str | None:
+def check(faults: Sequence[SampleFault], data: RetrievalSet) -> str | None:
     """Return a line on the images that are left out, if any. Raises SharedError where they are too many."""
     if faults and not data.setting:
         raise SharedError(

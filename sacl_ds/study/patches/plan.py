@@ -22,7 +22,7 @@ class _Room(BaseModel):
 TaskName = Literal["vqa", "pretrain"]
 
 
-class Arm(_Room):
+class PatchArm(_Room):
     task: TaskName
     selection: PatchSelectionConfig = PatchSelectionConfig()
 
@@ -77,18 +77,18 @@ class Sizes(_Room):
         return _digest({**self.model_dump(exclude={"steps", "start_steps"}), task: self.start_steps[task]})
 
 
-class Plan(_Room):
+class PatchPlan(_Room):
     sizes: Sizes = Sizes()
     seeds: list[int] = [0, 1, 2]
-    arms: dict[str, Arm]
+    arms: dict[str, PatchArm]
 
-    def only(self, arms: list[str] | None, seeds: list[int] | None) -> Plan:
+    def only(self, arms: list[str] | None, seeds: list[int] | None) -> PatchPlan:
         """Return the plan restricted to these arms and seeds. Raises UserError for unknown ones."""
         for name in arms or []:
             if name not in self.arms:
                 raise UserError(f"no arm of the plan is called {name!r}; it has {', '.join(self.arms)}")
         kept = {name: arm for name, arm in self.arms.items() if arms is None or name in arms}
-        return Plan(sizes=self.sizes, seeds=self.seeds if seeds is None else seeds, arms=kept)
+        return PatchPlan(sizes=self.sizes, seeds=self.seeds if seeds is None else seeds, arms=kept)
 
     def fingerprint(self, name: str, seed: int) -> str:
         """Digest that is equal for two trials that train the same model."""
@@ -98,9 +98,9 @@ class Plan(_Room):
         return _digest({"arm": arm, "start": start, "steps": self.sizes.steps[task], "seed": seed})
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> PatchPlan:
     """Raises UserError with one line."""
-    return read_validated(path, Plan)
+    return read_validated(path, PatchPlan)
 
 
 def _digest(told: dict[str, Any]) -> str:

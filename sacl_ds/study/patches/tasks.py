@@ -20,7 +20,7 @@ from sacl_ds.data.text import IGNORED, Tokenizer, attention_mask, mask_tokens, p
 from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
 from sacl_ds.model.sacl import SaclModel, predicted_tokens
 from sacl_ds.model.vision import ImageStates
-from sacl_ds.study.patches.plan import Arm, Sizes
+from sacl_ds.study.patches.plan import PatchArm, Sizes
 from sacl_ds.study.patches.start import cells_of_patches, image_start, pictures
 from sacl_ds.training.objective import PretrainObjective, Targets
 
@@ -33,7 +33,7 @@ _MASKED = 0.15
 _ABOUT_ONE = ("colour", "texture", "place", "shape")  # kinds of questions that name an object by shape or colour
 
 
-class Task:
+class StudyTask:
     """Task of the study: a model, its trained module, a loss for rows, and metrics on held-out scenes."""
 
     model: SaclModel
@@ -47,16 +47,18 @@ class Task:
         raise NotImplementedError
 
 
-def build(arm: Arm, sizes: Sizes, seed: int, folder: Path) -> Task:
+def build(arm: PatchArm, sizes: Sizes, seed: int, folder: Path) -> StudyTask:
     """Build an arm's task with new text and fusion encoders; the image encoder's weights come from `folder`."""
-    kind: Callable[[Arm, Sizes, int, Path], Task] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[arm.task]
+    kind: Callable[[PatchArm, Sizes, int, Path], StudyTask] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[
+        arm.task
+    ]
     task = kind(arm, sizes, seed, folder)
     task.model.image_encoder.load_state_dict(load_file(image_start(sizes, folder)))
     return task
 
 
 @dataclass
-class _Asked:
+class _SceneQuestions:
     """Questions about scenes: (n,) scene, ids and mask (n, L), (n,) answer, kinds, and (n, CELLS) of what is asked."""
 
     scene: Tensor
@@ -67,10 +69,10 @@ class _Asked:
     places: list[int]  # of the object that is asked about
 
 
-class QuestionAnswering(Task):
+class QuestionAnswering(StudyTask):
     """Question answering: a linear head on the fused [CLS] picks from a closed list; the tower runs once, guided."""
 
-    def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
+    def __init__(self, arm: PatchArm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
         asked = [self.questions(training, index) for index in range(len(training))]
         known = Scenes(_WORDS_FROM, _WORDS_SEED)
@@ -93,10 +95,12 @@ class QuestionAnswering(Task):
         """List (kind, question, answer) of the questions about one object."""
         return [one for one in scenes.questions(index) if one[0] in _ABOUT_ONE]
 
-    def _asked(self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer) -> _Asked:
+    def _asked(
+        self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer
+    ) -> _SceneQuestions:
         flat = [(index, *one) for index, some in enumerate(asked) for one in some]
         rows = tokenizer.ids([question for _, _, question, _ in flat])
-        return _Asked(
+        return _SceneQuestions(
             torch.tensor([index for index, *_ in flat]),
             torch.from_numpy(pad(rows, tokenizer.pad_id)),
             torch.from_numpy(attention_mask(rows)),
@@ -105,7 +109,7 @@ class QuestionAnswering(Task):
             [_place_of(scenes.scene(index), kind, question) for index, kind, question, _ in flat],
         )
 
-    def _answer(self, images: Tensor, asked: _Asked, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _answer(self, images: Tensor, asked: _SceneQuestions, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         longest = int(asked.mask[rows].sum(1).max())
         mask = asked.mask[rows, :longest]
         states, _ = self.model.encode_text(asked.ids[rows, :longest], mask)
@@ -172,10 +176,10 @@ class _Captioned:
         return Batch(names, names, names, self.images[scene], ids, mask, scene[:, None], masked, labels)
 
 
-class Pretraining(Task):
+class Pretraining(StudyTask):
     """Pre-training with the package's objective: InfoNCE, all three losses."""
 
-    def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
+    def __init__(self, arm: PatchArm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
         known = Scenes(_WORDS_FROM, _WORDS_SEED)
         said = [caption.text for index in range(len(known)) for caption in known.captions(index)]
@@ -284,6 +288,6 @@ def trial_scenes(sizes: Sizes, seed: int) -> tuple[Scenes, Scenes]:
     return training, Scenes(sizes.held_out, HELD_OUT, sizes.image_size)
 
 
-def _tokenizer(said: list[str], sizes: Sizes, arm: Arm) -> Tokenizer:
+def _tokenizer(said: list[str], sizes: Sizes, arm: PatchArm) -> Tokenizer:
     settings = sizes.model(arm.selection)
     return Tokenizer(train_wordpiece(said, 400), settings.max_tokens)

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sacl_ds.config import OptimConfig
-from sacl_ds.study.patches.plan import Arm, Plan, Sizes, TaskName
+from sacl_ds.study.patches.plan import PatchArm, PatchPlan, Sizes, TaskName
 from sacl_ds.study.patches.start import image_start, pictures
-from sacl_ds.study.patches.tasks import Task, build, trial_scenes
+from sacl_ds.study.patches.tasks import StudyTask, build, trial_scenes
 from sacl_ds.training.schedules import learning_rate_factor
 
 Trial = tuple[str, int]  # arm and seed
 _START_SEED = 500
 
 
-def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
+def finished(plan: PatchPlan, folder: Path) -> dict[Trial, dict[str, Any]]:
     """Read the results of the plan's trials from `folder`."""
     path = folder / "trials.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a last line without end was broken off
@@ -34,7 +34,7 @@ def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
     return {trial: known[fingerprint] for trial, fingerprint in trials.items() if fingerprint in known}
 
 
-def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, dict[str, Any]], None]) -> None:
+def run_plan(plan: PatchPlan, folder: Path, processes: int, done: Callable[[Trial, dict[str, Any]], None]) -> None:
     """Run what is missing, seed after seed, the tasks' starts first; `done` is called after each trial."""
     there = finished(plan, folder)
     missing = [(name, seed) for seed in plan.seeds for name in plan.arms if (name, seed) not in there]
@@ -61,7 +61,7 @@ def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
     """Load a task's module that learned it with all patches from `folder`, or train it and save it there."""
     path = folder / f"start-{kind}-{sizes.start_fingerprint(kind)}.safetensors"
     if not path.exists():
-        task = build(Arm(task=kind), sizes, _START_SEED, folder)
+        task = build(PatchArm(task=kind), sizes, _START_SEED, folder)
         _train(task, sizes, _START_SEED, sizes.start_steps[kind])
         temporary = path.with_suffix(".writing")
         save_file(task.module.state_dict(), temporary)
@@ -71,7 +71,7 @@ def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
     return path
 
 
-def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
+def run_trial(plan: PatchPlan, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train an arm and return its metrics on held-out scenes, and how long it took."""
     start = time.perf_counter()
     figures = trained(plan, name, seed, folder).evaluate()
@@ -79,7 +79,7 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
     return {"fingerprint": plan.fingerprint(name, seed), "arm": name, "seed": seed, **figures, "seconds": seconds}
 
 
-def trained(plan: Plan, name: str, seed: int, folder: Path) -> Task:
+def trained(plan: PatchPlan, name: str, seed: int, folder: Path) -> StudyTask:
     """Train the arm's way of choosing patches on the seed's scenes, from the task's start; returned in eval mode."""
     arm, sizes = plan.arms[name], plan.sizes
     task = build(arm, sizes, seed, folder)
@@ -89,7 +89,7 @@ def trained(plan: Plan, name: str, seed: int, folder: Path) -> Task:
     return task
 
 
-def _train(task: Task, sizes: Sizes, seed: int, steps: int) -> None:
+def _train(task: StudyTask, sizes: Sizes, seed: int, steps: int) -> None:
     step = stepper(task, sizes)
     draws = torch.Generator().manual_seed(seed)
     for number in range(steps):
@@ -97,7 +97,7 @@ def _train(task: Task, sizes: Sizes, seed: int, steps: int) -> None:
         step(torch.randint(task.rows, (sizes.batch,), generator=draws), number, steps)
 
 
-def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
+def stepper(task: StudyTask, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
     """Return the function of one training step: (rows, number of the step, steps in all)."""
     named = list(task.module.named_parameters())
     groups = [
@@ -119,7 +119,7 @@ def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
     return step
 
 
-def speeds(plan: Plan, folder: Path, rounds: int = 30) -> dict[str, float]:
+def speeds(plan: PatchPlan, folder: Path, rounds: int = 30) -> dict[str, float]:
     """Measure the median seconds of each arm's training step, all in one process, one step of each in turn."""
     tasks = {name: build(arm, plan.sizes, 0, folder) for name, arm in plan.arms.items()}
     steps = {name: stepper(task, plan.sizes) for name, task in tasks.items()}

@@ -9,7 +9,7 @@ from typing import Any
 from sacl_ds.data.inside import inside
 from sacl_ds.data.json_files import each_entry, read_json, text_of
 from sacl_ds.data.karpathy import karpathy_split
-from sacl_ds.data.making.record import ImageFile, Record, no_image
+from sacl_ds.data.making.record import ImageFileLoader, Record, no_image
 from sacl_ds.errors import UserError
 
 
@@ -22,7 +22,7 @@ def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record
         Record(
             key=f"{number:09d}",
             captions=entry.captions,
-            load=ImageFile(str(entry.places(images)[0])),
+            load=ImageFileLoader(str(entry.places(images)[0])),
             meta={"filename": entry.filename, "imgid": number if entry.imgid is None else entry.imgid},
             where=f"{annotations}, image {entry.filename}",
         )
@@ -55,7 +55,7 @@ def coco_records(annotations: Path, images: Path) -> list[Record]:
         return Record(
             key=f"{number:09d}",
             captions=captions.pop(entry["id"], []),
-            load=ImageFile(inside(images, text_of(entry, "file_name"))),
+            load=ImageFileLoader(inside(images, text_of(entry, "file_name"))),
             meta={"filename": entry["file_name"], "image_id": entry["id"]},
             where=f"{annotations}, image {entry['id']} ({entry['file_name']})",
         )

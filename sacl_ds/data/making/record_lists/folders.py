@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sacl_ds.data.captions import BadText, decoded
-from sacl_ds.data.making.record import ImageFile, Record, no_image
+from sacl_ds.data.making.record import ImageFileLoader, Record, no_image
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.errors import UserError
 
@@ -36,7 +36,7 @@ class FolderRecords:
             for name in images:
                 path = os.path.join(folder, name)
                 meta = {"filename": os.path.relpath(path, self.root)}
-                yield Record(f"{number:09d}", captions, ImageFile(path), meta, path, problem)
+                yield Record(f"{number:09d}", captions, ImageFileLoader(path), meta, path, problem)
                 number += 1
             if texts and not images:
                 meta = {"filename": os.path.relpath(text, self.root)}
