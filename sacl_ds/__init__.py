@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 def load(
     folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> PairModel:
-    """The model of a finished run, or of an export with --to safetensors, for features and matches.
+    """Load the model of a finished run, or of an export with --to safetensors, for features and matches.
 
     device: default a GPU where there is one. dtype: of weights and products: float32 (default), bfloat16 or float16.
     Raises sacl_ds.errors.UserError.

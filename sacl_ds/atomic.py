@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and last a power cut."""
+"""Atomic and durable writes: a file is complete or absent, also after a power cut."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside it, flushed to the disk, renamed: a reader sees the old file or the new one, and so do several
-    writers. Raises OSError, and leaves nothing then."""
+    """Write a file atomically and flush it to the disk; safe with several writers. Raises OSError, and leaves nothing
+    then."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -23,7 +23,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """What a file holds, or which names a folder has, onto the disk. Raises OSError."""
+    """fsync a file, or a folder so that renames in it survive a power loss. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

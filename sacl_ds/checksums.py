@@ -34,7 +34,7 @@ class Written:
 
 
 def checksum(path: Path) -> Written:
-    """Of a file that is there. Raises OSError."""
+    """Compute the size and SHA-256 of an existing file. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -70,8 +70,7 @@ def row_check(*parts: bytes) -> int:
 
 
 def read_manifest(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Written]]:
-    """What `write_manifest` wrote under `names`, and the entry `files` among it. Raises OSError, or ValueError where it
-    is not as it was written."""
+    """Read a manifest's values of `names` and its file entries. Raises OSError, or ValueError where it was changed."""
     try:
         said = json.loads(path.read_text())
         values = {name: said[name] for name in names}
@@ -85,7 +84,7 @@ def read_manifest(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], d
 
 
 def first_changed(folder: Path, files: Mapping[str, Written]) -> tuple[str, str] | None:
-    """The first of these files that is not as it was written, and how; None where all are."""
+    """Return the first of these files that differs from its record, and how; None where all match."""
     for name in sorted(files):
         try:
             if checksum(folder / name) != files[name]:
@@ -96,8 +95,10 @@ def first_changed(folder: Path, files: Mapping[str, Written]) -> tuple[str, str]
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
-    """Write the manifest of what is finished: of these files, and of all in these folders; other files that it holds
-    already stay in it. Raises OSError, and UserError where it cannot be read."""
+    """Write the manifest of a finished folder: of these files, and of all files in these folders.
+
+    Files that it holds already stay in it. Raises OSError, and UserError where it cannot be read.
+    """
     parts = [folder / name for name in names]
     found = [file for part in parts for file in [part, *sorted(part.rglob("*"))] if file.is_file()]
     written = {file.relative_to(folder).as_posix(): asdict(checksum(file)) for file in found}
@@ -107,7 +108,7 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """Before any of its files changes. Raises OSError."""
+    """Remove the manifest, before any of its files changes. Raises OSError."""
     (folder / FILE).unlink(missing_ok=True)
 
 

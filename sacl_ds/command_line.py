@@ -1,4 +1,4 @@
-"""What the training command lines share: options, help, errors of one line, the hostfile that is not there."""
+"""Shared parts of the training command lines: options, help, errors of one line, the check of the hostfile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ example:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes as UserError, and help once: argparse itself would print once a rank."""
+    """Argument parser whose mistakes are UserErrors and whose help is printed by one rank only."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -43,7 +43,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def training_parser(purpose: str, example: str, task: bool = False) -> Parser:
-    """--ds_config, --config, --resume, --print_config and key=value. example: one command line. task: --task too."""
+    """Make the parser of --ds_config, --config, --resume, --print_config and key=value.
+
+    example: one command line. task: --task too.
+    """
     parser = _parser(
         f"{'--task TASK ' if task else ''}--ds_config FILE [--config FILE] [--resume] [--print_config] [key=value ...]",
         purpose,
@@ -63,7 +66,7 @@ def training_parser(purpose: str, example: str, task: bool = False) -> Parser:
 
 
 def evaluation_parser(purpose: str, example: str) -> Parser:
-    """--task, --config, --print_config and key=value."""
+    """Make the parser of --task, --config, --print_config and key=value."""
     parser = _parser("[--task TASK] [--config FILE] [--print_config] checkpoint=RUN [key=value ...]", purpose, example)
     parser.add_argument(
         "--config", type=expanded, metavar="FILE", help="run configuration, YAML (default: that of the run)"
@@ -95,9 +98,9 @@ def _add_questions(group: argparse._ActionsContainer) -> None:
 def read_options(
     parser: Parser, resolved: Callable[[argparse.Namespace], Config], root: type[Config]
 ) -> tuple[argparse.Namespace, Config | None]:
-    """Options and run configuration; None where the command line only asked something, now answered.
+    """Parse options and run configuration; None where the command line only asked something, now answered.
 
-    resolved: options to the configuration, of the type `root`.
+    resolved: makes the configuration, of the type `root`, from the options.
     """
     options = parser.parse_intermixed_args()  # key=value may stand before and after options
     questions = [a.removesuffix("=?").removesuffix("?") for a in options.overrides if a == "?" or a.endswith("=?")]
@@ -121,7 +124,7 @@ def pretraining_config(options: argparse.Namespace) -> RunConfig:
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
-    """Run `main`; what ends it becomes one line on stderr, from the ranks that must say it, and a status of `Exit`."""
+    """Run `main` and return its exit status; a failure is printed as one line by the ranks that must say it."""
     restarts.die_with_supervisor()
     guard: Callable[[], Guard | None] = current
     try:
@@ -173,8 +176,10 @@ def _unforeseen(error: Exception, guard: Guard | None) -> int:
 
 
 def under_supervision(run: TrainingConfig) -> int | None:
-    """Where restarts are asked for, and this process is not yet one that is started anew: start it so, and return its
-    last status. None: go on here. Raises UserError."""
+    """If `train.max_restarts` > 0 and we are not supervised yet, run as a supervised child and return its exit code.
+
+    Returns None where this process itself is to train. Raises UserError.
+    """
     if not run.train.max_restarts or restarts.supervised():
         return None
     if run.output_dir is None:
@@ -183,13 +188,13 @@ def under_supervision(run: TrainingConfig) -> int | None:
 
 
 def goes_on(options: argparse.Namespace, run: TrainingConfig) -> bool:
-    """Whether this start resumes: as asked, or as a restart that has something to resume."""
+    """Return whether this start resumes: as asked, or as a restart that has a checkpoint."""
     again = restarts.attempt() > 0 and run.output_dir is not None
     return bool(options.resume) or (again and restarts.holds_checkpoint(Path(run.output_dir or ".")))
 
 
 def _in_a_job() -> bool:
-    """Whether this process has joined the others; most mistakes are answered before torch, which takes seconds."""
+    """Return whether this process has joined the others, without importing torch, which takes seconds."""
     if "torch" not in sys.modules:
         return False
     from sacl_ds.distributed import initialised
@@ -204,7 +209,7 @@ _PEER_GONE = (
 
 
 def check_hostfile() -> None:
-    """DeepSpeed's launcher goes on with this machine alone where the --hostfile it was given does not exist."""
+    """Raise UserError if the launcher's --hostfile does not exist: DeepSpeed would go on with this machine alone."""
     import psutil
 
     try:
@@ -219,7 +224,7 @@ def check_hostfile() -> None:
 
 
 def launcher_option(words: list[str], names: tuple[str, ...]) -> str | None:
-    """The value of one of the deepspeed launcher's own options on its command line, or None."""
+    """Return the value of one of the deepspeed launcher's own options on its command line, or None."""
     for word, after in zip(words, [*words[1:], ""], strict=True):
         if word.endswith(".py"):
             return None  # from here on the script's own

@@ -25,7 +25,8 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def load_config(file: str | Path | None, overrides: list[str]) -> RunConfig:
-    """Of pre-training: defaults, then the YAML file, then key=value arguments such as 'train.steps=500'.
+    """Resolve a pre-training configuration: defaults, the YAML file, then key=value arguments such as
+    'train.steps=500'.
 
     Raises UserError, one line, for what cannot be read or is not valid.
     """
@@ -33,13 +34,13 @@ def load_config(file: str | Path | None, overrides: list[str]) -> RunConfig:
 
 
 def read_layers(file: str | Path | None, overrides: list[str]) -> list[Layer]:
-    """What the YAML file and each key=value argument set. Raises UserError."""
+    """Read the settings of the YAML file and of each key=value argument, one layer each. Raises UserError."""
     layers = [] if file is None else [(f"in {file}", read_yaml(Path(file)))]
     return layers + [(f"in argument {_shown(argument)}", _parse_override(argument)) for argument in overrides]
 
 
 def merged(layers: Sequence[Layer]) -> dict[str, Any]:
-    """Later layers over earlier ones."""
+    """Merge layers; later ones override earlier ones."""
     values: dict[str, Any] = {}
     for _, layer in layers:
         _merge(values, layer)
@@ -55,7 +56,10 @@ def resolve_layers(layers: Sequence[Layer], root: type[Config]) -> Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as it stands. Raises UserError, also where a finished run left it otherwise."""
+    """Read a configuration file without validating its settings.
+
+    Raises UserError, also where a finished run left it otherwise.
+    """
     require_unchanged(path.parent, str(path.parent), path.name)
     try:
         text = path.read_text(encoding="utf-8")
@@ -90,7 +94,7 @@ def _parse_override(argument: str) -> dict[str, Any]:
 
 
 def _number(text: str) -> str | float:
-    """YAML reads 1e-4 as a string; people mean a number."""
+    """Convert numbers such as 1e-4, which YAML reads as strings."""
     try:
         return float(text) if "e" in text.lower() and any(c.isdigit() for c in text) else text
     except ValueError:
@@ -129,7 +133,7 @@ def _shown(value: Any) -> str:
 
 
 def _hint(path: list[str], root: type[BaseModel]) -> str:
-    """The nearest valid key beside the unknown one, else the same name in other rooms, else what there is."""
+    """Suggest the nearest valid key, else the same name in other sections, else list the valid keys."""
     valid = _keys_at(path[:-1], root)
     close = nearest(path[-1], valid)
     if close:
@@ -142,7 +146,7 @@ def _hint(path: list[str], root: type[BaseModel]) -> str:
 
 
 def _where(path: list[str], layers: Sequence[Layer]) -> str:
-    """The last layer that sets the key, or one above it."""
+    """Return the last layer that sets the key or a section that holds it."""
     for place, layer in reversed(layers):
         value: Any = layer
         depth = 0

@@ -1,4 +1,4 @@
-"""What the settings are, told from the code: `key=?` on the command line, and docs/configuration.md."""
+"""Descriptions of the settings, made from the code: `key=?` on the command line, and docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Setting:
 
 
 def settings(root: type[BaseModel] = RunConfig) -> list[Setting]:
-    """Every setting of a run, in the order of the code. root: the kind of run."""
+    """List every setting of a kind of run, in the order of the code. root: the kind of run."""
     return list(_walk(root, ""))
 
 
 def explain(keys: list[str], root: type[BaseModel] = RunConfig) -> str:
-    """The answer to `key=?` for each key, a room or a setting; "" stands for all. Raises UserError for neither."""
+    """Answer `key=?` for each key, a section or a setting; "" stands for all. Raises UserError for neither."""
     known = settings(root)
     parts = []
     for key in keys:
@@ -49,7 +49,8 @@ def explain(keys: list[str], root: type[BaseModel] = RunConfig) -> str:
 
 
 def markdown(root: type[BaseModel] = RunConfig) -> str:
-    """Tables of all settings, one a room; those that a kind of run has as pre-training has them are left out of its."""
+    """Format all settings as tables, one a section; settings equal to those of pre-training are left out for other
+    kinds."""
     lines: list[str] = []
     room = None
     known = settings(root)

@@ -26,7 +26,7 @@ _WRONG = "arguments"  # of `row_counts`: what is wrong with them, before all oth
 
 
 def initialised() -> bool:
-    """Whether this process has joined the others of its job."""
+    """Return whether this process has joined the others of its job."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -44,7 +44,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
-    """The object that rank `source` passed, on every rank (pickled: only between ranks of one job)."""
+    """Return on every rank the object that rank `source` passed (pickled: only between ranks of one job)."""
     if world_size() == 1:
         return value
     box = [value]
@@ -53,7 +53,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def gather_objects(value: Any, group: Group = None) -> list[Any]:
-    """Every rank's object, in rank order, on every rank."""
+    """Return every rank's object, in rank order, on every rank."""
     if world_size(group) == 1:
         return [value]
     box: list[Any] = [None] * world_size(group)
@@ -63,7 +63,7 @@ def gather_objects(value: Any, group: Group = None) -> list[Any]:
 
 @contextmanager
 def same_error() -> Iterator[None]:
-    """Around work without collectives: if any rank raises UserError, every rank raises the first one's.
+    """Raise on every rank the first rank's UserError, if any rank raises one in this block without collectives.
 
     Otherwise the others would wait for ever for the one that failed. Leaving the block is a synchronisation.
     """
@@ -78,7 +78,7 @@ def same_error() -> Iterator[None]:
 
 
 def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
-    """A new tensor: the sum of `value` over ranks, without gradient."""
+    """Return the sum of `value` over ranks as a new tensor, without gradient."""
     total = value.detach().clone()
     if world_size(group) > 1:
         dist.all_reduce(total, group=group)
@@ -86,7 +86,7 @@ def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
 
 
 def max_over_ranks(value: Tensor, group: Group = None) -> Tensor:
-    """A new tensor: the greatest of each element of `value` over ranks, without gradient."""
+    """Return the elementwise maximum of `value` over ranks as a new tensor, without gradient."""
     greatest = value.detach().clone()
     if world_size(group) > 1:
         dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
@@ -94,10 +94,10 @@ def max_over_ranks(value: Tensor, group: Group = None) -> Tensor:
 
 
 def row_counts(rows: Tensor, group: Group = None, alike: Mapping[str, object] | None = None) -> list[int]:
-    """How many rows each rank holds: len(rows), in rank order. One small collective and a host sync.
+    """Return the number of rows that each rank holds, in rank order. One small collective and a host sync.
 
-    alike: settings by name that all ranks must have in common, as their repr; `logit_scale` among them is a tensor
-    with one element, equal up to rounding. Raises SharedError on every rank where they differ.
+    alike: settings by name that all ranks must have in common, as their repr; `logit_scale` among them is a tensor with
+    one element, equal up to rounding. Raises SharedError on every rank where they differ.
     """
     if world_size(group) == 1:
         return [len(rows)]
@@ -116,8 +116,10 @@ def row_counts(rows: Tensor, group: Group = None, alike: Mapping[str, object] | 
 
 @contextmanager
 def said_on_all_ranks(device: torch.device, group: Group, asks: bool) -> Iterator[None]:
-    """Around the checks of what comes to `row_counts`. asks: it will be called; ranks without a ValueError, who wait
-    there for this one, then raise what this one has found."""
+    """Send a ValueError of the checks in this block to the ranks that wait for this one in `row_counts`.
+
+    The other ranks then raise the same. asks: this rank will call `row_counts`.
+    """
     try:
         yield
     except ValueError as error:
@@ -127,7 +129,7 @@ def said_on_all_ranks(device: torch.device, group: Group, asks: bool) -> Iterato
 
 
 def fingerprint(alike: Mapping[str, object] | None) -> int:
-    """32 bits of the settings of `row_counts`, without `logit_scale`."""
+    """Return a hash, 32 bits, of the settings of `row_counts` without `logit_scale`."""
     return zlib.crc32(repr(_told(alike)).encode())
 
 
@@ -153,7 +155,7 @@ def _difference(name: str, first: object, value: object, other: int) -> str:
 
 
 def start_gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> Callable[[], Tensor]:
-    """Begin `gather_rows`; the function returned waits for its end and gives its result."""
+    """Start `gather_rows` asynchronously; the function returned waits for it and returns its result."""
     rows = rows.detach()
     world = world_size(group)
     if world == 1:
@@ -173,7 +175,7 @@ def start_gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> C
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> Tensor:
-    """All ranks' rows in rank order, (sum(counts), ...), without gradient.
+    """Gather all ranks' rows in rank order, (sum(counts), ...), without gradient.
 
     counts: rows per rank, from `row_counts`. Uneven counts are padded on the wire, since gloo gathers equal sizes only.
     """
@@ -181,8 +183,10 @@ def gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> Tensor:
 
 
 def start_sum_to_owners(parts: Tensor, group: Group = None) -> Callable[[], Tensor]:
-    """Begin to give each rank r the sum over ranks of parts[r], (world, n, ...) -> (n, ...); the function returned
-    waits for its end and gives it."""
+    """Start a reduce-scatter of (world, n, ...): rank r gets the (n, ...) sum over ranks of parts[r].
+
+    The function returned waits for it and returns the sum.
+    """
     if world_size(group) == 1:
         return lambda: parts[0]
     mine = torch.empty_like(parts[0])
@@ -199,8 +203,11 @@ def start_sum_to_owners(parts: Tensor, group: Group = None) -> Callable[[], Tens
 def differentiable_once(
     backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
 ) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
-    """Refuse a backward pass that is to be differentiated again. torch's once_differentiable refuses only where the
-    incoming gradient asks for one, and gives a gradient penalty that trains nothing elsewhere."""
+    """Refuse a backward pass that is to be differentiated again.
+
+    torch's once_differentiable refuses only where the incoming gradient asks for one, and gives a gradient penalty that
+    trains nothing elsewhere.
+    """
 
     @wraps(backward)
     def once(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,7 +222,7 @@ def differentiable_once(
 
 
 def gather_rows_with_grad(rows: Tensor, counts: list[int], group: Group = None) -> Tensor:
-    """`gather_rows` that lets the gradient back to the rank that owns each row, summed over ranks."""
+    """Gather rows like `gather_rows`, with the gradient summed over ranks and returned to each row's rank."""
     if world_size(group) == 1:
         return rows
     return _GatherRows.apply(rows, counts, group)

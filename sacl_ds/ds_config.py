@@ -1,8 +1,8 @@
-"""An ordinary DeepSpeed JSON file + the run configuration -> the dict that `deepspeed.initialize` gets.
+"""Resolution of a DeepSpeed JSON file and the run configuration to the dict that `deepspeed.initialize` gets.
 
 "auto" marks what the run configuration owns. None reaches DeepSpeed: for some keys that is a crash, for others it
-silently means something else. A number in the file that contradicts the run configuration is an error, never a
-silent choice.
+silently means something else. A number in the file that contradicts the run configuration is an error, never a silent
+choice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What `deepspeed.initialize` gets, whose AdamW steps, and what to tell the user about it."""
+    """Resolved engine configuration, the owner of its AdamW, and notes for the user."""
 
     values: dict[str, Any]
     adam: Literal["PyTorch", "DeepSpeed", "apex"]
@@ -35,7 +35,7 @@ class EngineConfig:
 def resolve(
     ds: dict[str, Any], run: TrainingConfig, world: int, machine: Machine, *, name: str = "ds_config", folder: str = "."
 ) -> EngineConfig:
-    """The engine's configuration for `world` ranks.
+    """Resolve the engine's configuration for `world` ranks.
 
     ds: what `read_ds_config` gave; name: how error lines call it; folder: the run directory, where monitors write.
     Raises UserError where file and run contradict each other, or ask for what the machine does not have.
@@ -109,7 +109,7 @@ def _batch(out: dict[str, Any], run: TrainingConfig, world: int, name: str) -> N
 
 
 def _apex(run: TrainingConfig, machine: Machine, notes: list[str]) -> bool:
-    """Whether NVIDIA's apex is used."""
+    """Return whether NVIDIA's apex is used."""
     asked = run.kernels.apex
     if asked == "off":
         return False
@@ -164,13 +164,13 @@ def _optimizer(
 
 
 def offload_device(engine_config: dict[str, Any], part: str) -> str | None:
-    """part: offload_optimizer or offload_param. "cpu", "nvme", or None."""
+    """Return the device of a part, offload_optimizer or offload_param: "cpu", "nvme", or None."""
     device = (engine_config.get("zero_optimization", {}).get(part) or {}).get("device", "none")
     return None if device == "none" else str(device)
 
 
 def _offload(out: dict[str, Any], machine: Machine, name: str) -> None:
-    """NVMe is refused where its path or its operator is missing."""
+    """Settle offloading; NVMe is refused where its path or its operator is missing."""
     for part in ("offload_optimizer", "offload_param"):
         if offload_device(out, part) != "nvme":
             continue
@@ -191,7 +191,7 @@ def _offload(out: dict[str, Any], machine: Machine, name: str) -> None:
 
 
 def _monitors(out: dict[str, Any], name: str, folder: str) -> None:
-    """DeepSpeed's monitor sections: off unless enabled; "auto" paths lie in the run directory."""
+    """Settle DeepSpeed's monitor sections: off unless enabled; "auto" paths lie in the run directory."""
     for kind, package in MONITORS.items():
         section = out.get(kind)
         if section is None:

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON file as it stands, and whether its sections are what they have to be."""
+"""Reading of a DeepSpeed JSON file, and checks of its sections' types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _DEEPEST = 20  # sections in sections
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The file as it stands. Raises UserError where it cannot be read, is no JSON object or names a key twice."""
+    """Read the file without resolving it. Raises UserError where it cannot be read, is no JSON object or names a key
+    twice."""
     try:
         loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except OSError as error:

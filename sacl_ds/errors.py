@@ -11,8 +11,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numbers of the system's erro
 
 
 def one_line(text: str) -> str:
-    """Without line breaks; other characters that no terminal should get (escapes, marks that turn the writing, halves
-    of surrogate pairs) are spelt out."""
+    """Remove line breaks from a text and spell out other characters that no terminal should get.
+
+    Those are escapes, marks that turn the direction of writing, and halves of surrogate pairs.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or (c.isspace() and c not in _BREAKS) else _spelt(c) for c in text)
@@ -26,10 +28,10 @@ def _spelt(character: str) -> str:
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message is one line: what is wrong, where, what to do.
+    """Mistake that the user can put right. The message is one line: what is wrong, where, what to do.
 
-    The command lines print it without a traceback and exit with status 2. What files put into it
-    cannot break the line or steer the terminal: see `one_line`.
+    The command lines print it without a traceback and exit with status 2. What files put into it cannot break the line
+    or steer the terminal: see `one_line`.
     """
 
     def __init__(self, message: str) -> None:
@@ -37,11 +39,11 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """One that every rank raises alike, so that one of them is enough to say it."""
+    """UserError that every rank raises alike, so that one of them is enough to print it."""
 
 
 class CannotLoad(UserError):
-    """A model or tokenizer, by hub name or folder, that a library failed to load."""
+    """Failure of a library to load a model or tokenizer, by hub name or folder."""
 
     def __init__(self, setting: str, name: str, error: Exception) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -59,22 +61,21 @@ class CannotLoad(UserError):
 
 
 class Fault(RuntimeError):
-    """Of the machine, the network or another process, in one line: nothing that the user wrote, so that a restart may
-    help."""
+    """Failure of the machine, the network or another process, in one line; a restart may help, the user cannot."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has, behind a checkpoint. The message says what asked, and where it stands."""
+    """Raised when the run stops as asked, after a checkpoint. The message says what asked, and where the run stands."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """The choice nearest to `name` in spelling, or None where none is near."""
+    """Return the choice nearest to `name` in spelling, or None where none is near."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return close[0] if close else None
 
 
 def _exists(path: Path) -> bool:
-    """False, too, for what no file system takes as a name."""
+    """Return whether a path exists; False, too, for what no file system takes as a name."""
     try:
         return path.exists()
     except OSError:

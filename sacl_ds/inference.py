@@ -1,4 +1,4 @@
-"""A trained model in a program of one's own: pictures and texts in, features and matches out."""
+"""Inference with a trained model in a program of one's own: pictures and texts in, features and matches out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class PairModel:
-    """Images are paths of files, images of Pillow's, or one uint8 tensor (n, 3, H, W); of each the middle square.
+    """Trained model for inference.
+
+    Images are paths of files, images of Pillow's, or one uint8 tensor (n, 3, H, W); of each the middle square.
 
     Texts are strings, cut to the longest that the model was trained with. batch_size: so many go through the model at
     once. Results are float32, on `device`, without gradient.
@@ -36,7 +38,7 @@ class PairModel:
     def __init__(
         self, model: SaclModel, tokenizer: Tokenizer, image_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """model: in float32; it is moved, and its encoders cast."""
+        """Move the model to the device and cast its encoders. model: in float32."""
         self.model = model.requires_grad_(False).eval().to(device)
         if dtype != torch.float32:
             # not the pixels' mean and deviation, nor the temperature
@@ -52,21 +54,21 @@ class PairModel:
 
     @torch.no_grad()
     def encode_image(self, images: Images, *, batch_size: int = 64) -> Tensor:
-        """(n, d) unit features. Raises UserError, naming the image that cannot be read."""
+        """Encode images to (n, d) unit features. Raises UserError, naming the image that cannot be read."""
         return self._joined([features for _, features in self._images(images, batch_size)])
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """(n, d) unit features."""
+        """Encode texts to (n, d) unit features."""
         return self._joined([features for _, _, features in self._texts(texts, batch_size)])
 
     def similarity(self, images: Images, texts: Sequence[str]) -> Tensor:
-        """(n, m) cosines of n images with m texts."""
+        """Return the (n, m) cosines of n images with m texts."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
     @torch.no_grad()
     def match(self, images: Images, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
-        """(n,) the probability, by the fusion encoder, that image i and text i belong together."""
+        """Return (n,) probabilities, by the fusion encoder, that image i and text i belong together."""
         if len(images) != len(_listed(texts)):
             raise UserError(f"match: {len(images)} images and {len(texts)} texts; give one text for each image")
         found = []
@@ -103,7 +105,7 @@ class PairModel:
             raise UserError(f"{named} is of type {type(image).__name__}; give a path or an image of Pillow's") from None
 
     def _texts(self, texts: Sequence[str], batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """States, mask and features."""
+        """Encode texts to states, mask and features."""
         rows = self.tokenizer.ids(_listed(texts)) if len(texts) else []
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
@@ -124,7 +126,7 @@ class PairModel:
 def load_pair_model(
     folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> PairModel:
-    """As `sacl_ds.load` says."""
+    """Load a finished run or its export for inference; documented at `sacl_ds.load`."""
     path = user_path(folder)
     if (path / "config.json").is_file() and not (path / "config.yaml").exists():
         raise UserError(

@@ -1,4 +1,4 @@
-"""The place of this process among those of its job, whichever launcher started it.
+"""Rank of this process among those of its job, whichever launcher started it.
 
 DeepSpeed's launcher and torchrun set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which
 is what everything reads. srun and the mpiruns have names of their own.
@@ -25,7 +25,7 @@ _SPECIAL_STEPS = 0xFFFFFFF0  # from here on SLURM's own: a batch script's shell,
 
 
 def take_place() -> None:
-    """Set RANK and its like in the environment from the variables of srun or an mpirun, before anything reads them.
+    """Set RANK and its like in the environment from the variables of srun or mpirun, before anything reads them.
 
     Nothing changes where RANK is set, or where this process was started alone: by hand, in the shell of a batch script
     or of salloc. Raises UserError where the ranks are on several nodes and the first one's address is not known.
@@ -58,7 +58,7 @@ def _of_mpi(names: tuple[str, str, str, str]) -> dict[str, str] | None:
 
 
 def _of_srun() -> dict[str, str] | None:
-    """None for a process that is no task of srun's, or typed into the one that srun --pty attached to a terminal."""
+    """Read srun's variables; None for a process that is no task of srun's, or typed into an srun --pty shell."""
     env = os.environ
     number, count = env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS")
     step = env.get("SLURM_STEP_ID") or env.get("SLURM_STEPID")
@@ -82,7 +82,7 @@ def _place(number: str, count: str, local: str, local_count: str) -> dict[str, s
 
 
 def _expanded(tasks: str) -> list[int]:
-    """SLURM's tasks of each node, "2(x3),1" for four nodes."""
+    """Expand SLURM's tasks of each node, "2(x3),1" for four nodes."""
     found: list[int] = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         found += [int(number)] * int(times or 1)
@@ -90,7 +90,7 @@ def _expanded(tasks: str) -> list[int]:
 
 
 def _first_node(env: Mapping[str, str]) -> str | None:
-    """Of SLURM's list of nodes, "gpu-[03-05,7],login1" for five."""
+    """Return the first name of SLURM's node list, which looks like "gpu-[03-05,7],login1"."""
     nodes = next((env[name] for name in _NODES if env.get(name)), None)
     if nodes is None:
         return None
@@ -99,7 +99,7 @@ def _first_node(env: Mapping[str, str]) -> str | None:
 
 
 def _number_of_job(by_mpi: bool) -> int:
-    """The same on all ranks, and another than that of a job or step started close by."""
+    """Return a number that is equal on all ranks, and differs from that of a job or step started close by."""
     env = os.environ
     if not by_mpi:
         return 61 * int(env.get("SLURM_JOB_ID", "0")) + int(env.get("SLURM_STEP_ID", "0"))

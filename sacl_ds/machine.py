@@ -1,4 +1,4 @@
-"""What this machine can do: device, precision, compilers, packages. Facts alone; `ds_config` judges by them."""
+"""Facts about this machine: device, precision, compilers, packages. `ds_config` judges by them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Machine:
 
 
 def this_machine(device: str) -> Machine:
-    """device: the accelerator's name as DeepSpeed gives it."""
+    """Gather the facts of this machine. device: the accelerator's name as DeepSpeed gives it."""
     if device == "cuda":
         name, bf16 = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -40,7 +40,7 @@ def this_machine(device: str) -> Machine:
 
 
 def installed_apex() -> Apex:
-    """NVIDIA's apex is built from source; the package called apex in the registry is a web toolkit."""
+    """Tell NVIDIA's apex, which is built from source, from the registry's apex, a web toolkit."""
     if importlib.util.find_spec("apex") is None:
         return "none"
     try:
@@ -52,13 +52,13 @@ def installed_apex() -> Apex:
 
 
 def missing_compiler() -> str | None:
-    """What torch.compile would miss to build its kernels for a CPU, or to start those for a GPU."""
+    """Name what torch.compile would miss to build its kernels for a CPU, or to start those for a GPU."""
     compiler = os.environ.get("CXX", "g++")
     return f"no C++ compiler ({compiler})" if shutil.which(compiler) is None else None
 
 
 def missing_tool(*, cuda: bool) -> str | None:
-    """The first tool that compiling DeepSpeed's operators would miss, as PyTorch's extensions look for them."""
+    """Name the first tool that compiling DeepSpeed's operators would miss, as PyTorch's extensions look for them."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"

@@ -1,4 +1,4 @@
-"""What made a file: versions of the packages that decide what a run computes, and the commit of this one."""
+"""Provenance of a file: versions of the packages that decide what a run computes, and the commit of this one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("sacl_ds", "torch", "deepspeed", "transformers", "timm", "webdataset
 
 
 def versions() -> dict[str, str]:
-    """{package: version}, Python's among them; "absent" where one is not installed."""
+    """Return {package: version}, Python's among them; "absent" where one is not installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -22,8 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The git commit of the checkout that this package runs from, with "+" where tracked files differ from it; "" where
-    it is none."""
+    """Return the git commit of this package's checkout, with "+" where tracked files differ; "" where it is none."""
     here = Path(__file__).resolve().parent
     try:
         named = _git(here, "rev-parse", "HEAD")

@@ -19,7 +19,7 @@ _NOT_DECIMAL = {60: re.compile(r".*:.*", re.DOTALL), 8: re.compile(r"[-+]?0[0-7_
 
 
 class BadYaml(ValueError):
-    """The message is one line; line: from 1, or None where it is not known."""
+    """Error in a YAML text. The message is one line; line: from 1, or None where it is not known."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(" ".join(message.split()))
@@ -27,7 +27,7 @@ class BadYaml(ValueError):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The values of a YAML text. Raises UserError, with `where` and the line, for what `plain_yaml` refuses."""
+    """Parse the values of a YAML text. Raises UserError, with `where` and the line, for what `plain_yaml` refuses."""
     try:
         return plain_yaml(text)
     except BadYaml as error:
@@ -36,7 +36,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def plain_yaml(text: str) -> Any:
-    """None, truth values, numbers, texts, dates, and lists and mappings of them. Raises BadYaml, and nothing else.
+    """Parse None, booleans, numbers, texts, dates, and lists and mappings of them.
 
     No tag makes another object. Numbers of base 60 and 8, which 1:30 and 010 are, are refused. A key that stands twice
     in a mapping is refused, and so are anchors within themselves, more than 100,000 values (aliases counted where they
@@ -63,7 +63,7 @@ def plain_yaml(text: str) -> Any:
 
 
 def _check(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
-    """Nodes in all. sizes: of those that were looked at, 0 while they are."""
+    """Count the nodes in all, to refuse anchors that grow. sizes: of nodes that were counted, 0 while they are."""
     if not isinstance(node, yaml.CollectionNode):
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(node)

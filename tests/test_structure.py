@@ -66,6 +66,9 @@ NOT_OF_PRETRAINING = (
     "sacl_ds.model.clip_teacher", "sacl_ds.model.momentum", "sacl_ds.model.nlvr2", "sacl_ds.model.starts",
     "sacl_ds.model.vqa", "sacl_ds.tasks", "sacl_ds.telemetry.plots", "matplotlib",
 )  # fmt: skip
+FRAGMENTS = (
+    "Of", "By", "Behind", "In", "As", "At", "On", "From", "For", "With", "Without", "Where", "That", "Beside",
+)  # fmt: skip
 HEAVY = ("torch", "deepspeed", "timm", "transformers", "webdataset")
 
 
@@ -123,6 +126,20 @@ def test_architecture_names_what_is_there(root: Path) -> None:
         assert line_of(file, name), f"{path} has no {name}"
     for name, path, line in formulas:
         assert line_of(root / "sacl_ds" / path, name) == int(line), f"{name} is not at {path}:{line}"
+
+
+def test_names_and_docstrings(root: Path) -> None:
+    """No class name stands twice in the package, and no docstring begins with a preposition."""
+    classes: dict[str, str] = {}
+    for file in sorted((root / "sacl_ds").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
+                at = f"{file}:{getattr(node, 'lineno', 1)}"
+                said = ast.get_docstring(node) or "-"
+                assert said.split()[0] not in FRAGMENTS, f"{at}: {said}"
+                if isinstance(node, ast.ClassDef):
+                    assert classes.setdefault(node.name, at) == at, f"{at}: {node.name} is at {classes[node.name]}, too"
+    assert len(classes) > 100
 
 
 def line_of(file: Path, name: str) -> int | None:

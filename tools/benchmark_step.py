@@ -28,7 +28,7 @@ from sacl_ds.config.paths import user_path
 from sacl_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from sacl_ds.benchmark.setting import Setting
+    from sacl_ds.benchmark.setting import BenchmarkSetting
     from sacl_ds.machine import Machine
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def chosen(asked: list[str] | None) -> list[str]:
     return [name for name in known if asked is None or name in asked]
 
 
-def check(names: list[str], setting: Setting, machine: Machine) -> None:
+def check(names: list[str], setting: BenchmarkSetting, machine: Machine) -> None:
     """UserError for what no step could be built with."""
     from sacl_ds.benchmark.ours import CASES, run_of
     from sacl_ds.distributed import world_size
@@ -101,7 +101,7 @@ def check(names: list[str], setting: Setting, machine: Machine) -> None:
             resolve(setting.ds, run_of(CASES[name], setting), world_size(), machine, name=setting.ds_name)
 
 
-def build(name: str, setting: Setting, machine: Machine) -> Any:
+def build(name: str, setting: BenchmarkSetting, machine: Machine) -> Any:
     """The step of that name, with a batch of its own."""
     from sacl_ds.benchmark.ours import CASES, OurStep
     from sacl_ds.benchmark.peers import OpenClipStep
@@ -128,7 +128,7 @@ def memory_of(name: str, words: list[str]) -> float | None:
     return None if None in found else max(found)
 
 
-def measure(names: list[str], setting: Setting, machine: Machine, options: argparse.Namespace) -> Any:
+def measure(names: list[str], setting: BenchmarkSetting, machine: Machine, options: argparse.Namespace) -> Any:
     """{name: Measured}, without memory."""
     from sacl_ds.benchmark.measure import seconds_of
     from sacl_ds.benchmark.ours import OurStep
@@ -148,7 +148,7 @@ def measure(names: list[str], setting: Setting, machine: Machine, options: argpa
     return measured
 
 
-def heading(setting: Setting, options: argparse.Namespace) -> str:
+def heading(setting: BenchmarkSetting, options: argparse.Namespace) -> str:
     import torch
 
     from sacl_ds.distributed import world_size
@@ -189,7 +189,7 @@ def main() -> None:
     from sacl_ds.benchmark.measure import peak_bytes
     from sacl_ds.benchmark.peers import load, peers
     from sacl_ds.benchmark.report import as_json, plot, rows_of, table
-    from sacl_ds.benchmark.setting import Setting, model_config
+    from sacl_ds.benchmark.setting import BenchmarkSetting, model_config
     from sacl_ds.distributed import rank
     from sacl_ds.ds_config import read_ds_config
     from sacl_ds.telemetry.throughput import device_peak
@@ -197,7 +197,7 @@ def main() -> None:
 
     names, model, ds = chosen(options.steps), model_config(options), read_ds_config(options.ds_config)
     device, machine = start_process()
-    setting = Setting(
+    setting = BenchmarkSetting(
         model,
         options.batch,
         options.precision,

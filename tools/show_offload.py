@@ -31,7 +31,7 @@ from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import read_ds_config, resolve
 from sacl_ds.machine import this_machine
-from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.job import PlannedJob, Zero
 from sacl_ds.planning.ranks import on_ranks
 from sacl_ds.planning.record import record_limited
 
@@ -184,7 +184,7 @@ def main() -> None:
         ended = "; ".join(reasons) or f"loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
         lines.append(f"{arm.name}: at most {most:.2f} of {arm.limit} GiB; {ended}")
         print(lines[-1], flush=True)
-    parameters = Job(run_of(arms[0]), 1, Zero(), vocab_size=VOCABULARY).parameters
+    parameters = PlannedJob(run_of(arms[0]), 1, Zero(), vocab_size=VOCABULARY).parameters
     record_limited(options.docs, {"parameters": parameters, "limit": options.limit, "arms": lines})
     draw(results, options.limit, options.docs.parent / "offload.png")
 

@@ -24,7 +24,7 @@ _NEAR = 0.5  # of the logit scale: from here on a warning
 
 
 def act(options: argparse.Namespace) -> None:
-    """The subcommand."""
+    """Run the subcommand `calibrate`."""
     for name, value in (("--share", options.share), ("--false-share", options.false_share)):
         if value is not None and not 0 < value < 1:
             raise UserError(f"{name} {value}: a share lies between 0 and 1")

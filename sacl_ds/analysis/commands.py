@@ -12,7 +12,7 @@ _SUBJECT = "finished run, RUN/checkpoints/step_N, or features saved by --save-fe
 
 
 def data_options(parser: argparse.ArgumentParser, shards: bool = True) -> None:
-    """Which pairs are looked at, by which teacher; what `sacl_ds.analysis.inputs.examine` reads."""
+    """Declare the options that choose pairs and teacher, for `sacl_ds.analysis.inputs.examine`."""
     data = parser.add_argument_group("data")
     if shards:
         data.add_argument(
@@ -31,7 +31,7 @@ def data_options(parser: argparse.ArgumentParser, shards: bool = True) -> None:
 
 
 def weight_options(parser: argparse.ArgumentParser) -> None:
-    """The regulation; what `sacl_ds.analysis.inputs.regulation_for` reads."""
+    """Declare the options of the regulation, for `sacl_ds.analysis.inputs.regulation_for`."""
     weights = parser.add_argument_group("weights (default: as at the end of the run)")
     weights.add_argument("--alpha", type=float, help="the teacher's share of the similarity")
     weights.add_argument("--sharpness", type=float, metavar="KAPPA", help="of the model's similarity")
@@ -39,7 +39,7 @@ def weight_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_parsers(subparsers: Any) -> None:
-    """scan, calibrate, suspects and detect; each sets `act`."""
+    """Declare scan, calibrate, suspects and detect; each sets `act`."""
     _scan(subparsers)
     _calibrate(subparsers)
     _suspects(subparsers)

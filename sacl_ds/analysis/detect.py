@@ -17,7 +17,7 @@ from sacl_ds.analysis.pairs import is_features
 from sacl_ds.analysis.ranking import Curve, Detector, spearman
 from sacl_ds.analysis.subject import load_subject, read_pairs
 from sacl_ds.analysis.terminal import progress, say, table
-from sacl_ds.analysis.truth import Question, questions
+from sacl_ds.analysis.truth import GradedNegatives, questions
 from sacl_ds.data.scene_source import SceneSource
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.sources import HELD_OUT, scene_size
@@ -27,9 +27,9 @@ from sacl_ds.losses.distribution import THRESHOLDS
 
 
 def detectors(regulation: Regulation, teacher: bool) -> dict[str, Regulation]:
-    """The weights of the model alone, of the teacher alone, and of both as the run mixes them.
+    """Return the regulations of model and teacher alone, and of both as the run mixes them.
 
-    What has sharpness 0 in the run would tell nothing alone; it is looked at with 1.
+    A side whose sharpness is 0 in the run is given 1, since its weights alone would all be equal.
     """
     whole = replace(regulation, negative_mass=1.0, drop_below=None)
     found = {"model": replace(whole, alpha=0.0, sharpness=whole.sharpness or 1.0)}
@@ -40,7 +40,7 @@ def detectors(regulation: Regulation, teacher: bool) -> dict[str, Regulation]:
     return found
 
 
-def detection(question: Question, regulation: Regulation) -> tuple[dict[str, Any], Curve]:
+def detection(question: GradedNegatives, regulation: Regulation) -> tuple[dict[str, Any], Curve]:
     """Figures, and the curves of -log w as a score for false negatives, over all anchors and their negatives.
 
     Figures: auc, average_precision, chance (the average precision of random scores), at_weight: for each of THRESHOLDS
@@ -93,7 +93,7 @@ def detection(question: Question, regulation: Regulation) -> tuple[dict[str, Any
 
 
 def act(options: argparse.Namespace) -> None:
-    """The subcommand."""
+    """Run the subcommand `detect`."""
     examined = _examined(options)
     regulation = regulation_for(examined, options)
     asked = questions(examined.pairs)

@@ -1,4 +1,4 @@
-"""Where the analysis tools compute."""
+"""Choice of the device on which the analysis tools compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from sacl_ds.errors import UserError
 
 
 def device_named(name: str | None) -> torch.device:
-    """None: a GPU where there is one, else the CPU. Raises UserError for a device that cannot be used."""
+    """Return the named device; by default a GPU if there is one, else the CPU. Raises UserError for one that cannot be
+    used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)

@@ -1,4 +1,4 @@
-"""Where two models disagree about what the negatives of the same mini-batches weigh."""
+"""Pairs whose weights differ between two models that see the same mini-batches."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Disagreement:
         return _mean(self._by_anchor)
 
     def add(self, sides: tuple[Pairs, Pairs], regulations: tuple[Regulation, Regulation], number: int) -> None:
-        """The same pairs under both, as one mini-batch."""
+        """Add a mini-batch of the same pairs under both models."""
         a, b = (mini_batch(pairs, regulation) for pairs, regulation in zip(sides, regulations, strict=True))
         rows, columns = np.nonzero(a.negatives & b.negatives)
         for direction in DIRECTIONS:
@@ -96,7 +96,7 @@ class Disagreement:
 
 
 def act(options: argparse.Namespace) -> None:
-    """The subcommand. Raises UserError."""
+    """Run the subcommand `compare`. Raises UserError."""
     out = Path(options.out)
     for name, least in (("count", 2), ("top", 1)):
         if getattr(options, name) < least:
@@ -121,7 +121,7 @@ def act(options: argparse.Namespace) -> None:
 def _sides(
     options: argparse.Namespace,
 ) -> tuple[tuple[Pairs, Pairs], tuple[Regulation, Regulation], tuple[RunConfig, RunConfig], tuple[str, str]]:
-    """The same pairs under both, how each weighs them, and what each is called."""
+    """Load the same pairs under both models, the regulation of each, and their labels."""
     device = device_named(options.device)
     a = load_subject(options.a, device=device)
     source = data_source(a.run, options.shards)
@@ -149,7 +149,7 @@ def _sides(
 
 
 def _settings(run: RunConfig, sharpness: float | None, pairs: Pairs) -> Regulation:
-    """Those of the run's end, without a teacher where there is none. Those of the paper's baseline weigh nothing."""
+    """Return the regulation at the end of the run, without a teacher if the pairs have none."""
     regulation = regulation_of(run, sharpness=sharpness)
     return regulation if pairs.teacher is not None else replace(regulation, alpha=0.0)
 

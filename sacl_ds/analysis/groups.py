@@ -1,4 +1,4 @@
-"""Suspected pairs to groups of samples that are no negatives of each other, none of them a giant."""
+"""Group suspected pairs into samples that are no negatives of each other, with a bound on a group's size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Groups:
-    """of: (n,) int64, a number for each sample in a group of at least two, else -1. Numbers count from 0.
+    """Groups of samples.
+
+    of: (n,) int64, a number for each sample in a group of at least two, else -1. Numbers count from 0.
 
     sizes: of the groups, the largest first. refused: links that were left out since a group would have grown past the
     bound. largest_uncapped: the largest group with all links.
@@ -55,7 +57,7 @@ def repeats(values: Sequence[Hashable]) -> np.ndarray:
 
 
 def spread(sizes: Sequence[int]) -> str:
-    """'12 groups of 30 samples: 8 of 2, 3 of 3, the largest of 5'."""
+    """Describe group sizes: '12 groups of 30 samples: 8 of 2, 3 of 3, the largest of 5'."""
     if not sizes:
         return "no groups"
     counts = sorted(Counter(sizes).items())
@@ -78,7 +80,7 @@ class _Forest:
         return sample
 
     def join(self, a: int, b: int, largest: int) -> bool:
-        """Whether both are in one group afterwards."""
+        """Unite the groups of both; return whether they are in one group afterwards."""
         a, b = self.root(a), self.root(b)
         if a == b:
             return True

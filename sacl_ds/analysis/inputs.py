@@ -1,4 +1,4 @@
-"""From a command line's RUN, CHECKPOINT or FEATURES to pairs with features, and the regulation to weigh them by."""
+"""Resolve a command line's RUN, CHECKPOINT or FEATURES to pairs with features and the regulation that weighs them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def kept(examined: Examined, options: argparse.Namespace) -> Examined:
 
 
 def regulation_for(examined: Examined, options: argparse.Namespace) -> Regulation:
-    """At the end of the run, with what the command line gives in its place. Raises UserError."""
+    """Return the run's regulation at its last step, overridden by the command line's options. Raises UserError."""
     alpha, run = options.alpha, examined.run
     if alpha is None and options.teacher not in (None, WITHOUT) and not run.uses_teacher:
         alpha = 1.0  # a teacher was asked for, and the run had none to say its share
@@ -86,7 +86,7 @@ def regulation_for(examined: Examined, options: argparse.Namespace) -> Regulatio
 
 
 def described(regulation: Regulation) -> dict[str, float | None]:
-    """For JSON."""
+    """Return a regulation's parameters as values for JSON."""
     return {
         "alpha": regulation.alpha,
         "sharpness": regulation.sharpness,
@@ -97,7 +97,7 @@ def described(regulation: Regulation) -> dict[str, float | None]:
 
 
 def batch_of(subject: Subject) -> int:
-    """Images at a time."""
+    """Return how many images pass through the model at a time."""
     return 256 if subject.run.model.image_size <= 128 else 64
 
 

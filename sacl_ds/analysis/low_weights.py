@@ -1,4 +1,4 @@
-"""The pairs of least weight, or of most similarity, of a whole set: tile by tile, in threads."""
+"""Search a whole set, tile by tile and in threads, for the pairs of least weight or greatest similarity."""
 
 from __future__ import annotations
 
@@ -103,13 +103,15 @@ def least_weights(
 
 
 def tile_count(pairs: int, tile: int = TILE) -> int:
-    """Of both passes."""
+    """Return the number of tiles in both passes over the pairs."""
     return 2 * math.ceil(pairs / tile) ** 2
 
 
 def _candidates(tile: WeightTile, by_similarity: bool, limit: float, worst: float, top: int) -> tuple[int, Tensor]:
-    """How many pairs of the tile score under `limit`; and of those that score no more than `worst` at most the `top`
-    lowest, as (m, 6) score, image, text, two log weights, cosine."""
+    """Count the tile's pairs that score under `limit`, and list the `top` lowest that score at most `worst`.
+
+    Returns the list as (m, 6): score, image, text, two log weights, cosine.
+    """
     by_image, by_text = tile.log_weight(0), tile.log_weight(1)
     if by_similarity:
         score = -(tile.cosine if tile.teacher_cosine is None else tile.teacher_cosine)

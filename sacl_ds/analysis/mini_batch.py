@@ -1,4 +1,4 @@
-"""The weights of one mini-batch as whole matrices, to be looked at cell by cell."""
+"""Weights of one mini-batch as whole matrices, for inspection cell by cell."""
 
 from __future__ import annotations
 

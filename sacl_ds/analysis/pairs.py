@@ -1,4 +1,4 @@
-"""Features of image-text pairs with what identifies them: in memory, or in a folder from which they are mapped."""
+"""Features of image-text pairs with their identities: in memory, or mapped from a folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Pairs:
         return self.teacher_image, self.teacher_text
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Pairs:
-        """These pairs, in this order, in memory."""
+        """Return the pairs at `indices`, in that order, in memory."""
         rows = np.asarray(indices, np.int64)
 
         def texts(values: list[str]) -> list[str]:
@@ -90,7 +90,7 @@ class Pairs:
 
     @classmethod
     def load(cls, folder: str | Path) -> Pairs:
-        """What `save` wrote; arrays are mapped, so that only what is used is read. Raises UserError."""
+        """Open a folder written by `save`; arrays are mapped, so that only what is used is read. Raises UserError."""
         folder = Path(folder)
         require_unchanged(folder, str(folder), *_FILES)
         try:
@@ -120,7 +120,7 @@ class Pairs:
 
 
 def is_features(path: str | Path) -> bool:
-    """Whether a folder was written by `Pairs.save`."""
+    """Return whether a folder was written by `Pairs.save`."""
     return (Path(path) / FEATURES).is_file()
 
 

@@ -1,4 +1,4 @@
-"""Which patches a model keeps of a picture for a text, and a figure of them."""
+"""Patches that a model keeps of a picture for a text, and a figure of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 @dataclass(frozen=True)
 class Looked:
-    """What one text keeps of one picture. pixels: (3, H, W) uint8, as the model sees it; choices: of one row."""
+    """Patches of a picture that one text keeps. pixels: (3, H, W) uint8, as the model sees it; choices: of one row."""
 
     caption: str
     pixels: Tensor
@@ -64,7 +64,7 @@ def load_selecting(folder: Path, settings: Sequence[str]) -> tuple[SaclModel, To
 
 @torch.no_grad()
 def look(model: SaclModel, tokenizer: Tokenizer, pictures: Tensor, captions: Sequence[str]) -> list[Looked]:
-    """Caption i looks at picture i. pictures: (n, 3, H, W) uint8, on the model's device."""
+    """Run caption i on picture i and record the patches kept. pictures: (n, 3, H, W) uint8, on the model's device."""
     ids = tokenizer.ids(captions)
     device = pictures.device
     rows = (torch.from_numpy(pad(ids, tokenizer.pad_id)), torch.from_numpy(attention_mask(ids)))

@@ -94,7 +94,8 @@ def fall_curve(cosines: np.ndarray, threshold: float, sharpness: float, share: f
 
 
 def detector_curves(curves: Mapping[str, Mapping[str, Mapping[str, Curve]]], path: Path) -> None:
-    """{truth: {direction: {detector: curve}}}: a row of panels a truth; precision over recall, and the ROC."""
+    """Plot a row of panels a truth: precision over recall, and the ROC. curves: {truth: {direction: {detector:
+    curve}}}."""
     titles = [(truth, direction) for truth, directions in curves.items() for direction in directions]
     figure, axes = plt.subplots(len(titles), 2, figsize=(9.0, 3.7 * len(titles)), layout="constrained", squeeze=False)
     for row, (truth, direction) in enumerate(titles):

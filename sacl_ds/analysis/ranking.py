@@ -1,4 +1,4 @@
-"""How well scores find what they should: ROC, precision and recall, rank correlation. NumPy alone."""
+"""Quality of scores as detectors: ROC, precision and recall, rank correlation. NumPy alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Detector:
     """
 
     def __init__(self, positives: np.ndarray) -> None:
-        """positives: (p,) scores of what is to be found. Raises ValueError where there is none."""
+        """Sort the scores of the samples to be found. positives: (p,). Raises ValueError where there is none."""
         if not len(positives):
             raise ValueError("there is nothing to be found")
         self._thresholds, self._positives = np.unique(positives, return_counts=True)

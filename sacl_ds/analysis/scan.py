@@ -55,7 +55,7 @@ class Distribution:
         return self._under / self.pairs if self.pairs else np.full(len(THRESHOLDS), math.nan)
 
     def figures(self) -> dict[str, Any]:
-        """Everything, for JSON and parquet."""
+        """Return all metrics, for JSON and parquet."""
         means = np.divide(self._sums, self._of, out=np.full(len(self._of), math.nan), where=self._of > 0)
         return {
             "anchors": self.anchors,
@@ -91,7 +91,9 @@ def scan(
     seed: int = 0,
     seen: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Distribution]:
-    """{direction: distribution}; batch_size is at most the number of pairs. seen(1) is called after each mini-batch.
+    """Compute the distribution of weights over mini-batches, by direction.
+
+    batch_size is at most the number of pairs. seen(1) is called after each mini-batch.
 
     The sums are made in the order of the mini-batches, and so have the same bits each time.
     """
@@ -114,7 +116,7 @@ def _weighed(pairs: Pairs, rows: np.ndarray, regulation: Regulation) -> tuple[We
 
 
 def act(options: argparse.Namespace) -> None:
-    """The subcommand."""
+    """Run the subcommand `scan`."""
     if options.batches < 1 or options.batch_size < 2:
         raise UserError("--batches is at least 1, and --batch-size at least 2")
     if options.save_features and len(options.paths) > 1:

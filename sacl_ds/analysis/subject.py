@@ -1,4 +1,4 @@
-"""What is looked at: a trained model, or one of its checkpoints, with its teacher; and pairs as these see them."""
+"""The examined model (a run or a checkpoint) with its teacher, and pairs as these see them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sacl_ds.config import CaptionFilter, RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
 from sacl_ds.data.collate import Collator, Item
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample, Source
@@ -69,7 +69,7 @@ class Subject:
 
 
 def load_subject(path: str | Path, teacher: str | None = None, device: torch.device | str = "cpu") -> Subject:
-    """A finished run's directory, or RUN/checkpoints/step_N of any ZeRO stage.
+    """Load a finished run's directory, or RUN/checkpoints/step_N of any ZeRO stage, with its teacher.
 
     teacher: None: the run's own (teacher.checkpoint, or RUN/teacher), if it has one; 'none': without; else as
     teacher.checkpoint. Raises UserError.
@@ -82,14 +82,17 @@ def load_subject(path: str | Path, teacher: str | None = None, device: torch.dev
 
 
 def folder_of(path: Path) -> Path:
-    """The run directory of RUN or RUN/checkpoints/step_N."""
+    """Return the run directory of RUN or RUN/checkpoints/step_N."""
     inside = path.parent.name == "checkpoints" and not (path / WEIGHTS).exists()
     return path.parent.parent if inside else path
 
 
 def load_trained(path: Path, setting: str = "run") -> tuple[SaclModel, RunConfig, Tokenizer, int]:
-    """Of RUN or RUN/checkpoints/step_N: the model in eval mode, on the CPU, without gradient; its configuration and
-    tokenizer, and how many steps it has done. setting: what error lines name. Raises UserError."""
+    """Load a trained model from RUN or RUN/checkpoints/step_N.
+
+    Returns the model (eval mode, CPU, no gradients), its configuration, its tokenizer and its number of steps. setting:
+    the name that error lines use. Raises UserError.
+    """
     if folder_of(path) != path:
         model, run, tokenizer, step = _of_checkpoint(path)
     else:
@@ -103,7 +106,7 @@ def load_trained(path: Path, setting: str = "run") -> tuple[SaclModel, RunConfig
 
 
 def data_source(run: RunConfig, shards: str | Sequence[str] | None) -> Source:
-    """The given shards, with the run's choice of captions; None: the run's held-out data. Raises UserError."""
+    """Open the given shards, with the run's choice of captions; None: the run's held-out data. Raises UserError."""
     if shards is not None:
         return ShardSource(index_shards(shards, "--shards", typed=True), run.data.model_copy(update=_NOT_TAKEN_OVER))
     if run.data.source == "scenes":
@@ -122,7 +125,7 @@ def regulation_of(
     sharpness: float | None = None,
     teacher_sharpness: float | None = None,
 ) -> Regulation:
-    """The weights' settings at the end of that run, with those that are given in their place. Raises UserError.
+    """Return the regulation at the end of that run, overridden by the values given.
 
     A run of InfoNCE had sharpness 0, and one without teacher alpha 0. teacher_sharpness follows sharpness where neither
     it nor the run sets it.
@@ -205,7 +208,7 @@ def read_pairs(
 
 
 def pictures(source: Source, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Image.Image]:
-    """{(shard, key): picture, RGB}, in one pass over those shards; what is not found is left out."""
+    """Read {(shard, key): picture, RGB} in one pass over those shards; what is not found is left out."""
     left, shards = set(wanted), {shard for shard, _ in wanted}
     found: dict[tuple[str, str], Image.Image] = {}
     for raw, _ in _raw_samples(source, None, shards):
@@ -225,7 +228,7 @@ def pictures(source: Source, wanted: Sequence[tuple[str, str]]) -> dict[tuple[st
 
 
 def source_count(source: Source) -> int:
-    """Samples of all its shards."""
+    """Return the number of samples in all shards."""
     return sum(map(sum, source.sets))
 
 
@@ -246,7 +249,7 @@ def _of_checkpoint(path: Path) -> tuple[SaclModel, RunConfig, Tokenizer, int]:
 
 
 def _saved_step(weights: Path) -> int:
-    """0 where the file does not tell."""
+    """Read the step noted in a weights file; 0 where there is none."""
     with safe_open(weights, "pt") as file:
         said = (file.metadata() or {}).get("sacl_ds", "{}")
     try:
@@ -277,7 +280,7 @@ def _seen(
     """(item, names) of each sample in its order, decoded by several threads; None for one that cannot be used."""
 
     def one(raw: Any, place: Place) -> tuple[Item, tuple[str, str, str, str, str]] | None:
-        if isinstance(raw, Fault):
+        if isinstance(raw, SampleFault):
             return None
         try:
             sample = source.decode(raw)

@@ -25,7 +25,7 @@ _OF_PAIRS = {"key": "keys", "shard": "shards", "sha256": "sha256", "url": "urls"
 
 
 def act(options: argparse.Namespace) -> None:
-    """The subcommand."""
+    """Run the subcommand `suspects`."""
     out = Path(options.out)
     if out.suffix not in (".parquet", ".csv"):
         raise UserError(f"--out {out}: its name ends in .parquet or .csv")

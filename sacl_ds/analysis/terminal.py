@@ -1,4 +1,4 @@
-"""What the analysis tools show while they work and when they are done."""
+"""Progress bars and tables of the analysis tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left on a terminal, a line now and then where there is none, both on stderr."""
+    """Show a bar with the time left on a terminal, or a line now and then elsewhere, both on stderr."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         columns = (
@@ -73,6 +73,6 @@ def labels(paths: Sequence[str | Path]) -> list[str]:
 
 
 def per_cent(share: float) -> str:
-    """'20', '3.1', '0.042': two figures."""
+    """Format a share in per cent with two significant figures: '20', '3.1', '0.042'."""
     value = 100 * share
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value else "0"

@@ -1,4 +1,4 @@
-"""Where it is known which negatives are false: anchors, their candidates, and how relevant each of these is."""
+"""Anchors, candidates and their graded relevance, for sets whose false negatives are known."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ROWS = 256  # anchors at a time
 
 
 @dataclass(frozen=True)
-class Question:
-    """One direction under one truth.
+class GradedNegatives:
+    """Query of one direction under one truth: anchors, candidates and their relevance.
 
     anchors (a, d), candidates (m, d): unit features, as are the teacher's. anchor_ids (a, k), candidate_ids (m, k): a
     match in any column is no negative. relevance: (a, m) in [0, 1], 1 for a false negative, or for each anchor the
@@ -44,8 +44,7 @@ class Question:
         return isinstance(self.relevance, np.ndarray)
 
     def tiles(self, regulation: Regulation) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For some anchors at a time: (t, m) float64 log weights; (t, m) bool, whether it is a negative; and (t, m)
-        float32 relevance."""
+        """Yield tiles of anchors: (t, m) float64 log weights, (t, m) bool negatives, (t, m) float32 relevance."""
         for start in range(0, len(self.anchors), _ROWS):
             rows = slice(start, start + _ROWS)
             cosine = (self.anchors[rows] @ self.candidates.T).astype(np.float64)
@@ -68,8 +67,8 @@ class Question:
         return made
 
 
-def questions(pairs: Pairs) -> list[Question]:
-    """What is known about these pairs: built-in scenes, or COCO's test split. Raises UserError for others."""
+def questions(pairs: Pairs) -> list[GradedNegatives]:
+    """Return the known truths about these pairs: built-in scenes, or COCO's test split. Raises UserError for others."""
     if pairs.shards and set(pairs.shards) == {COCO}:
         return _of_coco(pairs)
     places = [place_of(key) for key in pairs.keys]
@@ -80,8 +79,8 @@ def questions(pairs: Pairs) -> list[Question]:
     )
 
 
-def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[Question]:
-    """One caption of each scene, graded by the share of its statements that hold in a picture."""
+def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[GradedNegatives]:
+    """Build the questions of scenes: one caption each, graded by the share of its statements that hold in a picture."""
     said: list[Caption] = []
     drawn: list[Scene] = []
     sets: dict[int, Scenes] = {}
@@ -96,13 +95,16 @@ def _of_scenes(pairs: Pairs, places: Sequence[tuple[int, int]]) -> list[Question
     t_image, t_text = pairs.teacher or (None, None)
     ids = pairs.pair_ids
     return [
-        Question("scenes", "image_to_text", pairs.image, pairs.text, _both(t_image, t_text), ids, ids, holds.T),
-        Question("scenes", "text_to_image", pairs.text, pairs.image, _both(t_text, t_image), ids, ids, holds),
+        GradedNegatives("scenes", "image_to_text", pairs.image, pairs.text, _both(t_image, t_text), ids, ids, holds.T),
+        GradedNegatives("scenes", "text_to_image", pairs.text, pairs.image, _both(t_text, t_image), ids, ids, holds),
     ]
 
 
-def _of_coco(pairs: Pairs) -> list[Question]:
-    """ECCV Caption (its queries alone) and CxC, of the package eccv_caption. A row is a caption with its image."""
+def _of_coco(pairs: Pairs) -> list[GradedNegatives]:
+    """Build the questions of ECCV Caption (its queries alone) and CxC, of the package eccv_caption.
+
+    A row is a caption with its image.
+    """
     names = [key.split("-") for key in pairs.keys]
     image_ids, caption_ids = (np.array([int(name[part]) for name in names]) for part in (0, 1))
     images, first = np.unique(image_ids, return_index=True)
@@ -114,7 +116,7 @@ def _of_coco(pairs: Pairs) -> list[Question]:
     for truth, known in _verified().items():
         positives, rows = _listed(known["i2t"], place_of_image, place_of_caption)
         found.append(
-            Question(
+            GradedNegatives(
                 truth,
                 "image_to_text",
                 pairs.image[first][rows],
@@ -127,7 +129,7 @@ def _of_coco(pairs: Pairs) -> list[Question]:
         )
         positives, rows = _listed(known["t2i"], place_of_caption, place_of_image)
         found.append(
-            Question(
+            GradedNegatives(
                 truth,
                 "text_to_image",
                 pairs.text[rows],
@@ -142,7 +144,7 @@ def _of_coco(pairs: Pairs) -> list[Question]:
 
 
 def _verified() -> Mapping[str, Mapping[str, Mapping[int, Sequence[int]]]]:
-    """{truth: {'i2t': {image: captions}, 't2i': {caption: images}}}."""
+    """Read the verified matches: {truth: {'i2t': {image: captions}, 't2i': {caption: images}}}."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about packages that only make it faster
         try:

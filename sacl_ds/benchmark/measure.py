@@ -1,4 +1,4 @@
-"""Seconds of steps in rounds that alternate between them, and the memory of one of them in a process of its own."""
+"""Time steps in alternating rounds, and measure the memory of one of them in a fresh process."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sacl_ds.benchmark.setting import Setting
+from sacl_ds.benchmark.setting import BenchmarkSetting
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.distributed import rank, world_size
@@ -30,8 +30,8 @@ _ALPHA = 0.5
 
 
 @dataclass(frozen=True)
-class Case:
-    """fusion: ITM and MLM as well. placement: of patch selection."""
+class StepVariant:
+    """Variant of our step. fusion: ITM and MLM as well. placement: of patch selection."""
 
     fusion: bool = False
     contrastive: Literal["infonce", "sacl"] = "sacl"
@@ -40,20 +40,21 @@ class Case:
 
 
 CASES = {
-    "ITC, InfoNCE": Case(contrastive="infonce"),
-    "ITC, SACL": Case(),
-    "ITC, SACL, stored teacher": Case(teacher="stored"),
-    "ITC, SACL, live teacher": Case(teacher="live"),
-    "three losses": Case(fusion=True),
-    "three losses, stored teacher": Case(fusion=True, teacher="stored"),
-    "three losses, live teacher": Case(fusion=True, teacher="live"),
-    "three losses, patches at output": Case(fusion=True, placement="output"),
-    "three losses, patches as published": Case(fusion=True, placement="published"),
+    "ITC, InfoNCE": StepVariant(contrastive="infonce"),
+    "ITC, SACL": StepVariant(),
+    "ITC, SACL, stored teacher": StepVariant(teacher="stored"),
+    "ITC, SACL, live teacher": StepVariant(teacher="live"),
+    "three losses": StepVariant(fusion=True),
+    "three losses, stored teacher": StepVariant(fusion=True, teacher="stored"),
+    "three losses, live teacher": StepVariant(fusion=True, teacher="live"),
+    "three losses, patches at output": StepVariant(fusion=True, placement="output"),
+    "three losses, patches as published": StepVariant(fusion=True, placement="published"),
 }
 
 
-def run_of(case: Case, setting: Setting) -> RunConfig:
-    """The run whose step this is. Raises UserError where its ranks do not divide the batch (`resolve`)."""
+def run_of(case: StepVariant, setting: BenchmarkSetting) -> RunConfig:
+    """Return the configuration whose training step this is. Raises UserError where its ranks do not divide the batch
+    (`resolve`)."""
     selection = setting.model.patch_selection.model_copy(update={"placement": case.placement})
     weights = {} if case.fusion else {"matching_weight": 0.0, "mlm_weight": 0.0}
     return RunConfig.model_validate({
@@ -70,10 +71,9 @@ def run_of(case: Case, setting: Setting) -> RunConfig:
 
 
 class OurStep:
-    """Calling it takes a step of `case` on `batch`, which lies on the device, or on the host where it goes through the
-    model in several micro-batches."""
+    """Training step of `case` on `batch`, called to take it; the batch is on the host if it has micro-batches."""
 
-    def __init__(self, case: Case, setting: Setting, batch: Batch, machine: Machine) -> None:
+    def __init__(self, case: StepVariant, setting: BenchmarkSetting, batch: Batch, machine: Machine) -> None:
         self.run, self.device = run_of(case, setting), setting.device
         torch.manual_seed(0)
         model = SaclModel(self.run.model, self.run.model.vocab_size, pretrained=False)
@@ -99,14 +99,14 @@ class OurStep:
         self.taken += 1
 
     def _step(self) -> tuple[Losses, Features, Targets]:
-        """Forward and backward."""
+        """Run forward and backward."""
         seed = self.taken * world_size() + rank()
         generator = torch.Generator(self.device).manual_seed(seed)
         step = TrainingStep(self.taken, seed, generator, self.device, self.rows, alpha=_ALPHA)
         return contrastive_step(self.engine, self.batch, step, self.frozen)
 
     def loss_alone(self) -> Step:
-        """Forward and backward of the contrastive loss of this step's own features, over all ranks."""
+        """Run forward and backward of the contrastive loss of this step's own features, over all ranks."""
         losses, features, targets = self._step()
         self.engine.step()
         self.taken += 1

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_ds.benchmark.ours import SMALL_RATE
-from sacl_ds.benchmark.setting import Setting
+from sacl_ds.benchmark.setting import BenchmarkSetting
 from sacl_ds.config import OptimConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.distributed import rank, world_size
@@ -37,7 +37,7 @@ def load(name: str) -> None:
 
 
 def peers() -> tuple[str, ...]:
-    """Those that can run here."""
+    """List the peers' steps that can run here."""
     return (EQUAL, FUSED, OWN) if importlib.util.find_spec("open_clip") else ()
 
 
@@ -59,7 +59,7 @@ class Towers(nn.Module):
 class OpenClipStep:
     """Calling it takes a step on `batch`. Its own towers get pixels that are normalised already."""
 
-    def __init__(self, name: str, setting: Setting, batch: Batch) -> None:
+    def __init__(self, name: str, setting: BenchmarkSetting, batch: Batch) -> None:
         from open_clip.loss import ClipLoss
 
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ class OpenClipStep:
 
     @property
     def flops(self) -> RowFlops:
-        """As torch counts forward, of two pairs as long as they are padded; three times that with backward."""
+        """Count the FLOPs of a padded pair with torch's counter: forward, times three for forward and backward."""
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad(), self._autocast():
             self.net(*(x[:2] for x in self.inputs))
@@ -116,8 +116,8 @@ class OpenClipStep:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def own_towers(setting: Setting, ours: SaclModel) -> Any:
-    """open_clip's CLIP, as wide and deep as our towers, with as many heads, patches, places and words."""
+def own_towers(setting: BenchmarkSetting, ours: SaclModel) -> Any:
+    """Build open_clip's CLIP as wide and deep as our towers, with as many heads, patches, positions and tokens."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     model, vit = setting.model, ours.image_encoder.vit

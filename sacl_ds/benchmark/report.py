@@ -1,4 +1,4 @@
-"""What was measured as rows, a table and a plot."""
+"""Measurements as rows, a table and a plot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ BASE = "ITC, SACL"
 
 @dataclass(frozen=True)
 class Measured:
-    """One step. seconds: of each round. loss: those of the contrastive loss alone, in the same rounds; None for peers.
+    """Measurements of one step.
+
+    seconds: of each round. loss: those of the contrastive loss alone, in the same rounds; None for peers.
 
     flops: of a step on one device. bytes: at the peak.
     """
@@ -28,7 +30,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class StepSummary:
     """Medians. of_peer, of_itc: time beside that of open_clip with our towers, and of our ITC step, in the same round:
     (median, least, most)."""
 
@@ -44,14 +46,14 @@ class Row:
     rounds: list[float]
 
 
-def rows_of(measured: Mapping[str, Measured], pairs: int, peak: float | None) -> list[Row]:
-    """pairs: of a step, over all ranks. peak: FLOP/s of a device."""
+def rows_of(measured: Mapping[str, Measured], pairs: int, peak: float | None) -> list[StepSummary]:
+    """Summarise measurements as rows. pairs: of a step, over all ranks. peak: FLOP/s of a device."""
     rows = []
     for name, found in measured.items():
         seconds = statistics.median(found.seconds)
         rate = None if found.flops is None else found.flops / seconds
         rows.append(
-            Row(
+            StepSummary(
                 name,
                 seconds,
                 pairs / seconds,
@@ -74,8 +76,8 @@ def _ratios(found: Measured, base: Measured | None) -> tuple[float, float, float
     return statistics.median(each), min(each), max(each)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown; columns that nothing is known for are left out."""
+def table(rows: Sequence[StepSummary]) -> str:
+    """Format rows as Markdown; columns without any value are left out."""
     columns: dict[str, list[str]] = {
         "step": [row.step for row in rows],
         "s a step": [f"{row.seconds:.3g}" for row in rows],
@@ -93,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _flops(rate: float | None) -> str:
-    """'41.2 G'"""
+    """Format a FLOP count: '41.2 G'."""
     return flops_text(rate).removesuffix("FLOP") if rate else ""
 
 
@@ -101,18 +103,18 @@ def _ratio(of: tuple[float, float, float] | None) -> str:
     return f"{of[0]:.2f} ({of[1]:.2f}–{of[2]:.2f})" if of and of[1] < of[2] else f"{of[0]:.2f}" if of else ""
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def as_json(rows: Sequence[StepSummary]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def _half_of(row: Row) -> tuple[float, float]:
-    """How far below and above the median the middle half of the rounds reaches."""
+def _half_of(row: StepSummary) -> tuple[float, float]:
+    """Return how far below and above the median the middle half of the rounds reaches."""
     low, middle, high = statistics.quantiles(row.rounds * 2 if len(row.rounds) == 1 else row.rounds, method="inclusive")
     return middle - low, high - middle
 
 
-def plot(rows: Sequence[Row], heading: str, path: Path) -> None:
-    """Seconds a step, the loss's part of them dark, and memory; a line where open_clip with our towers ends."""
+def plot(rows: Sequence[StepSummary], heading: str, path: Path) -> None:
+    """Plot seconds a step, the loss's part dark, and memory; a line marks open_clip with our towers."""
     import matplotlib
 
     matplotlib.use("Agg")

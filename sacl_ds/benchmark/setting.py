@@ -1,4 +1,4 @@
-"""What all steps of a comparison share: the model, the precision, and the batch that lies on the device."""
+"""Common setting of all compared steps: the model, the precision, and the batch on the device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ _PARTS_OF_TWELVE = (5, 10)  # layers of twelve behind which patches are left out
 
 
 @dataclass(frozen=True)
-class Setting:
-    """batch: pairs over all ranks. ds: what DeepSpeed's file holds. Of our steps alone: micro_batch, pairs that a rank
-    passes through the model at once (None: all of its own); checkpoint: activations; compiled: its blocks."""
+class BenchmarkSetting:
+    """Setting of a comparison.
+
+    batch: pairs over all ranks. ds: what DeepSpeed's file holds. Of our steps alone: micro_batch, pairs that a rank
+    passes through the model at once (None: all of its own); checkpoint: activations; compiled: its blocks.
+    """
 
     model: ModelConfig
     batch: int
@@ -39,7 +42,7 @@ class Setting:
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
-    """The preset, with what is given in place of its own. Raises UserError."""
+    """Return the preset's configuration, overridden by the options. Raises UserError."""
     arguments = dict(PRESETS[options.preset]["image_encoder_arguments"])
     names = {
         "embed_dim": options.width,
@@ -80,8 +83,8 @@ def lengths(captions: Captions, pairs: int, longest: int, generator: torch.Gener
     return drawn.round().long().clamp(min(_SHORTEST, longest), longest)
 
 
-def random_batch(setting: Setting, pairs: int, rank: int) -> Batch:
-    """A rank's part of it, on the host: texts padded to the longest of them, MLM's share of their words masked."""
+def random_batch(setting: BenchmarkSetting, pairs: int, rank: int) -> Batch:
+    """Draw a rank's part of a batch, on the host: texts padded to the longest, MLM's share of their tokens masked."""
     model, g = setting.model, torch.Generator().manual_seed(rank)
     tokens = lengths(setting.captions, pairs, model.max_tokens, g)
     places = torch.arange(int(tokens.max()))

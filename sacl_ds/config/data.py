@@ -1,4 +1,4 @@
-"""What a pre-training run learns from."""
+"""Settings of the pre-training data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ScenesConfig(Room):
 
 
 class CaptionFilter(Room):
-    """Which captions may be drawn; a sample without one is replaced and counted."""
+    """Conditions on captions that may be drawn; a sample without one is replaced and counted."""
 
     min_words: Natural = Field(0, description="shortest caption")
     max_words: Positive | None = Field(None, description="longest caption; null: any")

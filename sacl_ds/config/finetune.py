@@ -1,4 +1,4 @@
-"""A downstream task: fine-tuning and evaluation. Defaults depend on the task and on where its examples come from."""
+"""Configuration of a downstream task: fine-tuning and evaluation. Defaults depend on task and source of examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Split = Literal["train", "val", "test"]
 
 
 def task_defaults(task: str, source: str) -> dict[str, Any]:
-    """What `FinetuneConfig` starts from. files: the paper's (Jiang et al. 2023, appendix); scenes: minutes on a CPU."""
+    """Defaults of `FinetuneConfig`. files: the paper's (Jiang et al. 2023, appendix); scenes: minutes on a CPU."""
     return _SCENES[task] if source == "scenes" else _PAPER[task]
 
 
@@ -66,7 +66,7 @@ class TaskDataConfig(Room):
 
 
 class AugmentConfig(Room):
-    """How training pictures are varied; evaluation sees the square in the middle."""
+    """Augmentation of training pictures; evaluation sees the square in the middle."""
 
     crop_scale: tuple[Fraction, Fraction] | None = Field(
         None, description="share of the picture that random resized crops keep; null: the square in the middle"
@@ -179,11 +179,11 @@ class FinetuneConfig(TrainingConfig):
 
     @property
     def steps(self) -> int:
-        """Of the run, once the epochs are counted."""
+        """Number of training steps; known once the epochs are counted."""
         assert self.train.steps is not None
         return self.train.steps
 
     @property
     def batch_size(self) -> int:
-        """Examples of a pass of evaluation."""
+        """Examples per forward pass of an evaluation."""
         return self.evaluation.batch_size or (256 if self.model.image_size <= 128 else 32)

@@ -53,7 +53,7 @@ _FILES_OF_TIMM = ("checkpoint_path", "cache_dir")
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON has it, so that it is read back as it was saved."""
+    """Return whether JSON restores the value exactly."""
     if isinstance(value, (list, dict)):
         inner = value.values() if isinstance(value, dict) else value
         return all(map(_is_plain, inner)) and (isinstance(value, list) or all(type(key) is str for key in value))
@@ -142,7 +142,7 @@ class ModelConfig(Room):
     @field_validator("image_encoder_arguments")
     @classmethod
     def _of_the_architecture(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Not arguments by which timm would read or write other files: weights have settings of their own."""
+        """Refuse arguments by which timm would read or write files: weights have settings of their own."""
         for name, value in values.items():
             if name.startswith("pretrained") or name in _FILES_OF_TIMM:
                 raise ValueError(

@@ -12,7 +12,7 @@ _BEFORE_PATHS = ("@", "local-dir:")  # of a list of shards; of timm
 
 
 def expanded(path: str) -> str:
-    """Also after `@` and `local-dir:`; other text, such as a hub name, as it is."""
+    """Expand `~`, also after `@` and `local-dir:`; other text, such as a hub name, is returned as it is."""
     before = next((each for each in _BEFORE_PATHS if path.startswith(each)), "")
     return before + os.path.expanduser(path.removeprefix(before))
 
@@ -21,5 +21,5 @@ PathText = Annotated[str, AfterValidator(expanded)]  # a setting
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Of an option, as its `type`, and of an argument in Python."""
+    """Convert a path that a user gave to a Path; for argparse's `type` and for arguments in Python."""
     return Path(expanded(os.fspath(path)))

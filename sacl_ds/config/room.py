@@ -1,4 +1,4 @@
-"""What every room of a configuration is, and the kinds of numbers in it."""
+"""Base class of the configuration's sections, and the kinds of numbers in them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 
 def _of_64_bits(value: int) -> int:
-    """What PyTorch and NumPy hold."""
+    """Refuse integers that PyTorch and NumPy cannot hold."""
     if value >= 2**63:
         raise ValueError("a whole number here is less than 2^63")
     return value
@@ -30,7 +30,7 @@ class Room(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads yes, no, on and off as truth values, and pydantic these as 1 and 0."""
+        """Refuse booleans for numbers: YAML reads yes, no, on and off as booleans, and pydantic these as 1 and 0."""
         inner = list(value.values()) if isinstance(value, dict) else value
         values = inner if isinstance(inner, (list, tuple)) else [inner]
         if any(isinstance(each, bool) for each in values):
@@ -41,7 +41,7 @@ class Room(BaseModel):
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
+    """List the types that an annotation is made of."""
     if get_origin(annotation) is Literal:
         return {type(each) for each in get_args(annotation)}
     inner = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)

@@ -1,4 +1,4 @@
-"""A pre-training run. Defaults are the built-in one: minutes on two CPU cores."""
+"""Configuration of pre-training. Defaults are the built-in run: minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sacl_ds.errors import UserError
 
 
 class RecordsConfig(Room):
-    """What the negatives weigh, in weights/ of the run directory (docs/tools.md)."""
+    """Records of the negatives' weights, in weights/ of the run directory (docs/tools.md)."""
 
     every: Natural | None = Field(100, description="steps between records, besides the first and last; 0 or null: none")
     lowest: Natural = Field(64, description="pairs of least weight kept in each record, for both directions")
@@ -46,7 +46,7 @@ class RunConfig(TrainingConfig):
         return self
 
     def micro_batches(self, world: int) -> tuple[int, int]:
-        """As for every training; a UserError, too, where ITM would find no negatives within a micro-batch."""
+        """Split as every training does; also raise UserError for micro-batches too small for ITM's negatives."""
         rows, passes = super().micro_batches(world)
         if rows == 1 and passes > 1 and self.loss.matching_weight:
             raise UserError(
@@ -57,7 +57,7 @@ class RunConfig(TrainingConfig):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of those that are computed: itc, itm, mlm."""
+        """Names of the losses that are computed: itc, itm, mlm."""
         loss = self.loss
         return "itc", *(("itm",) if loss.matching_weight else ()), *(("mlm",) if loss.mlm_weight else ())
 

@@ -1,4 +1,4 @@
-"""How anything is trained: optimizer, steps, batch, precision."""
+"""Settings of any training: optimizer, steps, batch, precision."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ class KernelsConfig(Room):
     @field_validator("apex", mode="before")
     @classmethod
     def _on_and_off(cls, value: Any) -> Any:
-        """YAML reads on and off as truth values."""
+        """Convert YAML's on and off, which it reads as booleans, back to text."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class TrainingConfig(Room):
-    """Of a run of any kind: pre-training, or a downstream task."""
+    """Settings shared by pre-training and the downstream tasks."""
 
     output_dir: PathText | None = Field(
         None,
@@ -110,11 +110,11 @@ class TrainingConfig(Room):
 
     @property
     def title(self) -> str:
-        """What numbered run directories are called after."""
+        """Name of numbered run directories, before the number."""
         raise NotImplementedError
 
     def micro_batches(self, world: int) -> tuple[int, int]:
-        """Rows of one pass through the model, and how many such passes make up a rank's part of the global batch.
+        """Return the rows per forward pass, and how many passes make up a rank's part of the global batch.
 
         Raises UserError where they do not divide it.
         """

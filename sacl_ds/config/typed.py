@@ -1,4 +1,4 @@
-"""What the user has typed in this process: shards that run commands (pipe:...) are opened only where they are among it.
+"""Settings that the user typed in this process: only those may name shards that run commands (pipe:...).
 
 A configuration, a list of shards, a run directory may have been downloaded; a command line has not.
 """
@@ -11,7 +11,7 @@ _typed: set[str] = set()
 
 
 def remember_typed(value: Any) -> None:
-    """A setting from the command line: a text, or lists and mappings of texts."""
+    """Remember a setting from the command line: a text, or lists and mappings of texts."""
     if isinstance(value, str):
         _typed.add(value.strip())
     elif isinstance(value, (list, dict)):

@@ -32,13 +32,13 @@ Operation = Callable[[Tensor, float], Tensor]
 
 
 def _moved(pixels: Tensor, across: float = 0.0, down: float = 0.0) -> Tensor:
-    """By these shares of the width and height, to the right and down, in whole pixels."""
+    """Translate an image right and down by these shares of its width and height, rounded to whole pixels."""
     shift = [round(across * pixels.shape[2]), round(down * pixels.shape[1])]
     return functional.affine(pixels, angle=0.0, translate=shift, scale=1.0, shear=[0.0, 0.0], fill=_FILL)
 
 
 def _sheared(pixels: Tensor, across: float = 0.0, down: float = 0.0) -> Tensor:
-    """A point (x, y) comes to (x + across * y, y + down * x), counted from the top left corner."""
+    """Shear an image: the point (x, y), from the top left corner, moves to (x + across * y, y + down * x)."""
     shear = [-math.degrees(math.atan(share)) for share in (across, down)]  # torchvision's angles turn the other way
     return functional.affine(
         pixels, 0.0, [0, 0], 1.0, shear, interpolation=InterpolationMode.BILINEAR, fill=_FILL, center=[0.0, 0.0]
@@ -46,7 +46,7 @@ def _sheared(pixels: Tensor, across: float = 0.0, down: float = 0.0) -> Tensor:
 
 
 def _turned(pixels: Tensor, degrees: float) -> Tensor:
-    """About the centre, counter-clockwise."""
+    """Rotate an image about its centre, counter-clockwise."""
     return functional.rotate(pixels, degrees, interpolation=InterpolationMode.BILINEAR, fill=_FILL)
 
 
@@ -97,7 +97,7 @@ class FinetuneView:
             )
 
     def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
-        """(3, size, size) uint8. Raises BadImage."""
+        """Transform a picture to (3, size, size) uint8. Raises BadImage."""
         pixels = self._seen(picture, entropy)
         for name, step in drawn_operations(self.operations, self.magnitude, entropy):
             pixels = OPERATIONS[name](pixels, step)
@@ -110,9 +110,9 @@ class FinetuneView:
         return pixels.flip(2) if self.flip and words(1, *entropy, _MIRROR)[0] & 1 else pixels
 
     def for_text(self, text: str) -> FinetuneView:
-        """This view for a picture of which `text` speaks: never mirrored where that could make the text false.
+        """Return this transform for a picture with this text: without mirroring where it could make the text false.
 
-        So where a word begins with left or right, in any case: leftmost, left-hand. That leftovers may not be mirrored
-        either does no harm.
+        Mirroring is left out where a word begins with left or right, in any case: leftmost, left-hand. That leftovers
+        may not be mirrored either does no harm.
         """
         return replace(self, flip=False) if self.flip and _SIDED.search(text) else self

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.text import IGNORED, Tokenizer
 
@@ -29,11 +29,11 @@ class Movable:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: Self) -> Self:
-        """In page-locked memory, from which copies to a GPU do not wait; what lies on a GPU stays there."""
+        """Copy CPU tensors to page-locked memory, from which copies to a GPU do not wait; GPU tensors are kept."""
         return self._mapped(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory of what lies on a GPU until all that `stream` was given so far is done."""
+        """Keep GPU memory of these tensors until all work that `stream` holds now is done."""
         for each in fields(self):  # type: ignore[arg-type]
             value = getattr(self, each.name)
             if isinstance(value, Tensor) and value.is_cuda:
@@ -68,15 +68,15 @@ class Batch(Movable):
     teacher_input_ids: Tensor | None = None  # (b, L_t) int64
     teacher_attention_mask: Tensor | None = None  # (b, L_t) int64
     teacher_features: Tensor | None = None  # (b, 2, d_t) float16: of image and text, computed beforehand
-    faults: list[Fault] = field(default_factory=list)  # samples that others of this batch stand in for
+    faults: list[SampleFault] = field(default_factory=list)  # samples that others of this batch stand in for
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def parts(self, rows: int) -> list[Batch]:
-        """The pairs in order, so many in each, texts cut to the longest of them; faults stay with the whole.
+        """Split the pairs in order into micro-batches of `rows`, texts cut to each one's longest. Call it on the host.
 
-        On the host: it looks at lengths.
+        Faults stay with the whole batch: no micro-batch has any.
         """
         made = []
         for start in range(0, len(self), rows):
@@ -124,12 +124,12 @@ def concatenate(batches: Sequence[Batch], pad_id: int, teacher_pad_id: int = 0) 
 
 
 def places_of(mask: Tensor) -> Tensor:
-    """(T,) int64: the flat places, ascending, of what is not 0 in (b, L). On a GPU this waits for it."""
+    """Return the (T,) int64 flat indices, ascending, of the non-zero entries of (b, L). On a GPU this synchronises."""
     return mask.flatten().nonzero().squeeze(1)
 
 
 def _joined_places(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Tensor:
-    """Places in batches of these (b, L), as they are when the batches stand below each other, padded to the longest."""
+    """Return the token indices of concatenated batches of these (b, L), once they are padded to the longest."""
     longest, before, moved = max(length for _, length in shapes), 0, []
     for places, (rows, length) in zip(parts, shapes, strict=True):
         moved.append((places // length + before) * longest + places % length)
@@ -138,9 +138,10 @@ def _joined_places(parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> Ten
 
 
 def duplicates(pair_ids: Tensor) -> int:
-    """Of the (n, k) ids of a global batch: pairs of rows that share an id in any column and so are no negatives.
+    """Count the pairs of rows of the (n, k) ids of a global batch that share an id in any column, and so are no
+    negatives.
 
-    By inclusion and exclusion over the sets of columns: fit for few columns, and any number of rows.
+    Uses inclusion and exclusion over the sets of columns: fit for few columns, and any number of rows.
     """
 
     def same(rows: Tensor) -> int:
@@ -158,7 +159,7 @@ class ImageView(Protocol):
         """Pixels a side."""
 
     def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
-        """(3, size, size) uint8, drawn from `entropy` alone."""
+        """Transform a picture to (3, size, size) uint8, drawn from `entropy` alone."""
 
 
 class TextView(Protocol):
@@ -167,7 +168,7 @@ class TextView(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two that give every caption the same ids."""
+        """Digest that is equal for two tokenizers that give every caption the same ids."""
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids, cut to the model's length, not padded."""
@@ -175,7 +176,7 @@ class TextView(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """How a model that is not trained sees a sample: teacher, evaluation."""
+    """Transforms of an untrained model's input: teacher, evaluation."""
 
     image: ImageView
     tokenizer: TextView
@@ -189,7 +190,8 @@ class View:
 
 @dataclass(frozen=True)
 class TrainingView(View):
-    """How the model that is trained sees it: its tokenizer can also mask.
+    """Transforms of the trained model's input; its tokenizer can also mask. for_text: the image transform for a given
+    text, where that is not always `image`.
 
     for_text: the view of a picture of which this text speaks, where that is not always `image`.
     """
@@ -202,7 +204,7 @@ class TrainingView(View):
 
 
 def part_of(batch: Any, rows: slice, texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Fields of a batch's rows: texts cut to the longest that is left, faults left with the whole.
+    """Select a batch's rows: texts are cut to the longest that is left, faults left with the whole.
 
     texts: for each mask of tokens, (b, L), the fields that have its places.
     """
@@ -216,15 +218,15 @@ def part_of(batch: Any, rows: slice, texts: Mapping[str, tuple[str, ...]]) -> di
 
 
 class Moves(Protocol):
-    """What can be copied to a GPU beside its work, as `Movable` can."""
+    """Interface of what can be copied to a GPU asynchronously, as `Movable` can."""
 
     def to(self: Moved, device: torch.device) -> Moved:
-        """Without waiting, where the memory is page-locked."""
+        """Copy to the device, asynchronously from page-locked memory."""
 
     def pin_memory(self: Moved) -> Moved: ...
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Its memory is not given away before what `stream` holds by then is done."""
+        """Keep the batch's memory until all work that `stream` holds by then is done."""
 
 
 def ahead(batches: Iterable[Moved], device: torch.device) -> Iterator[Moved]:
@@ -259,12 +261,12 @@ def _copied_ahead(batches: Iterator[Moved], device: torch.device) -> Iterator[Mo
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all copies to a device: the allocator keeps memory that was freed for the stream it was taken on."""
+    """Return the one stream for copies to a device: the allocator keeps freed memory for the stream that took it."""
     return torch.cuda.Stream(device)
 
 
 def _start(batches: Iterator[Moved], device: torch.device, copies: torch.cuda.Stream) -> Moved | None:
-    """The next batch, its copy begun; None at the end."""
+    """Take the next batch and begin its copy; None at the end."""
     batch = next(batches, None)
     if batch is None:
         return None

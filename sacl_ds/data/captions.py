@@ -1,4 +1,4 @@
-"""The captions of a sample: where they stand, which are wanted, and which are the same."""
+"""Captions of a sample: their fields in a shard, the filter, and the normal form by which duplicates are found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BadText(ValueError):
 
 
 def decoded(data: bytes) -> str:
-    """UTF-8, with or without its mark at the front. Raises BadText."""
+    """Decode UTF-8, with or without a byte order mark. Raises BadText."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -28,7 +28,7 @@ def decoded(data: bytes) -> str:
 
 
 def captions_of(fields: dict[str, Any]) -> list[str]:
-    """All captions: of the first that has any of the .json's list 'captions', the .txt, the .json's 'caption'.
+    """Return all captions: from the first non-empty of the .json's list 'captions', the .txt, the .json's 'caption'.
 
     Raises BadText for what is not UTF-8, and for half a surrogate pair, which JSON can spell.
     """
@@ -51,7 +51,7 @@ def captions_of(fields: dict[str, Any]) -> list[str]:
 
 
 def require_unicode(text: str) -> str:
-    """The text itself. Raises BadText where half a surrogate pair is in it."""
+    """Return the text unchanged. Raises BadText where half a surrogate pair is in it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -60,20 +60,20 @@ def require_unicode(text: str) -> str:
 
 
 def _said(given: Any) -> list[str]:
-    """Texts that are not blank, of one or a list."""
+    """List the texts that are not blank, of one or a list."""
     several = given if isinstance(given, list) else [given]
     return [caption.strip() for caption in several if isinstance(caption, str) and caption.strip()]
 
 
 def wanted(captions: Sequence[str], only: CaptionFilter) -> list[int]:
-    """Which captions pass the filter."""
+    """Return the indices of the captions that pass the filter."""
     if only.accepts_all:
         return list(range(len(captions)))
     return [number for number, caption in enumerate(captions) if _passes(caption, only)]
 
 
 def normalised(caption: str) -> str:
-    """Equal for captions that a reader calls the same: case, spaces and punctuation aside, and how Unicode spells them.
+    """Normalise a caption so that it equals those that a reader calls the same: case, spaces and punctuation aside.
 
     Marks belong to their letters, in any script. Signs count: emoji, + < > = # % & * /, faces such as :) and what
     stands within or before a number (3.5, -5). A caption of punctuation alone is itself.
@@ -89,7 +89,7 @@ def normalised(caption: str) -> str:
 
 
 class _Table(dict[int, str]):
-    """What `str.translate` puts in a character's place, computed when it is first met."""
+    """Translation table for `str.translate`, filled when a character is first met."""
 
     def __init__(self, told: Callable[[str], str]) -> None:
         self._told = told
@@ -100,20 +100,22 @@ class _Table(dict[int, str]):
 
 
 def _raised(character: str) -> str:
-    """5² is not 52."""
+    """Keep superscripts apart from digits: 5² is not 52."""
     return f"^{character}" if unicodedata.decomposition(character).startswith("<super>") else character
 
 
 def _seen(character: str) -> str:
-    """Nothing for what no reader sees: joiners, marks of direction, fillers, Arabic's elongation. Flags of regions are
-    told apart by such characters."""
+    """Remove invisible characters (joiners, marks of direction, fillers), but for the tags of regions' flags.
+
+    Flags of regions are told apart by such characters.
+    """
     code = ord(character)
     hidden = unicodedata.category(character) == "Cf" and not 0xE0020 <= code <= 0xE007F
     return "" if hidden or any(code in unseen for unseen in _UNSEEN) else character
 
 
 def _spoken(character: str) -> str:
-    """Letters, marks and numbers as they are, signs apart from their neighbours, all else as a space."""
+    """Keep letters, marks and numbers, set signs apart from their neighbours, replace all else by a space."""
     kind = unicodedata.category(character)
     if kind[0] in "LMN":
         return character

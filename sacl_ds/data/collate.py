@@ -1,4 +1,5 @@
-"""Samples to a `Batch`. What is random about a sample is drawn from (seed, epoch, its key), on any rank alike."""
+"""Collation of samples to a `Batch`. What is random about a sample is drawn from (seed, epoch, its key), on any rank
+alike."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch.utils.data import default_collate
 from sacl_ds.data.batch import Batch, TrainingView, View, concatenate
 from sacl_ds.data.captions import normalised
 from sacl_ds.data.draws import hash64, words
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
@@ -27,15 +28,15 @@ _IMAGE, _CAPTION, _MASK = range(3)
 
 
 class StoredFeatures(Protocol):
-    """A teacher's features, computed beforehand."""
+    """Interface of a teacher's precomputed features."""
 
     def of(self, place: Place, sample: Sample, caption: int) -> np.ndarray:
-        """(2, d_t) float16: of the image, and of its caption number `caption`."""
+        """Return (2, d_t) float16: the features of the image, and of its caption number `caption`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A sample as its views see it."""
+    """Transformed sample, before it is collated."""
 
     key: str
     shard: str
@@ -71,8 +72,8 @@ class Collator:
         features = self.features.of(place, sample, which) if self.features else None
         return Item(sample.key, sample.shard, draw, caption, image, teacher_image, features, self._ids(sample, caption))
 
-    def __call__(self, items: Sequence[Item], faults: Sequence[Fault] = ()) -> Batch:
-        """faults: samples that some of these stand in for."""
+    def __call__(self, items: Sequence[Item], faults: Sequence[SampleFault] = ()) -> Batch:
+        """Collate items to a batch. faults: samples that some of these stand in for."""
         tokenizer = self.view.tokenizer
         captions = [item.caption for item in items]
         rows = tokenizer.ids(captions)
@@ -120,11 +121,11 @@ class Collator:
 
     @property
     def id_columns(self) -> int:
-        """How many ids a pair has."""
+        """Number of ids a pair has."""
         return 1 + (self.duplicates == "image+caption") + (self.grouping is not None)
 
     def _ids(self, sample: Sample, caption: str) -> list[int]:
-        """What two pairs that are no negatives of each other share one of."""
+        """Return a pair's ids: pairs that share one are no negatives of each other."""
         ids = [hash64(sample.key.encode() if self.duplicates == "none" else sample.image_bytes)]
         if self.duplicates == "image+caption":
             ids.append(hash64(normalised(caption).encode()))
@@ -134,6 +135,6 @@ class Collator:
 
 
 def stacked(images: Sequence[Tensor]) -> Tensor:
-    """(b, 3, H, W), in the memory format that decoding leaves pictures in; in a worker, in memory that it shares."""
+    """Stack images to (b, 3, H, W), in their own memory format; in a worker, in shared memory."""
     joined: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
     return joined.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Images with their captions on one page."""
+"""Contact sheet of images with their captions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def draw_sheet(examples: Sequence[Example], path: Path) -> None:
 
 
 def caption_lines(captions: Sequence[str], width_of: Callable[[str], float]) -> list[str]:
-    """Captions broken into lines of a tile's width, a dash before each; what does not fit is counted in the last."""
+    """Break captions into lines of a tile's width, a dash before each; the last line counts what does not fit."""
     lines: list[str] = []
     for number, caption in enumerate(captions):
         # data sets that put a blank before a full stop would have it begin a line
@@ -79,14 +79,14 @@ def _wrapped(caption: str, width_of: Callable[[str], float]) -> list[str]:
 
 
 def _cut(line: str, width_of: Callable[[str], float]) -> str:
-    """The beginning that fits with an ellipsis behind it."""
+    """Cut a line to the width, with an ellipsis at its end."""
     while line and width_of(f"{line}…") > _WIDTH:
         line = line[:-1]
     return f"{line}…"
 
 
 def _fitted(data: bytes) -> Image.Image:
-    """As large as a tile allows; small pictures in whole multiples of their size, so that their pixels stay sharp."""
+    """Decode an image and scale it to fit a tile; small ones by whole factors, so that their pixels stay sharp."""
     encoded = open_image(data)
     encoded.draft("RGB", (_WIDTH, _PICTURE))
     image = encoded.convert("RGB")

@@ -1,4 +1,4 @@
-"""What was wrong with a sample, so that another stood in for it."""
+"""Faults: reasons why a sample was replaced by another."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from sacl_ds.errors import one_line
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far.
-    shard: '' for an example of a list, whose key says what it is."""
+class SampleFault:
+    """Reason why a sample was replaced.
+
+    kind: `bad` cannot be used, `filtered` was not wanted. key: '' where the shard could not be read so far. shard: ''
+    for an example of a list, whose key says what it is.
+    """
 
     kind: Literal["bad", "filtered"]
     shard: str
@@ -26,6 +29,6 @@ class Fault:
 class BadSample(ValueError):
     """Raised where a sample cannot be used."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault: SampleFault) -> None:
         super().__init__(str(fault))
         self.fault = fault

@@ -1,4 +1,4 @@
-"""From the order to samples: what some neighbouring slots hold at each step, and what stands in for bad samples."""
+"""Read the samples that the global order assigns to a range of slots, step by step, and replace those that are bad."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.order import SUBSTITUTES, TRIES_IN_A_SHARD, Block, GlobalOrder, Place
 from sacl_ds.data.sample import Sample, Samples, Source
 from sacl_ds.errors import UserError
@@ -20,10 +20,10 @@ Item = TypeVar("Item")
 
 
 class Feed(Generic[Item]):
-    """The slots [begin, end) of each step from `start_step` on.
+    """Items of the slots [begin, end) of each step, from `start_step` on.
 
-    make: a sample and its place to what the batch is made of; raises BadSample. It is asked again with another sample
-    until it does not, always the same one for the same slot.
+    make: makes an item from a sample and its place; raises BadSample for one that cannot be used. The slot then gets
+    another sample, always the same one for the same slot.
     """
 
     def __init__(
@@ -37,17 +37,17 @@ class Feed(Generic[Item]):
     ) -> None:
         self._source, self._order, self._make, self._start = source, order, make, start_step
         self._heads = _Heads(source)
-        self._parts: list[_Part] = []
+        self._parts: list[_StreamSlots] = []
         width = order.slots_per_stream
         for stream in range(order.stream_of(begin), order.stream_of(end - 1) + 1):
             low, high = max(begin - stream * width, 0), min(end - stream * width, width)
-            self._parts.append(_Part(source, order, stream, low, high, start_step * width))
+            self._parts.append(_StreamSlots(source, order, stream, low, high, start_step * width))
 
-    def __iter__(self) -> Iterator[tuple[list[Item], list[Fault]]]:
-        """For each step: what the slots hold, and what was wrong with the samples that others stand in for."""
+    def __iter__(self) -> Iterator[tuple[list[Item], list[SampleFault]]]:
+        """Yield, for each step, the slots' items and the faults of samples that were replaced."""
         while True:
             items: list[Item] = []
-            faults: list[Fault] = []
+            faults: list[SampleFault] = []
             for part in self._parts:
                 for position, place, raw in part.step():
                     items.append(self._use(part.stream, position, place, raw, faults))
@@ -58,12 +58,12 @@ class Feed(Generic[Item]):
         for part in self._parts:
             part.close()
 
-    def _use(self, stream: int, position: int, place: Place, raw: Any, faults: list[Fault]) -> Item:
-        first: Fault | None = None
+    def _use(self, stream: int, position: int, place: Place, raw: Any, faults: list[SampleFault]) -> Item:
+        first: SampleFault | None = None
         instead = place
         for attempt in range(_TRIES + 1):
             try:
-                if isinstance(raw, Fault):
+                if isinstance(raw, SampleFault):
                     raise BadSample(raw)
                 item = self._make(self._source.decode(raw), instead)
             except BadSample as error:
@@ -78,8 +78,8 @@ class Feed(Generic[Item]):
         raise UserError(f"{first}; none of {_TRIES} samples drawn to stand in for it can be used either")
 
 
-class _Part:
-    """A stream's slots low..high of each step."""
+class _StreamSlots:
+    """Slots low..high of one stream, step after step."""
 
     def __init__(self, source: Source, order: GlobalOrder, stream: int, low: int, high: int, position: int) -> None:
         self.stream = stream
@@ -88,7 +88,7 @@ class _Part:
         self._served: dict[int, _Shuffled] = {}
 
     def step(self) -> Iterator[tuple[int, Place, Any]]:
-        """(position in the stream, place, undecoded sample or Fault) of each slot of the next step."""
+        """Yield (position in the stream, place, undecoded sample or Fault) of each slot of the next step."""
         for slot in range(self._order.slots_per_stream):
             number = next(self._turns)
             if self._low <= slot < self._high:
@@ -145,12 +145,12 @@ class _Head:
 
 
 class _Heads:
-    """The first samples of a few shards, read as far as they were asked for."""
+    """Cache of the first samples of a few shards, read as far as they were asked for."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._heads = source, OrderedDict[int, _Head]()
 
-    def sample(self, place: Place) -> Any | Fault:
+    def sample(self, place: Place) -> Any | SampleFault:
         head = self._heads.get(place.shard)
         if head is None:
             head = self._heads[place.shard] = _Head(self._source.head(place.shard, SUBSTITUTES), [])

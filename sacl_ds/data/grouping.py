@@ -1,4 +1,4 @@
-"""Samples that are no negatives of each other for a reason of the user's own: a table of keys and groups."""
+"""Grouping by the user: a table of keys and groups whose samples are no negatives of each other."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SHARD = "shard"
 
 
 class Grouping:
-    """One id a sample: equal for two samples of one group, and a sample's own where it is in none.
+    """Group id of each sample, or an id of its own where it is in none.
 
     Two arrays of 64 bits a row of the table, which loader workers share.
     """
 
     def __init__(self, samples: Mapping[int, int]) -> None:
-        """samples: hash of a sample's name to its group's id."""
+        """Build the table. samples: hash of a sample's name to its group's id."""
         self._names = np.fromiter(samples, np.uint64, len(samples))
         order = np.argsort(self._names)
         self._names = self._names[order]
@@ -32,10 +32,10 @@ class Grouping:
 
     @classmethod
     def load(cls, path: Path) -> Grouping:
-        """From .parquet or .csv with the columns key, group and perhaps shard, of which only the base name counts; a
-        row without shard is of that key in any shard, one without group of none.
+        """Read .parquet or .csv with the columns key, group and optionally shard, of which only the base name counts.
 
-        Raises UserError for a file that cannot be read, a missing column, a sample in two groups.
+        A row without shard is of that key in any shard; a row without group is of none. Raises UserError for a file
+        that cannot be read, a missing column, a sample in two groups.
         """
         where = f"data.grouping={path}"
         if not path.is_file():
@@ -57,7 +57,7 @@ class Grouping:
         return cls(samples)
 
     def id_of(self, shard: str, key: str) -> int:
-        """64 bits, unsigned."""
+        """Return the sample's group id, 64 bits unsigned."""
         own = _name(shard, key)
         for name in (own, _name("", key)):
             place = int(np.searchsorted(self._names, np.uint64(name)))
@@ -101,7 +101,7 @@ def _parquet_rows(path: Path, where: str) -> Iterable[tuple[Any, Any, Any]]:
 
 
 def _columns(there: Sequence[str], where: str) -> tuple[str, str, str | None]:
-    """Those to read: key, group, and shard or None."""
+    """Return the names of the columns to read: key, group, and shard or None."""
     for name in _COLUMNS:
         if name not in there:
             near = nearest(name, there)

@@ -1,4 +1,4 @@
-"""Whether encoded images decode, and how large they are."""
+"""Encoded images: decodability and size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OTHERS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Of a JPEG, PNG or WebP, by its content, the size; pixels are decoded when they are asked for.
+    """Open an encoded JPEG, PNG or WebP, told by its content; pixels are decoded when they are asked for.
 
     Raises BadImage for other formats, and what Pillow raises for damaged ones and for far more pixels than memory holds
     (twice Image.MAX_IMAGE_PIXELS).
@@ -53,5 +53,5 @@ def examine(data: bytes) -> ImageFacts:
 
 
 def bad_image(error: Exception) -> BadImage:
-    """For what a reader of images raised."""
+    """Convert an image reader's exception to BadImage."""
     return BadImage("not an image" if "BytesIO" in str(error) else str(error).replace("\n", " "))

@@ -1,4 +1,4 @@
-"""Paths that annotation files and tables name, held to the folder of images: a downloaded list reads nothing else."""
+"""Paths from annotation files and tables, confined to the folder of images: a downloaded list reads nothing else."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 
 
 class LeadsOut(ValueError):
-    """The message says which path, and out of where."""
+    """Raised for a path outside the folder; the message says which path, and out of where."""
 
 
 def inside(folder: str | os.PathLike[str], *parts: str) -> str:
-    """folder/part/part. Raises LeadsOut where `..` or an absolute part leads out of the folder.
+    """Join folder/part/part, confined to the folder.
 
     By name: links within the folder are the user's own, and followed.
     """

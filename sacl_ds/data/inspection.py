@@ -1,4 +1,4 @@
-"""What is in a set of shards: one pass over it, with some 40 bytes of memory a sample."""
+"""Inspection of a set of shards in one pass, with some 40 bytes of memory a sample."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _AHEAD = 32
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sample to be shown: the image as it is encoded."""
+    """Sample to be shown, with its image still encoded."""
 
     shard: str
     key: str
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """Things that occur more than once. repeated: occurrences beyond the first of each."""
+    """Count and examples of things that occur more than once. repeated: occurrences beyond the first of each."""
 
     total: int
     repeated: int
@@ -78,18 +78,18 @@ class Inspection:
 
     @property
     def sound(self) -> bool:
-        """Nothing that would stop or falsify training."""
+        """Whether nothing was found that would stop or falsify training."""
         return not (self.broken or self.wrong_stats or self.unreadable_shards)
 
     def image_sizes(self) -> dict[str, int]:
-        """Quantiles of the bytes of an encoded image."""
+        """Quantiles of the sizes of encoded images, in bytes."""
         if not self.image_bytes:
             return {}
         found = np.quantile(np.frombuffer(self.image_bytes, np.uint64), list(_SHARES.values()), method="inverted_cdf")
         return {name: int(value) for name, value in zip(_SHARES, found, strict=True)}
 
     def summary(self) -> dict[str, Any]:
-        """All but the pictures, for JSON."""
+        """Return all results but the pictures, for JSON."""
         return {
             "shards": len(self.shards),
             "samples": self.samples,
@@ -111,7 +111,7 @@ class Inspection:
 
 
 def quantiles(counts: Counter[int]) -> dict[str, int]:
-    """Smallest, 5 %, median, 95 %, largest of the values counted (each the smallest value that enough reach)."""
+    """Return smallest, 5 %, median, 95 % and largest of the values counted (each the smallest that enough reach)."""
     if not counts:
         return {}
     values = sorted(counts)
@@ -208,7 +208,7 @@ def _look(
 
 
 def _check_stats(found: Inspection, file: str, with_image: int | None) -> None:
-    """with_image: samples in the tar, None where it was not read to its end."""
+    """Compare a shard's stats with its content. with_image: samples in the tar, None where it was not read through."""
     if is_remote(file):
         return
     path = stats_path(file)
@@ -224,7 +224,7 @@ def _check_stats(found: Inspection, file: str, with_image: int | None) -> None:
 
 
 def expected_samples(files: Sequence[str]) -> int | None:
-    """From the stats beside the shards; None where one lacks them."""
+    """Sum the samples that the stats files beside the shards state; None if one is missing or unreadable."""
     total = 0
     for file in files:
         try:
@@ -258,12 +258,12 @@ def _image_of(fields: dict[str, Any]) -> list[bytes]:
 
 
 def _part(whole: int, number: int, parts: int) -> int:
-    """The share of part `number` when `whole` is dealt evenly."""
+    """Return the share of part `number` when `whole` is dealt evenly."""
     return whole * (number + 1) // parts - whole * number // parts
 
 
 class _Reservoir:
-    """Keeps `size` of the examples offered, each as likely as any other."""
+    """Reservoir sample of `size` examples, each offered one equally likely."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.offered, self.kept = size, 0, list[Example]()
@@ -278,7 +278,7 @@ class _Reservoir:
 
 
 class _Hashes:
-    """8 bytes for each thing and each sample: enough to count repeats and to find examples of them again."""
+    """Hashes of things and their samples, 8 bytes each: enough to count repeats and to find examples of them again."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self.files = files

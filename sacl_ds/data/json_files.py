@@ -1,4 +1,4 @@
-"""Annotation files: JSON, and JSON lines; what is wrong with one is a line with its name and place."""
+"""Reading of annotation files, JSON and JSON lines; errors name the file and the entry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, object) of each line that is not empty. Raises UserError as `read_json`."""
+    """Yield (line number from 1, object) of each line that is not empty. Raises UserError as `read_json`."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
@@ -44,8 +44,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def each_entry(entries: Iterable[Any], where: Callable[[int], str], make: Callable[[Any], Made]) -> list[Made]:
-    """make(entry) of each. Raises UserError, with where(number from 0), at the first that lacks a field or has another
-    type there."""
+    """Apply make(entry) to each entry. Raises UserError, with where(number from 0), at the first that lacks a field or
+    has another type there."""
     made = []
     for number, entry in enumerate(entries):
         try:
@@ -58,7 +58,8 @@ def each_entry(entries: Iterable[Any], where: Callable[[int], str], make: Callab
 
 
 def text_of(entry: Any, name: str) -> str:
-    """A field of an entry, for `each_entry`. Raises KeyError where it is missing, ValueError where it is no text."""
+    """Return a text field of an entry, for `each_entry`. Raises KeyError where it is missing, ValueError where it is no
+    text."""
     value = entry[name]
     if not isinstance(value, str):
         shown = "null" if value is None else f"{value!r:.60}"

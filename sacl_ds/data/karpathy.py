@@ -13,7 +13,8 @@ from sacl_ds.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class KarpathyImage:
-    """An entry of a split.
+    """Image entry of a split. number: its place in 'images', from 0. imgid, cocoid, sentids (one a sentence): None
+    where the file has none.
 
     number: its place in 'images', from 0. imgid, cocoid, sentids (one a sentence): None where the file has none.
     """
@@ -27,12 +28,12 @@ class KarpathyImage:
     sentids: list[int] | None
 
     def places(self, folder: Path) -> tuple[Path, ...]:
-        """Where the image may lie: in the folder that the file names, or directly in `folder`."""
+        """Candidate paths of the image: in the folder that the JSON names, or directly in `folder`."""
         return tuple(dict.fromkeys((folder / self.filepath / self.filename, folder / self.filename)))
 
 
 def karpathy_split(path: Path, split: str) -> list[KarpathyImage]:
-    """The images of one split; 'train' takes 'restval' too.
+    """List the images of one split; 'train' takes 'restval' too.
 
     Raises UserError for a file that cannot be read, an entry that is not as it should be, and for an empty split
     (naming those there are).
@@ -46,12 +47,12 @@ def karpathy_split(path: Path, split: str) -> list[KarpathyImage]:
 
 
 def karpathy_splits(path: Path) -> set[str]:
-    """The names of those there are. Raises UserError as `karpathy_split`."""
+    """Return the names of the splits that the file has. Raises UserError as `karpathy_split`."""
     return set(_entries(path)[1])
 
 
 def _entries(path: Path) -> tuple[list[Any], list[str]]:
-    """What stands in 'images', and the split of each."""
+    """List the file's entries in 'images' with the split of each."""
     document = read_json(path)
     entries = document.get("images") if isinstance(document, dict) else None
     if not isinstance(entries, list):

@@ -1,4 +1,4 @@
-"""The loader: one rank's part of every global batch, made by worker processes.
+"""Data loader: one rank's part of every global batch, made by worker processes.
 
 A worker owns some of the rank's slots and makes them for every step; the main process joins the workers' pieces. So
 which samples a global batch holds depends on `GlobalOrder` alone, with any number of ranks and workers.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sacl_ds.data.batch import Moves
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.feed import Feed
 from sacl_ds.data.order import GlobalOrder, Place
 from sacl_ds.data.sample import Source
@@ -37,32 +37,32 @@ class Loadable(Moves, Protocol):
 
     @property
     def pair_ids(self) -> Tensor:
-        """(b, k) int64: who its rows are, in numbers that are the same in every run."""
+        """(b, k) int64: ids of the rows, the same in every run."""
 
     @property
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[SampleFault]:
         """Samples that others of this batch stand in for."""
 
     def __len__(self) -> int: ...
 
     def parts(self: Made, rows: int) -> list[Made]:
-        """Its rows in order, so many in each, their texts no longer than the longest of them."""
+        """Split the rows in order into micro-batches of `rows`, texts cut to each one's longest."""
 
 
 class Collates(Protocol[Made]):
-    """From decoded samples to batches, in two steps: one sample at a time, then all of a piece."""
+    """Interface of collators: decode one sample at a time, then join a piece's items into a batch."""
 
     def item(self, sample: Any, place: Place) -> Any:
-        """What the batch is made of. Raises BadSample."""
+        """Decode and transform a sample to an item. Raises BadSample."""
 
-    def __call__(self, items: Sequence[Any], faults: Sequence[Fault] = ()) -> Made: ...
+    def __call__(self, items: Sequence[Any], faults: Sequence[SampleFault] = ()) -> Made: ...
 
     def join(self, parts: Sequence[Made]) -> Made:
-        """The rows of several batches, in order."""
+        """Concatenate batches, in order."""
 
 
 class BatchLoader(Generic[Made]):
-    """Iterates over this rank's batches from `start_step` on, for ever."""
+    """Iterator over this rank's batches from `start_step` on, for ever."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ def _outlive_the_launcher() -> None:
 
 
 class _Pieces(IterableDataset[Any]):
-    """Endless pieces of this rank's batches: one worker's slots of each step."""
+    """Iterable of one worker's pieces of this rank's batches: its slots of each step, for ever."""
 
     def __init__(
         self, source: Source, order: GlobalOrder, collator: Collates[Any], first_slot: int, slots: int, start_step: int

@@ -34,7 +34,7 @@ _LONGEST_CYCLE = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One sample at one moment of training."""
+    """Sample at one moment of training: its epoch, shard and position."""
 
     epoch: int
     shard: int
@@ -54,7 +54,7 @@ class Block:
 
 
 class GlobalOrder:
-    """Which sample stands in which slot of which step."""
+    """Assignment of samples to the slots of all steps."""
 
     def __init__(
         self,
@@ -65,7 +65,9 @@ class GlobalOrder:
         shuffle_buffer: int = 32768,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """sets: for each set, the samples of each of its shards; shards are numbered through all sets.
+        """Lay out the streams over the sets.
+
+        sets: for each set, the samples of each of its shards; shards are numbered through all sets.
 
         weights: each set's share of every batch, up to a factor; None for a single set. streams, shuffle_buffer: see
         DataConfig. Raises ValueError for a set without samples.
@@ -85,7 +87,7 @@ class GlobalOrder:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two orders that serve the same places at the same steps."""
+        """Digest that is equal for two orders that serve the same places at the same steps."""
         says = [self.batch, self.seed, self.streams, self._cycle.of.tolist()]
         says += [[s.block, s.apart, s.counts.tolist()] for s in self._sets]
         return hashlib.sha256(json.dumps(says).encode()).hexdigest()
@@ -94,7 +96,7 @@ class GlobalOrder:
         return slot // self.slots_per_stream
 
     def sets(self, stream: int, position: int = 0) -> Iterator[int]:
-        """Which set a stream serves from at its positions, from `position` on, for ever."""
+        """Yield the set that a stream serves from at each of its positions, from `position` on, for ever."""
         turn = self._cycle.turn(stream, self.streams)
         while True:
             yield turn.set_at(position)
@@ -103,7 +105,7 @@ class GlobalOrder:
     def blocks(
         self, stream: int, number: int, position: int = 0, low: int = 0, high: int | None = None
     ) -> Iterator[Block]:
-        """What a stream serves of set `number` from the stream's position on, for ever, block by block.
+        """Yield the blocks that a stream serves of set `number` from the stream's position on, for ever.
 
         Only at positions p with low <= p mod w < high, w being the stream's slots in a step.
         """
@@ -120,7 +122,7 @@ class GlobalOrder:
             yield Block(places(lie), np.searchsorted(lie, wanted).tolist())
 
     def substitute(self, place: Place, stream: int, position: int, attempt: int) -> Place:
-        """Stands in for a sample of the same set that cannot be used: drawn by (seed, epoch, slot, attempt).
+        """Draw a substitute for an unusable sample, from its own set, by (seed, epoch, slot, attempt).
 
         Neighbouring slots draw from the same few samples at the beginning of one shard, so that a shard that is gone
         costs one other shard's opening and not thousands.
@@ -130,7 +132,7 @@ class GlobalOrder:
 
 
 class Cycle:
-    """Sets in turn: in a cycle of `length` positions, set m stands `counts[m]` times, evenly spread."""
+    """Cycle over sets: of its `length` positions, set m has `counts[m]`, evenly spread."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Weights of at most four decimals or so are kept exactly; finer ones are rounded to a cycle of 10,000."""
@@ -147,7 +149,7 @@ class Cycle:
         self.of = np.repeat(np.arange(len(shares)), self.counts)[np.argsort(wish, kind="stable")]
 
     def turn(self, stream: int, streams: int) -> Turn:
-        """The cycle as a stream goes through it: each begins at another point."""
+        """Return the cycle as a stream goes through it: each begins at another point."""
         return Turn(np.roll(self.of, -(self.length * stream // streams)), self.counts)
 
 
@@ -161,24 +163,24 @@ class Turn:
         return self._sets[position % len(self._sets)]
 
     def served_before(self, position: int, number: int) -> int:
-        """How many of the positions before `position` are set `number`'s."""
+        """Count the positions before `position` that are set `number`'s."""
         whole, rest = divmod(position, len(self.of))
         return whole * int(self.counts[number]) + int(np.searchsorted(self._at[number], rest))
 
     def positions(self, number: int, first: int, count: int) -> np.ndarray:
-        """(count,) int64: where the set is served for the first-th time, and for the following ones."""
+        """(count,) int64: positions at which the set is served for the first-th and the following times."""
         times = np.arange(first, first + count)
         whole, rest = np.divmod(times, max(1, int(self.counts[number])))
         return whole * len(self.of) + self._at[number][rest]
 
 
 class _Set:
-    """The order of one set: epochs, stretches, blocks."""
+    """Order of one set: epochs, stretches, blocks."""
 
     def __init__(
         self, counts: Sequence[int], first: int, seed: int, number: int, streams: int, block: int, apart: int
     ) -> None:
-        """first: its first shard's number; apart: serving positions that neighbours keep between them."""
+        """Lay out a set. first: its first shard's number; apart: serving positions between neighbours."""
         self.counts = np.asarray(counts, np.int64)
         self.total = int(self.counts.sum())
         if self.total < 1:
@@ -209,15 +211,17 @@ class _Set:
         return int(self._starts(stream)[number]), int(served[number + 1] - served[number])
 
     def epoch_at(self, stream: int, position: int) -> tuple[int, int]:
-        """The epoch in which a stream serves its sample number `position` of this set, and how many of it before."""
+        """Return the epoch of a stream's sample number `position` in this set, and how many of it come before."""
         periods, rest = divmod(position, self.total)
         served = self._served(stream)
         number = int(np.searchsorted(served, rest, side="right")) - 1
         return periods * self.streams + number, rest - int(served[number])
 
     def blocks(self, stream: int, position: int) -> Iterator[tuple[_Places, np.ndarray, int]]:
-        """(places, order, skip): the block is served as its samples order[skip], order[skip + 1], ...; skip is 0 but
-        for the first block."""
+        """Yield (places, order, skip) of each block, which is served as its samples order[skip], order[skip + 1], ...
+
+        skip is 0 but for the first block.
+        """
         epoch, done = self.epoch_at(stream, position)
         while True:
             first, length = self._stretch(stream, epoch)
@@ -248,7 +252,7 @@ TRIES_IN_A_SHARD = 25
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where the samples of a block lie."""
+    """Function from sample indices of a block to their places (epoch, shard, offset)."""
 
     of: _Set
     first: int

@@ -1,4 +1,4 @@
-"""Pictures to uint8 tensors: decoded when a view asks, cropped before they are resized, no larger than need be."""
+"""Decoding of pictures to uint8 tensors: on demand, cropped before they are resized, no larger than needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
-        """Of an image of Pillow's, opened already. Raises BadImage where it is damaged."""
+        """Decode an opened Pillow image. Raises BadImage where it is damaged."""
         try:
             clear = _clear_colour(image)
             turned = ImageOps.exif_transpose(image)
@@ -41,7 +41,7 @@ class Picture:
             raise bad_image(error) from None
 
     def __init__(self, data: bytes | Tensor) -> None:
-        """data: a JPEG, PNG or WebP, or (3, H, W) uint8. Raises BadImage where it is no image."""
+        """Open an image. data: a JPEG, PNG or WebP, or (3, H, W) uint8. Raises BadImage where it is no image."""
         self._data, self._jpeg, self._plain, self._turned = data, False, False, False
         self._decoded: dict[int, Tensor] = {}  # by 1 / scale
         if isinstance(data, Tensor):
@@ -90,7 +90,7 @@ class Picture:
         return torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
     def _at(self, divisor: int) -> Tensor:
-        """Pixels at 1 / divisor of the size. Which one a view asks for depends on nothing else that was asked for."""
+        """Decode at 1 / divisor of the size. The divisor of a request does not depend on earlier requests."""
         if divisor not in self._decoded:
             self._decoded[divisor] = self._decode(divisor)
         return self._decoded[divisor]
@@ -118,7 +118,7 @@ class Picture:
 
 
 def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG in grey or YCbCr that is not turned; None for all else, of which Pillow knows more."""
+    """Return (width, height) of an unrotated JPEG in grey or YCbCr; None for all else, of which Pillow knows more."""
     if not _is_plain_jpeg(data):
         return None
     try:
@@ -130,7 +130,7 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether its segments follow each other up to its pixels, with no APP1 among them and nothing between."""
+    """Return whether a JPEG's segments follow each other up to its pixels, with no APP1 among them."""
     place = 2
     while data[:2] == _START and data[place : place + 1] == b"\xff":
         marker = data[place + 1 : place + 2]
@@ -143,8 +143,10 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def _clear_colour(image: Image.Image) -> Any:
-    """Which colour of an image without alpha is transparent; None: none. To be asked before its pixels are decoded:
-    PNG gives it in the file's own bits, of which Pillow makes 8."""
+    """Return the transparent colour of an image without alpha, or None.
+
+    Call it before the pixels are decoded: PNG gives it in the file's own bits, of which Pillow makes 8.
+    """
     clear = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
     bits = tiles[0][3] if tiles and image.format == "PNG" else ""
@@ -154,7 +156,7 @@ def _clear_colour(image: Image.Image) -> Any:
 
 
 def _rgb(image: Image.Image, clear: Any) -> Image.Image:
-    """clear: from `_clear_colour`."""
+    """Convert to RGB, transparent pixels on white. clear: from `_clear_colour`."""
     if image.mode.startswith("I;16"):  # Pillow would cut, not scale, what is above 255
         deep = np.asarray(image)
         grey = np.where(deep == clear, _PAPER[0], deep >> 8) if isinstance(clear, int) else deep >> 8

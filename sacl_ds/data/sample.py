@@ -1,4 +1,4 @@
-"""What a data source is: counted shards of samples that can be read by place and decoded one by one."""
+"""Interface of a data source: counted shards of samples that are read by place and decoded one by one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.order import Block
 from sacl_ds.data.pictures import Picture
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its captions. image_bytes: what identifies the image, for duplicate ids.
+    """Image with its captions.
 
-    wanted: which of the captions may be drawn; all but those that a filter leaves out.
+    image_bytes: what identifies the image, for duplicate ids. wanted: which of the captions may be drawn; all but those
+    that a filter leaves out.
     """
 
     key: str
@@ -28,25 +29,25 @@ class Sample:
 
     @property
     def fingerprint(self) -> int:
-        """64 bits of key, image and captions."""
+        """64-bit hash of key, image and captions."""
         digest = hashlib.blake2b(self.image_bytes, digest_size=8)
         digest.update("\0".join([self.key, *self.captions]).encode())
         return int.from_bytes(digest.digest(), "little")
 
-    def fault(self, reason: str) -> Fault:
-        return Fault("bad", self.shard, self.key, reason)
+    def fault(self, reason: str) -> SampleFault:
+        return SampleFault("bad", self.shard, self.key, reason)
 
 
 class Samples(Protocol):
-    """Undecoded samples, one after the other, until closed."""
+    """Iterator over undecoded samples that can be closed."""
 
-    def __next__(self) -> Any | Fault: ...
+    def __next__(self) -> Any | SampleFault: ...
 
     def close(self) -> None: ...
 
 
 class Numbers:
-    """Samples that are made from their numbers alone, as `Samples`."""
+    """Samples that are made from their numbers alone."""
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self._numbers = iter(numbers)
@@ -55,7 +56,7 @@ class Numbers:
         return next(self._numbers)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
 class Source(Protocol):
@@ -63,23 +64,23 @@ class Source(Protocol):
 
     @property
     def sets(self) -> Sequence[Sequence[int]]:
-        """For each set, the samples of each shard."""
+        """Samples per shard, for each set."""
 
     @property
     def weights(self) -> Sequence[float] | None:
-        """Of the sets in a batch; None for one set."""
+        """Share of each set in a batch; None for one set."""
 
     def read(self, blocks: Iterator[Block]) -> Samples:
-        """The samples at the blocks' places, undecoded; a Fault in place of each that cannot be read."""
+        """Yield the undecoded samples at the blocks' places; a Fault in place of each that cannot be read."""
 
     def head(self, shard: int, count: int) -> Samples:
-        """The first samples of a shard, `count` at most."""
+        """Yield the first samples of a shard, `count` at most."""
 
     def decode(self, raw: Any) -> Sample:
         """Raises BadSample."""
 
     def captions(self, limit: int) -> Iterator[str]:
-        """Captions of the first samples, at most `limit`: what a vocabulary is trained on."""
+        """Yield captions of the first samples, at most `limit`, on which a vocabulary is trained."""
 
     def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
-        """Every world-th of the first `limit` samples in their stored order, from number `rank` on."""
+        """Decode every world-th of the first `limit` samples in their stored order, from number `rank` on."""

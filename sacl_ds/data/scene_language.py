@@ -1,7 +1,7 @@
-"""What is said about a scene: captions, questions and statements, each with its exact meaning.
+"""Language about scenes: captions, questions and statements, each with its exact meaning.
 
-A scene is a set of objects on a 3x3 grid. Everything said about one is built from *statements* that can be
-checked against any other scene, which is what makes false negatives known here (see `relevance`).
+A scene is a set of objects on a 3x3 grid. Everything said about one is built from *statements* that can be checked
+against any other scene, which is what makes false negatives known here (see `relevance`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ UNSAID = -1
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is in one picture. An object is (shape, colour, size, texture, place), indices into the tuples above."""
+    """Content of a picture. An object is (shape, colour, size, texture, place), indices into the tuples above."""
 
     objects: tuple[tuple[int, int, int, int, int], ...]
     background: int
@@ -60,7 +60,7 @@ class Caption:
 
     @property
     def statements(self) -> int:
-        """How many statements the caption makes."""
+        """Number of statements that the caption makes."""
         said = sum(value != UNSAID for thing in self.described for value in thing)
         return said + (self.relation != UNSAID) + (self.background != UNSAID)
 
@@ -75,7 +75,7 @@ class Draws:
         return self._words.pop() % n
 
     def sample(self, n: int, k: int) -> list[int]:
-        """k different numbers below n, in random order."""
+        """Draw k different numbers below n, in random order."""
         pool = list(range(n))
         return [pool.pop(self.below(len(pool))) for _ in range(k)]
 
@@ -124,7 +124,7 @@ def _keep(thing: tuple[int, ...], attributes: tuple[int, ...]) -> tuple[int, ...
 
 
 def phrase(thing: tuple[int, ...], article: str = "a") -> str:
-    """A noun phrase for a described object, e.g. 'a small striped red circle at the top left'."""
+    """Phrase a described object, e.g. 'a small striped red circle at the top left'."""
     parts = []
     if thing[SIZE] != UNSAID:
         parts.append(SIZES[thing[SIZE]])
@@ -140,13 +140,13 @@ def phrase(thing: tuple[int, ...], article: str = "a") -> str:
 
 
 def relation_holds(relation: int, first_place: int, second_place: int) -> bool:
-    """Whether an object at `first_place` stands in RELATIONS[relation] to one at `second_place`."""
+    """Return whether an object at `first_place` stands in RELATIONS[relation] to one at `second_place`."""
     (row_a, column_a), (row_b, column_b) = divmod(first_place, 3), divmod(second_place, 3)
     return (column_a < column_b, column_a > column_b, row_a < row_b, row_a > row_b)[relation]
 
 
 def draw_caption(draws: Draws, scene: Scene, detail: str = "partial") -> Caption:
-    """A true caption of `scene`.
+    """Draw a true caption of `scene`.
 
     detail: "partial" says something of one or two objects, as web captions do; "simple" names one by colour and shape;
     "detailed" says all of one, or much of two, so that it is true of few other scenes.
@@ -191,7 +191,7 @@ def _detailed(draws: Draws, scene: Scene, pair: list[int], opening: str) -> Capt
 
 
 def draw_captions(draws: Draws, scene: Scene, count: int, detail: str) -> list[Caption]:
-    """`count` captions with different wording wherever the scene allows it (a few tries each)."""
+    """Draw `count` captions with different wording wherever the scene allows it (a few tries each)."""
     captions: list[Caption] = []
     for _ in range(count):
         caption = draw_caption(draws, scene, detail)
@@ -244,7 +244,7 @@ def _ordered_pairs() -> list[tuple[int, int]]:
 
 
 def draw_questions(draws: Draws, scene: Scene) -> list[tuple[str, str, str]]:
-    """(type, question, answer) triples; each question has one right answer in this scene."""
+    """Draw (type, question, answer) triples; each question has one right answer in this scene."""
     asked: list[tuple[str, str, str]] = [("count", "how many objects are there ?", str(len(scene.objects)))]
     asked.append(("background", "what colour is the background ?", BACKGROUNDS[scene.background]))
     for thing in scene.objects:
@@ -261,7 +261,7 @@ def draw_questions(draws: Draws, scene: Scene) -> list[tuple[str, str, str]]:
 
 
 def _present_or_absent(draws: Draws, scene: Scene) -> tuple[tuple[int, ...], bool]:
-    """A colour-and-shape description that is true of the scene half of the time."""
+    """Draw a colour-and-shape description that is true of the scene half of the time."""
     present = {(thing[SHAPE], thing[COLOUR]) for thing in scene.objects}
     if draws.below(2):
         shape, colour = sorted(present)[draws.below(len(present))]
@@ -272,7 +272,7 @@ def _present_or_absent(draws: Draws, scene: Scene) -> tuple[tuple[int, ...], boo
 
 
 def draw_pair_statement(draws: Draws, left: Scene, right: Scene) -> tuple[str, bool]:
-    """A statement about two images and whether it is true; true and false about equally often."""
+    """Draw a statement about two images and its truth; true and false are about equally frequent."""
 
     def has(scene: Scene, shape: int, colour: int) -> bool:
         return any(thing[SHAPE] == shape and thing[COLOUR] == colour for thing in scene.objects)

@@ -29,8 +29,9 @@ assert len(_BACKGROUND_RGB) == len(BACKGROUNDS)
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Where a shape of radius 1 around the origin covers (x right, y down). The shapes overlap little with each other:
-    at 16 pixels a circle and a square would differ in their corners alone.
+    """Mask of the points (x right, y down) that a shape of radius 1 around the origin covers.
+
+    The shapes overlap little with each other: at 16 pixels a circle and a square would differ in their corners alone.
     """
     r = np.hypot(x, y)
     if shape == "circle":

@@ -35,7 +35,7 @@ class SceneSource:
         return Sample(item.key, picture, item.captions, list(range(len(item.captions))), item.key.encode())
 
     def captions(self, limit: int) -> Iterator[str]:
-        """With what else is said about each scene, for the tasks that follow pre-training: no word shall be unknown."""
+        """Yield captions and the downstream tasks' texts about the scenes, so that the vocabulary covers both."""
         return islice(self._texts(), limit)
 
     def _texts(self) -> Iterator[str]:

@@ -78,7 +78,7 @@ class Scenes:
         return draw_questions(Draws(VERSION, self.seed, self._index(index), _QUESTIONS, count=16), self.scene(index))
 
     def pair_statement(self, left: int, right: int) -> tuple[str, bool]:
-        """A statement about two scenes and its truth, for NLVR2."""
+        """Draw a statement about two scenes and its truth, for NLVR2."""
         draws = Draws(VERSION, self.seed, self._index(left), self._index(right), _PAIRS, count=64)
         return draw_pair_statement(draws, self.scene(left), self.scene(right))
 
@@ -97,7 +97,7 @@ class Scenes:
         return relevance(captions, [self.scene(index) for index in range(self.count)])
 
     def fingerprint(self) -> str:
-        """sha256 over all pictures, captions, questions and one statement each."""
+        """SHA-256 over all pictures, captions, questions and one statement each."""
         digest = hashlib.sha256()
         for index in range(self.count):
             item = self[index]
@@ -108,7 +108,7 @@ class Scenes:
 
 
 def place_of(key: str) -> tuple[int, int] | None:
-    """(seed, index) of the scene with that key (`Scenes.key`); None for a key that is no scene's."""
+    """Parse (seed, index) from a scene's key (`Scenes.key`); None for a key that is no scene's."""
     if not (key.isascii() and key.isdigit() and len(key) > _INDEX_DIGITS):
         return None
     return int(key[:-_INDEX_DIGITS]), int(key[-_INDEX_DIGITS:])

@@ -1,4 +1,4 @@
-"""From the configuration to the data of a run: source, order, and how samples become batches."""
+"""Build a run's data from its configuration: source, global order, collator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELD_OUT = 1000  # added to the seed of the training scenes
 def training_index(
     run: RunConfig, folder: Path, resume: bool, done: Done = lambda count, total: None
 ) -> ShardIndex | None:
-    """The shards that the run trains on, counted; None for scenes. Raises UserError for missing or empty ones.
+    """Count the shards that the run trains on; None for scenes.
 
     folder: the run's, which keeps the names of those that were left out; a resumed run leaves out the same. One process
     does this for all: what it finds is part of the data order.
@@ -57,7 +57,7 @@ def training_index(
 
 
 def training_source(run: RunConfig, index: ShardIndex | None) -> Source:
-    """What the run trains on; index: from `training_index`."""
+    """Open the run's training source. index: from `training_index`."""
     if index is not None:
         from sacl_ds.data.shards.source import ShardSource
 
@@ -68,7 +68,8 @@ def training_source(run: RunConfig, index: ShardIndex | None) -> Source:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """fingerprint: equal for two runs to which the same steps bring the same samples."""
+    """Source, order and collator of a run. fingerprint: equal for two runs to which the same steps bring the same
+    samples."""
 
     source: Source
     order: GlobalOrder
@@ -79,7 +80,9 @@ class TrainingData:
 def training_data(
     run: RunConfig, index: ShardIndex | None, tokenizer: Tokenizer, teacher: tuple[View, str] | None, first: bool
 ) -> TrainingData:
-    """All that pre-training reads. teacher: how it sees a sample, and its identity, by which stored features are found.
+    """Build all that pre-training reads.
+
+    teacher: how it sees a sample, and its identity, by which stored features are found.
 
     first: whether to look for all files of stored features, which one process does for all. Raises UserError where some
     are missing or of another teacher, or the grouping cannot be read.
@@ -120,16 +123,16 @@ def _training_view(run: RunConfig) -> CanonicalView | TrainView:
 
 
 def _fingerprint(order: GlobalOrder, index: ShardIndex | None) -> str:
-    """Shards may have moved to another folder."""
+    """Hash the order and the shards' names, whose folder may change."""
     names = [shard.rpartition("/")[2] for shard in index.shards] if index else []
     return hashlib.sha256(json.dumps([order.fingerprint, *names]).encode()).hexdigest()
 
 
 def held_out_scenes(run: RunConfig) -> Scenes:
-    """Scenes that no training run of this seed sees, with partial captions."""
+    """Return scenes that no training run of this seed sees, with partial captions."""
     return Scenes(run.data.scenes.eval_count, run.data.scenes.seed + HELD_OUT, scene_size(run.model.image_size))
 
 
 def scene_size(image_size: int) -> int:
-    """Scenes are drawn on a grid of 3x3 cells of 16 pixels or a multiple; the view then resizes them."""
+    """Return the size at which scenes are drawn, a multiple of 48 (3x3 cells of 16 pixels); transforms resize them."""
     return -(-image_size // 48) * 48

@@ -1,4 +1,4 @@
-"""A frozen teacher's features on disk: one safetensors file a shard, found and checked by the teacher's identity.
+"""Features of a frozen teacher on disk: one safetensors file a shard, found and checked by the teacher's identity.
 
 A file holds `image` (n, d) and `text` (m, d), unit float16; `first_text` (n + 1,): sample i's captions are the rows
 first_text[i] to first_text[i + 1] of `text`; `samples` (n,): their fingerprints, 0 where one cannot be used;
@@ -32,7 +32,7 @@ _COMMAND = "run tools/precompute_teacher.py with this teacher and these shards"
 
 @dataclass(frozen=True)
 class FeatureFolder:
-    """Where the features of shards lie: beside each, or in one folder."""
+    """Location of the feature files of shards: beside each shard, or in one folder."""
 
     where: str  # a folder, or BESIDE
     identity: str  # the teacher's
@@ -59,7 +59,7 @@ class FeatureFolder:
             taken[path] = shard
 
     def require_all(self, shards: Sequence[str]) -> None:
-        """`require`, and every file is there."""
+        """Check `require`, and that every file exists."""
         self.require(shards)
         missing = [shard for shard in shards if not self.path(shard).is_file()]
         if not missing:
@@ -76,7 +76,7 @@ class FeatureFolder:
 
 @dataclass
 class ShardFeatures:
-    """Of one shard, sample after sample."""
+    """Features of one shard, sample after sample."""
 
     image: list[np.ndarray]
     text: list[np.ndarray]  # of all captions of all samples
@@ -84,7 +84,7 @@ class ShardFeatures:
     samples: list[int]  # fingerprints; 0: it could not be used
 
     def save(self, path: Path, identity: str) -> None:
-        """Atomically."""
+        """Write the file atomically."""
         image, text = _rows(self.image), _rows(self.text)
         own = [int(sample) for sample in self.samples]
         of_texts = [(sample, n) for sample, count in zip(own, self.captions, strict=True) for n in range(count)]
@@ -103,14 +103,15 @@ class ShardFeatures:
 
 
 class FeatureReader:
-    """Features by place, for the loader: rows are read from the files, nothing is held."""
+    """Reader of features by place, for the loader: rows are read from the files, nothing is held."""
 
     def __init__(self, folder: FeatureFolder, shards: Sequence[str]) -> None:
         self._folder, self._shards = folder, shards
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def of(self, place: Place, sample: Sample, caption: int) -> np.ndarray:
-        """(2, d) float16: of the image, and of caption number `caption`. Raises UserError for another sample's."""
+        """Return (2, d) float16: the features of the image, and of caption number `caption`. Raises UserError for
+        another sample's."""
         file, at = self._file(place.shard), place.offset
         path = self._folder.path(self._shards[place.shard])
         try:
@@ -157,6 +158,6 @@ def _checks(rows: np.ndarray, of: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def _rows(rows: list[np.ndarray]) -> np.ndarray:
-    """(n, d) float16; empty ones are zeros."""
+    """Stack rows to (n, d) float16; empty ones are zeros."""
     width = max(map(len, rows), default=0)
     return np.array([row if len(row) else np.zeros(width) for row in rows], np.float16).reshape(len(rows), width)

@@ -1,4 +1,4 @@
-"""Captions to token ids: a WordPiece vocabulary (trained here or pre-trained), padding, and masking for MLM."""
+"""Tokenization of captions: a WordPiece vocabulary (trained here or pre-trained), padding, and masking for MLM."""
 
 from __future__ import annotations
 
@@ -93,16 +93,16 @@ def _bert(ids: dict[str, int]) -> RustTokenizer:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Captions to ids with one maximum length; wraps a fast tokenizer of transformers."""
+    """Tokenizer with a maximum length; wraps a fast tokenizer of transformers."""
 
     fast: PreTrainedTokenizerFast
     max_tokens: int
 
     @classmethod
     def load(cls, name_or_folder: str | Path, max_tokens: int, setting: str = "tokenizer") -> Tokenizer:
-        """From a folder written by `save`, any tokenizer folder of transformers, or a hub name.
+        """Load a folder written by `save`, any tokenizer folder of transformers, or a hub name.
 
-        setting: what error lines call it. Raises UserError.
+        setting: the name that error lines use. Raises UserError.
         """
         folder = Path(name_or_folder)
         require_unchanged(folder.parent, f"{setting}={name_or_folder}", folder.name)
@@ -122,7 +122,7 @@ class Tokenizer:
 
     @cached_property
     def size(self) -> int:
-        """Entries of the vocabulary."""
+        """Number of entries of the vocabulary."""
         return len(self.fast)
 
     @cached_property
@@ -139,7 +139,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers that give every caption the same ids."""
+        """Digest that is equal for two tokenizers that give every caption the same ids."""
         state = f"{self.max_tokens}\n{self.fast.backend_tokenizer.to_str()}"
         # truncation and padding are state of the last call, not of the vocabulary
         state = re.sub(r'"(truncation|padding)":\s*(null|\{[^{}]*\})', "", state)
@@ -162,7 +162,7 @@ class Tokenizer:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
-    """(n, longest) int64."""
+    """Pad rows to (n, longest) int64."""
     out = np.full((len(rows), max(len(row) for row in rows)), value, np.int64)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
@@ -170,17 +170,17 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
 
 
 def attention_mask(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """(n, longest) int64: 1 at tokens, 0 at padding."""
+    """Return (n, longest) int64: 1 at tokens, 0 at padding."""
     return pad([[1] * len(row) for row in rows], 0)
 
 
 def mask_tokens(
     row: Sequence[int], tokenizer: Tokenizer, probability: float, entropy: tuple[int, ...]
 ) -> tuple[list[int], list[int]]:
-    """BERT's masking: of the tokens drawn, 80 % become [MASK], 10 % another word, 10 % stay.
+    """Mask tokens as BERT does: of those drawn, 80 % become [MASK], 10 % another token, 10 % stay.
 
-    Returns (ids, labels), labels IGNORED where nothing is predicted. The draw depends on `entropy` alone, so it is
-    the same on any rank and worker.
+    Returns (ids, labels), labels IGNORED where nothing is predicted. The draw depends on `entropy` alone, so it is the
+    same on any rank and worker.
     """
     drawn = words(len(row), *entropy)
     ids, labels = list(row), [IGNORED] * len(row)

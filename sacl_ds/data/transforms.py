@@ -1,4 +1,4 @@
-"""Which part of a picture is seen. Normalisation happens on the device, in the image encoder."""
+"""Crops of pictures. Normalisation happens on the device, in the image encoder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ RATIO = (3 / 4, 4 / 3)  # of a random crop's sides, as in torchvision's RandomRe
 
 @dataclass(frozen=True)
 class CanonicalView:
-    """The largest square in the middle: what evaluation and the teacher always see."""
+    """Central square crop: what evaluation and the teacher always see."""
 
     size: int
 
     def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
-        """(3, size, size) uint8; `entropy` is not used. Raises BadImage."""
+        """Transform a picture to (3, size, size) uint8; `entropy` is not used. Raises BadImage."""
         width, height = picture.size
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
@@ -36,7 +36,7 @@ class TrainView:
     flip: bool
 
     def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
-        """(3, size, size) uint8. Raises BadImage."""
+        """Transform a picture to (3, size, size) uint8. Raises BadImage."""
         drawn = words(5, *entropy)
         share, stretch, across, down = (fraction(word) for word in drawn[:4])
         width, height = picture.size

@@ -1,4 +1,4 @@
-"""Words that a tokenizer's vocabulary cannot spell, added to it."""
+"""Extension of a tokenizer's vocabulary by words that it cannot spell."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sacl_ds.data.text import SPECIAL, Tokenizer
 
 
 def with_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
-    """One that also knows the words of `texts` which come out as unknown so far, such as digits where no caption had
-    one: all of them would be the same answer. Their ids follow the others, which stay what they are.
+    """Return a tokenizer that also knows the words of `texts` which come out as unknown so far.
 
-    The same from the same texts in any order; `tokenizer` itself where nothing is unknown, or where its vocabulary is
-    no WordPiece one. A model grows with it (`sacl_ds.model.vqa`).
+    Digits may be such words, where no caption had one: all of them would be the same answer. New ids follow the others,
+    which stay what they are. The result is the same for the same texts in any order; `tokenizer` itself is returned
+    where nothing is unknown, or where its vocabulary is no WordPiece one. A model grows with it (`sacl_ds.model.vqa`).
     """
     backend = tokenizer.fast.backend_tokenizer
     state = json.loads(backend.to_str())

@@ -1,4 +1,4 @@
-"""Whether this node, or every node of a hostfile, is fit to train, and what to do where not."""
+"""Check whether this node, or every node of a hostfile, is fit to train, and say what to do where not."""
 
 from __future__ import annotations
 
@@ -126,7 +126,8 @@ def _facts_or_error(node: str, request: Request) -> Facts | str:
 
 
 def _all_reduce(options: argparse.Namespace, seen: Examination) -> AllReduce | None:
-    """Only where all nodes answer, and are likely to meet: the launcher would wait for the others."""
+    """Measure an all-reduce, only where all nodes answer and are likely to meet: the launcher would wait for the
+    others."""
     meets = all(facts.reaches_master for facts in seen.facts.values())
     if options.no_all_reduce or len(seen.facts) < len(seen.slots) or not meets or sum(seen.slots.values()) < 2:
         return None

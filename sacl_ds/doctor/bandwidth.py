@@ -21,7 +21,7 @@ _BYTES = {"nccl": 256_000_000, "gloo": 16_000_000}
 
 
 def measure() -> dict[str, float | int | str] | None:
-    """All ranks call it; what the first returns: ranks, megabytes, bandwidth in GB/s of a rank (both ways alike).
+    """Measure the all-reduce; all ranks call it. The first returns ranks, megabytes, GB/s of a rank (both ways alike).
 
     Raises RuntimeError where the sum is not that of all ranks, or ranks do not meet in time.
     """

@@ -1,4 +1,4 @@
-"""What is wrong with one node or between nodes, and what to do about it. Pure: judged from gathered facts alone."""
+"""Findings about one node or between nodes, with remedies. Pure: judged from gathered facts alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Contact:
-    """How a node answered over ssh."""
+    """Answer of a node over ssh."""
 
     error: str | None = None
     clock: float = 0.0  # seconds that it is ahead of the asking machine
@@ -32,7 +32,7 @@ class Contact:
 
 @dataclass(frozen=True)
 class AllReduce:
-    """error: why there is no figure; None where it went well."""
+    """Result of the all-reduce. error: why there is no figure; None where it went well."""
 
     error: str | None = None
     ranks: int = 0
@@ -43,7 +43,7 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Examination:
-    """All that was asked and answered. Nodes in the order of the hostfile; one without a hostfile."""
+    """Questions and answers of an examination. Nodes in the order of the hostfile; one without a hostfile."""
 
     slots: dict[str, int]
     facts: dict[str, Facts]
@@ -64,13 +64,13 @@ class Examination:
 
 
 def judge(seen: Examination) -> list[Finding]:
-    """What must be put right first, then what is to be known; each in a fixed order."""
+    """List the findings: first what must be put right, then what is good to know; each in a fixed order."""
     found = [*_reached(seen), *_equal(seen), *_devices(seen), *_room(seen), *_data(seen), *_network(seen)]
     return sorted(found, key=lambda finding: not finding.wrong)
 
 
 def groups(values: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
-    """The nodes that have each value, the most common value first (of equals, the one that comes first)."""
+    """Group nodes by value, the most common value first (of equals, the one that comes first)."""
     by: dict[Any, list[str]] = {}
     for node, value in values.items():
         by.setdefault(value, []).append(node)
@@ -78,7 +78,7 @@ def groups(values: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
 
 
 def _differing(seen: Examination, name: str, of: Callable[[Facts], Any], do: str, wrong: bool = True) -> list[Finding]:
-    """A finding where the nodes do not agree."""
+    """Return a finding where the nodes do not agree."""
     values = groups({node: of(facts) for node, facts in seen.facts.items()})
     if len(values) < 2:
         return []
@@ -92,7 +92,7 @@ def _names(nodes: Iterable[str]) -> str:
 
 
 def _where(seen: Examination, holds: Callable[[str, Facts], bool]) -> str:
-    """The nodes of which something holds, by name; '' for none."""
+    """Name the nodes of which something holds; '' for none."""
     return _names(node for node, facts in seen.facts.items() if holds(node, facts))
 
 

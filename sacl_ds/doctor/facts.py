@@ -1,4 +1,4 @@
-"""What one node is and has; gathered on the node itself and sent as JSON."""
+"""Facts of one node, gathered on the node itself and sent as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SECONDS = 5.0  # for the master's address to answer
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a node."""
+    """Questions to a node."""
 
     output_dir: str | None = None
     shards: str | None = None
@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Facts:
-    """Sizes in GB (1e9 bytes). None: not there, or not known."""
+    """Facts of a node. Sizes in GB (1e9 bytes). None: not there, or not known."""
 
     host: str
     versions: dict[str, str | None]
@@ -61,7 +61,7 @@ class Facts:
 
 
 def gather(request: Request) -> Facts:
-    """This node's facts. Takes the seconds in which torch is imported."""
+    """Gather this node's facts. Takes the seconds in which torch is imported."""
     import psutil
     import torch
 
@@ -98,7 +98,7 @@ def gather(request: Request) -> Facts:
 
 
 def answers(address: str, port: int) -> bool:
-    """Whether packets come back from there: a refusal is an answer, silence is a firewall or another network."""
+    """Return whether packets come back: a refusal is an answer, silence is a firewall or another network."""
     try:
         with socket.create_connection((address, port), timeout=_SECONDS):
             return True
@@ -134,7 +134,7 @@ def _driver() -> str | None:
 
 
 def _said(*command: str) -> str | None:
-    """What a command printed; None where it is not there or fails."""
+    """Run a command and return its output; None where it does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -143,7 +143,7 @@ def _said(*command: str) -> str | None:
 
 
 def _free(folder: Path) -> float | None:
-    """GB free on the disk where this folder is, or would be made."""
+    """Return the GB free on the disk where this folder is, or would be made."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -160,7 +160,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _shards(pattern: str | None, allow_missing: int) -> tuple[int | None, dict[str, int], str | None]:
-    """How many, the samples of some of them, and what went wrong."""
+    """Return the number of shards, the samples of some of them, and what went wrong."""
     if pattern is None:
         return None, {}, None
     from sacl_ds.data.shards.patterns import is_gone, missing_shards, named
@@ -187,7 +187,7 @@ def _shards(pattern: str | None, allow_missing: int) -> tuple[int | None, dict[s
 
 
 def _own_name_is_loopback() -> bool:
-    """gloo listens where the own host name points to, which on Debian may be 127.0.1.1."""
+    """Return whether the host name resolves to loopback (127.0.1.1 on Debian), where gloo would listen."""
     try:
         return socket.gethostbyname(socket.gethostname()).startswith("127.")
     except OSError:

@@ -1,4 +1,4 @@
-"""What DeepSpeed's launcher reads: the hostfile, and .deepspeed_env with the variables that travel to every node."""
+"""Files of DeepSpeed's launcher: the hostfile, and .deepspeed_env with the variables that travel to every node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRAVELS = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # DeepSpeed's own list, a
 
 
 def read_hostfile(path: str) -> dict[str, int]:
-    """Node -> slots (ranks), in order. Raises UserError where it is missing or DeepSpeed would not take it."""
+    """Read node -> slots (ranks), in order. Raises UserError where it is missing or DeepSpeed would not take it."""
     try:
         return parse_hostfile(Path(path).read_text(), path)
     except (OSError, UnicodeDecodeError):
@@ -24,7 +24,7 @@ def read_hostfile(path: str) -> dict[str, int]:
 
 
 def parse_hostfile(text: str, path: str) -> dict[str, int]:
-    """As `read_hostfile`. Empty lines and lines that begin with # are passed over."""
+    """Parse a hostfile's text as `read_hostfile` does. Empty lines and lines that begin with # are skipped."""
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
@@ -42,14 +42,15 @@ def parse_hostfile(text: str, path: str) -> dict[str, int]:
 
 
 def env_files() -> list[Path]:
-    """The .deepspeed_env files that exist, in the order in which the launcher reads them."""
+    """List the .deepspeed_env files that exist, in the order in which the launcher reads them."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     files = [Path.home() / name, Path(name).absolute()]  # an absolute name is the same file twice
     return [file for file in dict.fromkeys(files) if file.is_file()]
 
 
 def parse_env_file(text: str, path: str) -> dict[str, str]:
-    """Variable -> value. Raises UserError for a line that would crash the launcher, an empty one among them."""
+    """Parse lines NAME=VALUE, by the launcher's rules. Raises UserError for a line that would crash the launcher, an
+    empty one among them."""
     values = {}
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         name, separator, value = line.partition("=")
@@ -63,7 +64,7 @@ def parse_env_file(text: str, path: str) -> dict[str, str]:
 
 
 def travelling() -> dict[str, str]:
-    """The variables that DeepSpeed's launcher sets on every node. Raises UserError for a broken .deepspeed_env."""
+    """Return the variables that DeepSpeed's launcher sets on every node. Raises UserError for a bad .deepspeed_env."""
     values = {name: value for name, value in os.environ.items() if name.startswith(_TRAVELS)}
     values["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     for file in env_files():

@@ -1,4 +1,4 @@
-"""The table of nodes, and beneath it what to do."""
+"""Page of the doctor: a table of the nodes, and below it what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show(seen: Examination, findings: list[Finding], console: Console) -> None:
 
 
 def table(seen: Examination) -> Table:
-    """A row for each fact that any node has, a column for each node, or for nodes that are alike."""
+    """Make a table with a row for each known fact and a column for each group of nodes that are alike."""
     columns: dict[tuple[str, ...], dict[str, str]] = {(node,): _cells(seen, node) for node in seen.slots}
     if len(columns) > _COLUMNS:
         columns = _merged(columns)
@@ -50,7 +50,7 @@ def table(seen: Examination) -> Table:
 
 
 def _merged(columns: dict[tuple[str, ...], dict[str, str]]) -> dict[tuple[str, ...], dict[str, str]]:
-    """Nodes with the same versions, GPUs and shards together, with the figures of the first of them."""
+    """Merge the columns of nodes with the same versions, GPUs and shards; figures are those of the first of them."""
     alike: dict[Any, list[tuple[str, ...]]] = {}
     for nodes, cells in columns.items():
         key = tuple((name, value) for name, value in cells.items() if name not in _FIGURES)

@@ -1,4 +1,4 @@
-"""The nodes over ssh, as pdsh reaches them, and DeepSpeed's launcher on them for the all-reduce."""
+"""Access to the nodes over ssh, as pdsh reaches them, and to DeepSpeed's launcher for the all-reduce."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 
 class Unreached(Exception):
-    """A command on a node that failed; the message is its last line."""
+    """Raised for a command that failed on a node; the message is its last line."""
 
 
 def ssh(node: str, command: str, seconds: float) -> str:
-    """What a command line printed on a node. Raises Unreached."""
+    """Run a command line on a node and return its output. Raises Unreached."""
     line = ["ssh", *_arguments(), "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}", node, command]
     try:
         done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
@@ -47,7 +47,7 @@ def ssh(node: str, command: str, seconds: float) -> str:
 
 
 def contact(node: str) -> Contact:
-    """Whether it answers, and its clock beside ours."""
+    """Ask a node whether it answers, and compare its clock with ours."""
     try:
         ssh(node, "true", 2 * _CONNECT)  # the second answer takes less, so that the clock is known better
         sent = time.time()
@@ -59,8 +59,10 @@ def contact(node: str) -> Contact:
 
 
 def keep_alive(node: str) -> float | None:
-    """Seconds after which ssh to it, with the arguments that pdsh adds, gives up a silent peer; 0 where it never does,
-    None where ssh does not tell."""
+    """Return the seconds after which ssh to a node, with pdsh's arguments, gives up a silent peer.
+
+    0 where it never does, None where ssh does not tell.
+    """
     try:
         done = subprocess.run(["ssh", *_arguments(), "-G", node], capture_output=True, text=True, timeout=10)
         values = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
@@ -70,7 +72,7 @@ def keep_alive(node: str) -> float | None:
 
 
 def first_address(node: str) -> str:
-    """Where ranks meet unless --master_addr is given: the first address of the first node. Raises Unreached."""
+    """Return the first node's first address, where ranks meet unless --master_addr is given. Raises Unreached."""
     words = ssh(node, "hostname -I", 2 * _CONNECT).split()
     if not words:
         raise Unreached("hostname -I names no address")
@@ -78,7 +80,8 @@ def first_address(node: str) -> str:
 
 
 def gather_on(node: str, request: Request) -> Facts:
-    """A node's facts, gathered there as DeepSpeed's launcher would start a rank. Raises Unreached."""
+    """Gather a node's facts there, in the environment in which DeepSpeed's launcher would start a rank. Raises
+    Unreached."""
     asked = shlex.quote(json.dumps(dataclasses.asdict(request)))
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in travelling().items())
     python = shlex.quote(sys.executable)
@@ -100,14 +103,14 @@ def remove_token(node: str, folder: str, token: str) -> None:
 
 
 def on_all(nodes: Iterable[str], work: Callable[[str], T]) -> dict[str, T]:
-    """work(node) for all nodes at once."""
+    """Apply work(node) to all nodes at once."""
     nodes = list(nodes)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(nodes, pool.map(work, nodes), strict=True))
 
 
 def all_reduce(options: list[str]) -> AllReduce:
-    """options: of DeepSpeed's launcher."""
+    """Run the all-reduce by DeepSpeed's launcher. options: the launcher's."""
     launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if launcher is None:
         return AllReduce("deepspeed's launcher is not on PATH")
@@ -139,12 +142,12 @@ def all_reduce(options: list[str]) -> AllReduce:
 
 
 def _arguments() -> list[str]:
-    """Of ssh, as pdsh adds them."""
+    """Return the extra ssh arguments that pdsh adds."""
     return shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
 
 
 def _cause(text: str) -> str:
-    """The first line that names an error, else the last one."""
+    """Return the first line that names an error, else the last one."""
     named = [line for line in text.splitlines() if "Error" in line and "ChildFailed" not in line]
     return named[0].strip()[:300] if named else _last_line(text)
 

@@ -1,4 +1,4 @@
-"""A VQA model on questions: what it answers, in the official result format, and how often people said the same."""
+"""Evaluation of a VQA model: its answers, in the official result format, and their accuracy."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from sacl_ds.model.vqa import VqaModel
 
 @dataclass(frozen=True)
 class VqaResult:
-    """figures: {name: (value, chance)}, fractions: `accuracy`, and `accuracy/...` for each type of answer and of
-    question; chance is that of the most frequent answer to the type of question, NaN where that is not known. Empty
-    without labels. predictions: {"question_id", "answer"} each, in the questions' order, without those whose image
-    cannot be used. scores: the log-likelihood of each. notes: what a reader of the figures should know.
+    """Result of a VQA evaluation.
+
+    figures: {name: (value, chance)}, fractions: `accuracy`, and `accuracy/...` for each type of answer and of question;
+    chance is that of the most frequent answer to the type of question, NaN where that is not known. Empty without
+    labels. predictions: {"question_id", "answer"} each, in the questions' order, without those whose image cannot be
+    used. scores: the log-likelihood of each. notes: what a reader of the figures should know.
     """
 
     figures: dict[str, tuple[float, float]]
@@ -37,12 +39,12 @@ class VqaResult:
     notes: list[str]
 
     def write_predictions(self, path: Path) -> None:
-        """The official result JSON, atomically. For one rank to call: all hold the same."""
+        """Write the official result JSON, atomically. One rank calls it: all hold the same."""
         write_text(path, json.dumps(self.predictions))
 
 
 class _Answered(NamedTuple):
-    """A question's outcome. accuracy, chance: NaN where they are not known."""
+    """Outcome of a question. accuracy, chance: NaN where they are not known."""
 
     question_id: int
     kinds: tuple[str, ...]
@@ -52,7 +54,7 @@ class _Answered(NamedTuple):
     chance: float
 
 
-class _Asked(NamedTuple):
+class _LoadedQuestion(NamedTuple):
     question: Question | None
     image: Tensor
     text: str
@@ -84,11 +86,11 @@ def evaluate_questions(
     candidates = torch.from_numpy(pad(rows, tokenizer.pad_id)).to(device)
     candidate_mask = torch.from_numpy(attention_mask(rows)).to(device)
 
-    def read(number: int) -> _Asked:
+    def read(number: int) -> _LoadedQuestion:
         question = questions[number]
-        return _Asked(question, pixels(question, image_view, ()), question.question)
+        return _LoadedQuestion(question, pixels(question, image_view, ()), question.question)
 
-    def run(asked: Sequence[_Asked]) -> list[_Answered]:
+    def run(asked: Sequence[_LoadedQuestion]) -> list[_Answered]:
         ids = tokenizer.ids([each.text for each in asked])  # here, on one thread: a tokenizer bears no more
         mask = torch.from_numpy(attention_mask(ids)).to(device)
         images = torch.stack([each.image for each in asked]).to(device)
@@ -101,7 +103,7 @@ def evaluate_questions(
             if each.question is not None
         ]
 
-    filler = _Asked(None, torch.zeros(3, image_view.size, image_view.size).byte(), "")
+    filler = _LoadedQuestion(None, torch.zeros(3, image_view.size, image_view.size).byte(), "")
     was_training = model.training
     model.eval()
     try:
@@ -135,7 +137,7 @@ def _judged(question: Question, answer: str, score: float, baseline: Mapping[str
 
 
 def _figures(answered: Sequence[_Answered]) -> dict[str, tuple[float, float]]:
-    """Means over the questions that have labels, overall first."""
+    """Average over the questions that have labels, overall first."""
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for each in answered:
         if not np.isnan(each.accuracy):
@@ -146,7 +148,7 @@ def _figures(answered: Sequence[_Answered]) -> dict[str, tuple[float, float]]:
 
 
 def _unknown(answers: Sequence[str], questions: Sequence[Question]) -> list[str]:
-    """A line where no answer that people gave to a question is among those to choose from."""
+    """Return a line where no answer that people gave to a question is among those to choose from."""
     known = set(answers)
     lost = [each for each in questions if each.answers and known.isdisjoint(answer_weights(each))]
     if not lost:
@@ -158,7 +160,7 @@ def _unknown(answers: Sequence[str], questions: Sequence[Question]) -> list[str]
 
 
 def _alike(answers: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:
-    """A line where answers of the list have the same tokens, so that only the first of them is ever given."""
+    """Return a line where answers have the same tokens, so that only the first of them is ever given."""
     counts = Counter(map(tuple, rows))
     alike = [answer for answer, row in zip(answers, rows, strict=True) if counts[tuple(row)] > 1]
     if not alike:

@@ -1,4 +1,4 @@
-"""Does the model know which colour goes with which shape? Scenes against themselves with two colours exchanged."""
+"""Binding of colours to shapes: scenes against themselves with two colours exchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sacl_ds.model.sacl import SaclModel
 
 
 def swapped_pairs(scenes: Scenes) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(caption, picture it is true of, the same picture with two colours exchanged, of which it is false).
+    """List (caption, picture it is true of, the same picture with two colours exchanged, of which it is false).
 
     At most one a scene: 'a red circle' and the first two objects that differ in shape and in colour.
     """
@@ -50,7 +50,8 @@ def _exchangeable(scene: Scene) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def binding_accuracy(model: SaclModel, scenes: Scenes, view: View, device: torch.device) -> float:
-    """Share of `swapped_pairs` whose caption is nearer to its own picture; 0.5 is chance, NaN means no pairs."""
+    """Return the share of `swapped_pairs` whose caption is nearer to its own picture; chance is 0.5, NaN means no
+    pairs."""
     pairs = swapped_pairs(scenes)
     if not pairs:
         return float("nan")

@@ -1,4 +1,4 @@
-"""Texts with the images that a model finds for them, as a picture (paper Fig. 5)."""
+"""Gallery of texts with the images that a model finds for them, as a picture (paper Fig. 5)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ Pictures = Callable[[Sequence[int]], Mapping[int, Image.Image]]  # by numbers in
 def draw_gallery(
     ranking: Ranking, pictures: Pictures, path: Path, texts: Sequence[int] | None = None, count: int = 4
 ) -> list[int]:
-    """A PNG: of each text the first five images, those that are right framed; the order of the first stage, below it
-    that of the second where there is one.
+    """Write a PNG of each text's first five images, the right ones framed; below, the re-ranked order if there is one.
 
-    pictures: gives the images of these numbers in the source, without those that cannot be read (`pictures_of`). texts:
+    pictures: reads the images of these numbers in the source, without those that cannot be read (`pictures_of`). texts:
     which texts; None: the `count` whose first right image moves most by re-ranking, up or down in turn (`telling`).
     Returns the texts that were drawn. Raises UserError for a text that is not there, or a file that cannot be written.
     """
@@ -77,7 +76,7 @@ def telling(ranking: Ranking, count: int) -> list[int]:
 
 
 def _places(listed: Listed) -> np.ndarray:
-    """(q,) of each query's first right candidate, as `Listed.place`."""
+    """Return (q,) ranks of each query's first right candidate, as `Listed.place`."""
     return np.array([listed.place(query) for query in range(len(listed.order))])
 
 

@@ -1,4 +1,4 @@
-"""The retrieval that a pre-training run is judged by, from its configuration."""
+"""Held-out retrieval of a pre-training run, from its configuration."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Evaluator = Callable[[SaclModel, View, torch.device], dict[str, tuple[float, flo
 
 
 def held_out_evaluator(run: RunConfig) -> Evaluator | None:
-    """For scenes: held-out ones, with `binding_accuracy`; for shards: data.eval_shards, or None without them.
+    """Return the evaluator of a pre-training run's held-out pairs, or None where it has none.
 
-    The code that evaluates is loaded at the first evaluation.
+    Scenes are evaluated with `binding_accuracy` as well; shards are those of data.eval_shards. The code that evaluates
+    is loaded at the first evaluation.
     """
     scenes, true_of_both = None, None
     if run.data.source == "shards":
@@ -46,7 +47,7 @@ def held_out_evaluator(run: RunConfig) -> Evaluator | None:
 
 
 def _photographs(run: RunConfig) -> tuple[Source, int]:
-    """data.eval_shards, and how many of its images are looked at."""
+    """Open data.eval_shards; returns them with the number of images that are evaluated."""
     from sacl_ds.data.shards.index import index_shards
     from sacl_ds.data.shards.source import ShardSource
 

@@ -1,4 +1,4 @@
-"""Retrieval metrics as pure functions of a score matrix and a relevance matrix, and what chance would give."""
+"""Retrieval metrics as pure functions of a score matrix and a relevance matrix, and their chance levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _check(scores: np.ndarray, relevance: np.ndarray) -> None:
 
 
 def best_relevant_places(scores: np.ndarray, relevance: np.ndarray) -> np.ndarray:
-    """How many irrelevant candidates stand ahead of each query's best relevant one; NEVER where it has none.
+    """Count the irrelevant candidates ahead of each query's best relevant one; NEVER where it has none.
 
     (n, m) scores, (n, m) bool -> (n,) int64. Ties never help: a relevant candidate stands behind every irrelevant one
     with the same score. NaN scores stand last.
@@ -28,7 +28,7 @@ def best_relevant_places(scores: np.ndarray, relevance: np.ndarray) -> np.ndarra
 
 
 def recall_of_places(places: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
-    """`recall_at_k` from what `best_relevant_places` gives."""
+    """Compute `recall_at_k` from the result of `best_relevant_places`."""
     return {k: float((places < k).mean()) for k in ks}
 
 

@@ -1,4 +1,4 @@
-"""Accuracy and consistency on NLVR2, as its official script has them, and a model's predictions on all ranks."""
+"""Accuracy and consistency on NLVR2, as its official script defines them, and a model's predictions on all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHANCE = 0.5
 
 
 def group_of(identifier: str) -> str:
-    """What the statements made of one sentence share: the identifier split-set-pair-sentence without the pair."""
+    """Return what statements of one sentence share: the identifier split-set-pair-sentence without its pair."""
     parts = identifier.split("-")
     return "-".join([*parts[:2], "", *parts[3:]])
 
@@ -52,9 +52,12 @@ def chance_consistency(identifiers: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Nlvr2Result:
-    """figures: {name: (value, chance)}, fractions; empty without labels. predictions: (identifier, verdict) of the
-    statements whose images could be read, in order, and probabilities: what they were given to be true. notes: lines
-    on what is missing."""
+    """Result of an NLVR2 evaluation.
+
+    figures: {name: (value, chance)}, fractions; empty without labels. predictions: (identifier, verdict) of the
+    statements whose images could be read, in order, and probabilities: what they were given to be true. notes: lines on
+    what is missing.
+    """
 
     figures: dict[str, tuple[float, float]]
     predictions: list[tuple[str, bool]]
@@ -62,7 +65,7 @@ class Nlvr2Result:
     notes: list[str]
 
     def write_predictions(self, path: Path) -> None:
-        """The official CSV, `identifier,True` or `identifier,False` a line, atomically; for one rank to call."""
+        """Write the official CSV, `identifier,True` or `identifier,False` a line, atomically; one rank calls it."""
         write_text(path, "".join(f"{identifier},{verdict}\n" for identifier, verdict in self.predictions))
 
 
@@ -85,11 +88,11 @@ def evaluate_statements(
     done: Callable[[int], None] = lambda statements: None,
     max_bad_share: float = 0.0,
 ) -> Nlvr2Result:
-    """In eval mode; the model's mode is restored. Every rank calls it and gets the same result.
+    """Evaluate NLVR2 in eval mode and restore the model's mode. Every rank calls it and gets the same result.
 
     batch_size: statements in a pass of a rank. done(n): n statements more are done on this rank. Statements that have
-    no label do not count in the figures, nor do those whose images cannot be read, in any way.
-    Raises SharedError where these are more than the share max_bad_share.
+    no label do not count in the figures, nor do those whose images cannot be read, in any way. Raises SharedError where
+    these are more than the share max_bad_share.
     """
 
     def read(number: int) -> _Seen:
@@ -123,7 +126,7 @@ def evaluate_statements(
 
 
 def _result(judged: Sequence[tuple[str, bool | None, float]], notes: list[str]) -> Nlvr2Result:
-    """judged: identifier, label, and probability to be true."""
+    """Summarise predictions. judged: identifier, label, and probability to be true."""
     known = [(identifier, label, p > CHANCE) for identifier, label, p in judged if label is not None]
     figures: dict[str, tuple[float, float]] = {}
     if known:

@@ -1,4 +1,4 @@
-"""Evaluating many examples on all ranks: every rank takes its part once, and all run equally many passes."""
+"""Evaluation of many examples on all ranks: each reads its part once, and all run equally many passes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.distributed import gather_objects, rank, world_size
 from sacl_ds.errors import SharedError
 
@@ -19,10 +19,11 @@ _READERS = 4  # threads; decoding lets go of the interpreter's lock
 
 
 class Rounds(NamedTuple, Generic[Result]):
-    """results: one an example, in order, equal on all ranks; None where it could not be read. faults: why not."""
+    """Results of all examples. results: one an example, in order, equal on all ranks; None where it could not be read.
+    faults: why not."""
 
     results: list[Result | None]
-    faults: list[Fault]
+    faults: list[SampleFault]
 
 
 def in_rounds(
@@ -33,7 +34,7 @@ def in_rounds(
     filler: Item,
     done: Callable[[int], None] = lambda examples: None,
 ) -> Rounds[Result]:
-    """What `run` makes of examples 0 .. count - 1, each of which one rank reads and runs; every rank calls it.
+    """Apply `run` to examples 0 .. count - 1, each read and run on one rank; every rank calls it.
 
     read(number) raises BadSample for an example that cannot be used. run: a batch of at most batch_size to one result
     each, which must not depend on what else is in the batch. Under ZeRO 3 a pass is collective, so ranks with fewer
@@ -43,9 +44,9 @@ def in_rounds(
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rounds = -(-len(range(0, count, world_size())) // batch_size)
     results: list[tuple[int, Result]] = []
-    faults: list[Fault] = []
+    faults: list[SampleFault] = []
 
-    def attempt(number: int) -> Item | Fault:
+    def attempt(number: int) -> Item | SampleFault:
         try:
             return read(number)
         except BadSample as error:
@@ -53,7 +54,7 @@ def in_rounds(
 
     with ThreadPoolExecutor(_READERS) as pool:
 
-        def start(turn: int) -> list[Future[Item | Fault]]:
+        def start(turn: int) -> list[Future[Item | SampleFault]]:
             return [pool.submit(attempt, number) for number in batches[turn]] if turn < len(batches) else []
 
         coming = start(0)
@@ -61,14 +62,14 @@ def in_rounds(
             read_now, coming = coming, start(turn + 1)
             told = [each.result() for each in read_now]
             numbers = batches[turn] if turn < len(batches) else range(0)
-            good = [(n, each) for n, each in zip(numbers, told, strict=True) if not isinstance(each, Fault)]
-            faults += [each for each in told if isinstance(each, Fault)]
+            good = [(n, each) for n, each in zip(numbers, told, strict=True) if not isinstance(each, SampleFault)]
+            faults += [each for each in told if isinstance(each, SampleFault)]
             given = run([each for _, each in good] or [filler])
             if good:
                 results += zip((number for number, _ in good), given, strict=True)
             done(len(told))
     merged: list[Result | None] = [None] * count
-    all_faults: list[Fault] = []
+    all_faults: list[SampleFault] = []
     for part, wrong in gather_objects((results, faults)):
         all_faults += wrong
         for number, result in part:
@@ -76,9 +77,11 @@ def in_rounds(
     return Rounds(merged, all_faults)
 
 
-def require_few(faults: Sequence[Fault], count: int, most: float, setting: str = "data.max_bad_share") -> str | None:
-    """A line that counts and names examples that could not be used, None where there is none. Raises SharedError, on
-    every rank alike, where they are more than the share `most` of `count`."""
+def require_few(
+    faults: Sequence[SampleFault], count: int, most: float, setting: str = "data.max_bad_share"
+) -> str | None:
+    """Count and name examples that could not be used, in a line; None where there is none. Raises SharedError, on every
+    rank alike, where they are more than the share `most` of `count`."""
     if not faults:
         return None
     named = "; ".join(map(str, faults[:3])) + ("; ..." if len(faults) > 3 else "")
@@ -89,9 +92,9 @@ def require_few(faults: Sequence[Fault], count: int, most: float, setting: str =
 
 
 def require_finite(values: np.ndarray, names: Sequence[str], what: str) -> None:
-    """values: (n,) or (n, d), of examples with these names, the same on every rank. what: they are called.
+    """Raise SharedError, on every rank alike, where a value is NaN or infinite: what is ranked by it says nothing.
 
-    Raises SharedError, on every rank alike, where one is NaN or infinite: what is ranked by it says nothing.
+    values: (n,) or (n, d), of examples with these names, the same on every rank. what: they are called.
     """
     finite = np.isfinite(values.reshape(len(names), -1)).all(1) if names else np.ones(0, bool)
     wrong = np.flatnonzero(~finite)

@@ -1,4 +1,4 @@
-"""The official accuracy of VQA v2, and what an answer by the type of question alone would reach.
+"""Official accuracy of VQA v2, and that of answers by the type of question alone.
 
 Source: PythonEvaluationTools/vqaEvaluation/vqaEval.py of github.com/GT-Vision-Lab/VQA.
 """
@@ -17,7 +17,8 @@ _ENOUGH = 3  # people who agree with an answer make it right
 
 
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    """In [0, 1]: the mean, over the given answers, of min(1, how many of the *others* equal `answer`, by 3).
+    """Return VQA accuracy in [0, 1]: the mean over the given answers of min(1, number of *others* equal to `answer` /
+    3).
 
     given: what people answered, ten in VQA v2; any number works, but with fewer than four no answer can reach 1, and
     with one none more than 0. Spelling is normalised where the given answers differ; where they are all one, `answer`
@@ -34,7 +35,7 @@ def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
 
 
 def majority_answers(train: Iterable[Question]) -> dict[str, str]:
-    """The most frequent answer to each type of question, and under "" the one of all; ties by the alphabet.
+    """Find the most frequent answer to each type of question, and under "" the one of all; ties by the alphabet.
 
     Every question counts once, shared among its answers. Questions without labels are passed over.
     """
@@ -51,12 +52,12 @@ def majority_answers(train: Iterable[Question]) -> dict[str, str]:
 
 
 def majority_answer(answers: Mapping[str, str], kind: str) -> str:
-    """What `majority_answers` say to a question of this type; to an unknown type, the most frequent of all."""
+    """Look up a question's type in `majority_answers`; an unknown type gets the most frequent answer of all."""
     return answers.get(kind, answers.get("", ""))
 
 
 def majority_baseline(train: Iterable[Question], held_out: Iterable[Question]) -> float:
-    """`vqa_accuracy` on `held_out` of the most frequent answer to each type of question in `train`.
+    """Return the `vqa_accuracy` on `held_out` of the most frequent answer to each type of question in `train`.
 
     NaN where none of `held_out` has labels.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints as others load them."""
+"""Export of checkpoints to other libraries' formats."""
 
 from sacl_ds.exporting.export import DTYPES, FORMS, export
 

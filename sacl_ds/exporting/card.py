@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how it was trained, what it reached, how it is used."""
+"""README.md of an export: what the model is, how it was trained, what it reached, how it is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from sacl_ds import __version__
 from sacl_ds.exporting.settings import last_name
-from sacl_ds.exporting.source import Source
+from sacl_ds.exporting.source import ExportSource
 
 _VERSIONS = ("torch", "transformers", "timm")
 _PAPER = """\
@@ -48,8 +48,11 @@ model.match(["photo.jpg"], ["a dog on a beach"])    # probability that they belo
 (`launch/finetune.py`), `model.start={folder}` starts another pre-training from it."""
 
 
-def card(source: Source, form: str, dtype: str, name: str, widened: bool) -> str:
-    """form: hf or safetensors. name: of the folder. widened: whether the image tower has a head of zeros."""
+def card(source: ExportSource, form: str, dtype: str, name: str, widened: bool) -> str:
+    """Write the text of the README.
+
+    form: hf or safetensors. name: of the folder. widened: whether the image tower has a head of zeros.
+    """
     front = {
         "library_name": "transformers" if form == "hf" else "sacl_ds",
         "pipeline_tag": "zero-shot-image-classification",
@@ -76,7 +79,7 @@ def card(source: Source, form: str, dtype: str, name: str, widened: bool) -> str
     return "\n\n".join(parts) + "\n"
 
 
-def _what(source: Source, form: str) -> str:
+def _what(source: ExportSource, form: str) -> str:
     task = source.settings.get("task")
     trained = f"pre-trained, then fine-tuned for {_text(task)}," if task else "pre-trained"
     loss = source.run.loss.contrastive if task is None else source.settings.get("loss", {}).get("contrastive")
@@ -92,7 +95,7 @@ def _what(source: Source, form: str) -> str:
     return f"A vision-language model, {trained} with {contrast}. This folder holds {holds}."
 
 
-def _facts(source: Source, dtype: str) -> list[tuple[str, str]]:
+def _facts(source: ExportSource, dtype: str) -> list[tuple[str, str]]:
     settings, model = source.settings, source.run.model
     train, loss, teacher = (settings.get(room) or {} for room in ("train", "loss", "teacher"))
     parameters = sum(p.numel() for p in source.model.parameters())
@@ -133,7 +136,7 @@ def _teacher(teacher: Mapping[str, Any]) -> str | None:
     return f"the same model, {teacher['steps']} steps of InfoNCE" if teacher.get("steps") else None
 
 
-def _figures(source: Source) -> list[str]:
+def _figures(source: ExportSource) -> list[str]:
     if not source.figures:
         return []
     rows = [
@@ -151,7 +154,7 @@ def _figures(source: Source) -> list[str]:
     ]
 
 
-def _limits(source: Source, form: str, widened: bool) -> list[str]:
+def _limits(source: ExportSource, form: str, widened: bool) -> list[str]:
     lines = []
     if form == "hf":
         lines.append(
@@ -184,18 +187,18 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _plain(value: object) -> str:
-    """For a quoted string in a program."""
+    """Replace characters that would break a quoted string in a program."""
     return re.sub(r"[^\w.+-]", "_", str(value)) or "model"
 
 
 def _text(value: object) -> str:
-    """Of a user, as text: nothing in it is Markdown or HTML."""
+    """Escape a user's text so that nothing in it is Markdown or HTML."""
     line = " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", line)
 
 
 def _code(value: object) -> str:
-    """Of a user, as code, in a table as well."""
+    """Quote a user's text as Markdown code that is valid in a table as well."""
     line = " ".join(str(value).split()).replace("|", "¦")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

@@ -1,4 +1,4 @@
-"""Both towers as transformers' ChineseCLIPModel: features of the text's raw [CLS], projections without bias."""
+"""Conversion of both towers to transformers' ChineseCLIPModel: the text's raw [CLS], projections without bias."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sacl_ds import __version__
 from sacl_ds.config import ModelConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
-from sacl_ds.exporting.vision import Tower, tower_of
+from sacl_ds.exporting.vision import VisionTower, tower_of
 from sacl_ds.exporting.widening import widened
 from sacl_ds.model.sacl import MAX_LOGIT_SCALE, SaclModel
 from sacl_ds.model.starts.quiet import quiet
@@ -22,9 +22,9 @@ _TEXT = "text_encoder.bert."
 
 
 def chinese_clip(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, label: str) -> ChineseCLIPModel:
-    """In float32, in eval mode. label: what error lines begin with.
+    """Convert a trained model to transformers' ChineseCLIPModel, in float32 and eval mode.
 
-    Raises UserError where the towers compute what ChineseCLIPModel cannot.
+    label: what error lines begin with. Raises UserError where the towers compute what ChineseCLIPModel cannot.
     """
     selection = config.patch_selection
     if selection.placement in ("tower", "published") and selection.guide != "text":
@@ -42,7 +42,7 @@ def chinese_clip(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, la
     return made.eval()
 
 
-def _config(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, tower: Tower) -> ChineseCLIPConfig:
+def _config(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, tower: VisionTower) -> ChineseCLIPConfig:
     bert = model.text_encoder.bert.config
     kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
@@ -71,7 +71,7 @@ def _config(model: SaclModel, config: ModelConfig, tokenizer: Tokenizer, tower: 
     )
 
 
-def _tensors(model: SaclModel, tower: Tower, image: Tensor) -> dict[str, Tensor]:
+def _tensors(model: SaclModel, tower: VisionTower, image: Tensor) -> dict[str, Tensor]:
     state = model.state_dict()
     text = {name.removeprefix(_TEXT): tensor for name, tensor in state.items() if name.startswith(_TEXT)}
     return {
@@ -84,13 +84,13 @@ def _tensors(model: SaclModel, tower: Tower, image: Tensor) -> dict[str, Tensor]
 
 
 def _log_scale(model: SaclModel) -> Tensor:
-    """0-dim, as the model's own clamp leaves it."""
+    """Return the 0-dim log of the logit scale, clamped as the model clamps it."""
     return model.logit_scale.log_scale.detach().float().clamp(0.0, math.log(MAX_LOGIT_SCALE)).squeeze(0)
 
 
 @torch.no_grad()
 def largest_difference(model: SaclModel, made: ChineseCLIPModel, config: ModelConfig, tokenizer: Tokenizer) -> float:
-    """Between values of the unit features of both, on pictures and texts drawn at random, the same each time."""
+    """Return the largest difference between the unit features of both models on fixed random pictures and texts."""
     g = torch.Generator().manual_seed(0)
     size = config.image_size
     coarse = torch.rand(4, 3, 4, 4, generator=g)

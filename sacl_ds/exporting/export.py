@@ -1,4 +1,4 @@
-"""From a run to a folder that others load."""
+"""Export a run to a folder that other libraries load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sacl_ds.exporting.chinese_clip import chinese_clip, largest_difference, req
 from sacl_ds.exporting.folder import new_folder, require_free
 from sacl_ds.exporting.processor import image_processor
 from sacl_ds.exporting.settings import travelling
-from sacl_ds.exporting.source import Source, read_source
+from sacl_ds.exporting.source import ExportSource, read_source
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, write_tensors
 from sacl_ds.model.starts.quiet import quiet
 
@@ -31,11 +31,11 @@ _KEPT_EXACT = "logit_scale."  # bf16 would move the temperature by up to 1 %
 
 
 def export(checkpoint: str, form: str, out: Path, dtype: str = "fp32") -> list[str]:
-    """Write `checkpoint` (a finished run, its checkpoints/step_N, an earlier export) as `form` into the new folder
-    `out`; returns lines to be printed.
+    """Export `checkpoint` (a finished run, its checkpoints/step_N, an earlier export) to the new folder `out`.
 
-    form: hf, the two towers as ChineseCLIPModel, or safetensors, the whole model. dtype: fp32 or bf16. Raises UserError
-    where the run cannot be read, `out` is in use, or ChineseCLIPModel cannot hold the towers.
+    Returns lines to be printed. form: hf, the two towers as ChineseCLIPModel, or safetensors, the whole model. dtype:
+    fp32 or bf16. Raises UserError where the run cannot be read, `out` is in use, or ChineseCLIPModel cannot hold the
+    towers.
     """
     require_free(out, _OUT)
     source = read_source(checkpoint)
@@ -47,7 +47,7 @@ def export(checkpoint: str, form: str, out: Path, dtype: str = "fp32") -> list[s
     return [*said, f"{out}: {form}, {dtype}, {size / 2**20:.1f} MB"]
 
 
-def _write_hf(source: Source, folder: Path, dtype: str, name: str) -> list[str]:
+def _write_hf(source: ExportSource, folder: Path, dtype: str, name: str) -> list[str]:
     config = source.run.model
     made = chinese_clip(source.model, config, source.tokenizer, source.label)
     difference = largest_difference(source.model, made, config, source.tokenizer)
@@ -65,7 +65,7 @@ def _write_hf(source: Source, folder: Path, dtype: str, name: str) -> list[str]:
     return said
 
 
-def _write_safetensors(source: Source, folder: Path, dtype: str, name: str) -> list[str]:
+def _write_safetensors(source: ExportSource, folder: Path, dtype: str, name: str) -> list[str]:
     settings = travelling(source.settings, source.label)
     tensors = {key: _cast(key, tensor, dtype) for key, tensor in source.model.state_dict().items()}
     said = {"step": source.step, "version": __version__, "dtype": dtype}
@@ -83,7 +83,7 @@ def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
 
 
 def _with_length(tokenizer: Tokenizer):  # type: ignore[no-untyped-def]
-    """A copy that cuts, where it is asked to, at as many tokens as the model was trained with."""
+    """Return a copy that truncates, where it is asked to, to the length that the model was trained with."""
     fast = tokenizer.fast
     fast.backend_tokenizer.no_truncation()  # state of the last call
     fast.backend_tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""Atomic creation of a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sacl_ds.errors import UserError
 
 @contextmanager
 def new_folder(out: Path, setting: str) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` when the block ends, and goes when it fails.
+    """Make a folder beside `out` to write into; it is renamed to `out` when the block ends, removed when it fails.
 
     setting: what error lines call it. Raises UserError where `out` holds something already, or cannot be written.
     """
@@ -50,7 +50,7 @@ def require_free(out: Path, setting: str) -> None:
 
 
 def _release(folder: Path) -> None:
-    """Onto the disk, and with the usual rights: temporary folders and safetensors files are for their owner alone."""
+    """Flush the folder to the disk, with the usual rights: temporary folders and safetensors files are private."""
     mask = _umask()
     for path in (*folder.rglob("*"), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -1,4 +1,4 @@
-"""The canonical view as an image processor of transformers."""
+"""Canonical view as an image processor of transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sacl_ds.config import ModelConfig
 
 
 def image_processor(config: ModelConfig) -> PerceiverImageProcessor:
-    """Perceiver's is the one that crops the middle square before it resizes, as `CanonicalView` does.
+    """Make the image processor, Perceiver's: it crops the middle square before it resizes, as `CanonicalView` does.
 
     CLIP's and Chinese CLIP's resize first and crop whole pixels, which moves a picture by up to half a pixel.
     """

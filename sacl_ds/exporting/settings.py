@@ -1,4 +1,4 @@
-"""The configuration of a run as it travels: what the model is and how it was trained, not where things lay."""
+"""Configuration of a run as it travels: what the model is and how it was trained, not where things lay."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LOADED = {"start": None, "image_weights": None, "image_pretrained": False}  # t
 
 
 def travelling(settings: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """config.yaml without folders and addresses: of each the last name stays. Raises UserError where the image encoder
-    is described in a folder of timm's that is gone."""
+    """Reduce folders and addresses in config.yaml to their last names. Raises UserError where the image encoder is
+    described in a folder of timm's that is gone."""
     made: dict[str, Any] = {name: _named(value) for name, value in settings.items()} | {"output_dir": None}
     model = dict(settings["model"])
     encoder = str(model["image_encoder"])
@@ -39,14 +39,14 @@ def _named(value: Any) -> Any:
 
 
 def last_name(place: str) -> str:
-    """Of a path or an address; of a command, which could say anything, nothing."""
+    """Return the last part of a path or address; only 'pipe' for a command, which may hold secrets."""
     if place.startswith("pipe:"):
         return "pipe"
     return place.partition("?")[0].rstrip("/").rpartition("/")[2] or "."
 
 
 def _architecture(folder: Path, model: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """What timm's folder says, as settings that need it no more."""
+    """Read the architecture from timm's folder, as settings that need the folder no more."""
     file = folder / "config.json"
     try:
         said = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""What is exported: the model of a run, and what the run's files say of it."""
+"""Source of an export: the model of a run, and what the run's files say of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BEST = "best.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     label: str  # what error lines begin with
     folder: Path  # of the run
     model: SaclModel  # on the CPU, float32, eval
@@ -37,8 +37,8 @@ class Source:
     chance: dict[str, float]
 
 
-def read_source(checkpoint: str) -> Source:
-    """A finished run, its checkpoints/step_N (of any ZeRO stage), or an earlier export. Raises UserError."""
+def read_source(checkpoint: str) -> ExportSource:
+    """Read a finished run, its checkpoints/step_N (of any ZeRO stage), or an earlier export. Raises UserError."""
     label, folder = f"checkpoint={checkpoint}", run_of(checkpoint)
     state, step = saved_state(checkpoint)
     model, run, tokenizer = load_model(folder, "checkpoint", state)
@@ -47,11 +47,11 @@ def read_source(checkpoint: str) -> Source:
         step = _step(folder / WEIGHTS)
     figures, chance = _evaluated(folder, step, whole)
     settings = read_yaml(folder / CONFIG)
-    return Source(label, folder, model.eval(), run, settings, tokenizer, step, figures, chance)
+    return ExportSource(label, folder, model.eval(), run, settings, tokenizer, step, figures, chance)
 
 
 def _step(weights: Path) -> int | None:
-    """As `save_weights` notes it."""
+    """Read the step that `save_weights` noted in the file, or None."""
     try:
         with safe_open(weights, "pt") as file:
             step = json.loads((file.metadata() or {}).get("sacl_ds", "{}")).get("step")

@@ -1,4 +1,4 @@
-"""A vision transformer of timm as the image tower of a ChineseCLIPModel: the same function, other tensors."""
+"""Conversion of a timm vision transformer to the image tower of a ChineseCLIPModel: the same function."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_p
 
 
 @dataclass(frozen=True)
-class Tower:
-    """tensors: float64, under ChineseCLIPVisionModel's names; the norm before the blocks is missing where timm's model
-    has none. The other fields are what ChineseCLIPVisionConfig needs."""
+class VisionTower:
+    """Converted image tower.
+
+    tensors: float64, under ChineseCLIPVisionModel's names; the norm before the blocks is missing where timm's model has
+    none. The other fields are what ChineseCLIPVisionConfig needs.
+    """
 
     tensors: dict[str, Tensor]
     width: int
@@ -37,8 +40,8 @@ class Tower:
         return "pre_layrnorm.weight" in self.tensors
 
 
-def tower_of(vit: nn.Module, label: str) -> Tower:
-    """Exact in real numbers; in float32 it rounds elsewhere than timm does.
+def tower_of(vit: nn.Module, label: str) -> VisionTower:
+    """Convert timm's vision transformer. Exact in real numbers; in float32 it rounds elsewhere than timm does.
 
     label: what error lines begin with. Raises UserError where ChineseCLIPVisionModel cannot compute what this one does.
     """
@@ -55,7 +58,7 @@ def tower_of(vit: nn.Module, label: str) -> Tower:
         tensors |= {f"encoder.layers.{number}.{name}": tensor for name, tensor in _block(block).items()}
     tensors |= _affine("post_layernorm", vit.norm)
     first = vit.blocks[0]
-    return Tower(
+    return VisionTower(
         tensors,
         width=vit.embed_dim,
         heads=first.attn.num_heads,
@@ -69,7 +72,7 @@ def tower_of(vit: nn.Module, label: str) -> Tower:
 
 
 def _lacking(vit: nn.Module) -> Iterator[str]:
-    """What the model has and ChineseCLIPVisionModel has not."""
+    """Yield the features of the model that ChineseCLIPVisionModel lacks."""
     if type(vit) is not VisionTransformer:
         yield f"image encoder like timm's {type(vit).__name__}"
         return
@@ -112,7 +115,7 @@ def _lacking_in(block: Any) -> Iterator[str]:
 
 
 def _embeddings(vit: VisionTransformer) -> dict[str, Tensor]:
-    """A bias of the patches goes into their positions."""
+    """Convert the embeddings; a bias of the patches is added to their positions."""
     cls, positions = _exact(vit.cls_token).view(-1), _exact(vit.pos_embed)[0]
     if vit.no_embed_class:
         positions = torch.cat([torch.zeros_like(positions[:1]), positions])

@@ -1,4 +1,4 @@
-"""An image tower without a norm before its blocks, in a class that always has one.
+"""Widening of an image tower without a norm before its blocks, to fit a class that always has one.
 
 A LayerNorm cannot be the identity, but it can come as near as float32 can tell. The tower is given one more head, and
 so as many more channels as a head has values. Two facts make these do no harm and some good:
@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sacl_ds.exporting.vision import Tower
+from sacl_ds.exporting.vision import VisionTower
 
 # the root of Σ C² over the longest token's length; with more, rounding of the sum over ±C begins to tell
 _RATIO = 128.0
@@ -34,11 +34,11 @@ _READERS = {
 }
 
 
-def widened(tower: Tower, projection: Tensor, mean: Tensor, std: Tensor) -> tuple[Tower, Tensor]:
-    """One more head, and a first norm that changes no token by more than 1 / (2 · 128²) of it.
+def widened(tower: VisionTower, projection: Tensor, mean: Tensor, std: Tensor) -> tuple[VisionTower, Tensor]:
+    """Widen the tower by one head, with a first norm that changes no token by more than 1 / (2 · 128²) of it.
 
-    projection: (d, width) of the tower's features into the shared space, returned for the wider one, float64.
-    mean, std: (3,) of the pixels, of values in [0, 1].
+    projection: (d, width) of the tower's features into the shared space, returned for the wider one, float64. mean,
+    std: (3,) of the pixels, of values in [0, 1].
     """
     old, added = tower.width, tower.width // tower.heads
     new = old + added
@@ -61,7 +61,7 @@ def widened(tower: Tower, projection: Tensor, mean: Tensor, std: Tensor) -> tupl
 
 
 def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and biases of the norms left to the products behind them, and the rows of these centred."""
+    """Fold the norms' weights and biases into the linear layers that read them, and centre those layers' rows."""
     made = dict(tensors)
     for name, weight in tensors.items():
         norm, _, kind = name.rpartition(".")
@@ -77,12 +77,12 @@ def _folded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _centred(weight: Tensor) -> Tensor:
-    """(n, width): no answer to what all channels have in common, where rounding of a norm's mean ends up."""
+    """Centre each row of (n, width): it then ignores the channels' mean, where rounding of a norm's mean ends up."""
     return weight - weight.mean(1, keepdim=True)
 
 
 def _grown(name: str, tensor: Tensor, added: int, share: float) -> Tensor:
-    """One tensor for the wider tower: centred where it writes into the residual stream, scaled where it is a norm's."""
+    """Widen one tensor: centred where it writes into the residual stream, scaled where it is a norm's."""
     place, _, kind = name.rpartition(".")
     last = place.rpartition(".")[2]
     if last in _READERS:
@@ -99,14 +99,14 @@ def _grown(name: str, tensor: Tensor, added: int, share: float) -> Tensor:
 
 
 def _padded(tensor: Tensor, dim: int, added: int) -> Tensor:
-    """Zeros behind it, along one dimension."""
+    """Append zeros along one dimension."""
     shape = list(tensor.shape)
     shape[dim] = added
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _longest(tower: Tower, mean: Tensor, std: Tensor) -> float:
-    """No token is longer before the blocks, whatever the pixels."""
+def _longest(tower: VisionTower, mean: Tensor, std: Tensor) -> float:
+    """Bound the length of tokens before the blocks, for any pixels."""
     centred = {name: t - t.mean(1 if "position" in name else 0, keepdim=True) for name, t in tower.tensors.items()
                if name.startswith("embeddings.")}  # fmt: skip
     pixels = torch.maximum(mean, 1 - mean).double() / std.double()
@@ -118,5 +118,5 @@ def _longest(tower: Tower, mean: Tensor, std: Tensor) -> float:
 
 
 def _power_of_two(value: float) -> float:
-    """The next one above, which all kinds of floats hold exactly."""
+    """Return the next power of two above, which all kinds of floats hold exactly."""
     return 2.0 ** math.ceil(math.log2(value))

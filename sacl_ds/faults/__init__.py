@@ -1,1 +1,1 @@
-"""What happens when something goes wrong around a run: requests to stop, lost ranks, hangs, restarts, its status."""
+"""Faults around a run: requests to stop, lost ranks, hangs, restarts, its status."""

@@ -1,4 +1,4 @@
-"""How a run ends: exit statuses, and the file by which a scheduler learns of it, since launchers swallow statuses."""
+"""Endings of a run: exit statuses, and the status file for a scheduler, since launchers swallow statuses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ FILE = "status.json"
 
 
 class Exit(IntEnum):
-    """Of the training commands. MISTAKE: the user can put it right, and a restart cannot. FAULT: of the machine, the
-    network or another rank; a restart may go on. STOPPED: asked to, with a checkpoint; --resume goes on."""
+    """Exit statuses of the training commands.
+
+    MISTAKE: the user can put it right, and a restart cannot. FAULT: of the machine, the network or another rank; a
+    restart may go on. STOPPED: asked to, with a checkpoint; --resume goes on.
+    """
 
     DONE = 0
     MISTAKE = 2
@@ -28,8 +31,11 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """RUN/status.json. checkpoint: the step that --resume would go on from; None where there is none. start: the name
-    that ranks which were started together have in common."""
+    """Content of RUN/status.json.
+
+    checkpoint: the step that --resume would go on from; None where there is none. start: the name that ranks which were
+    started together have in common.
+    """
 
     state: Literal["running", "finished", "stopped", "failed"]
     step: int
@@ -49,13 +55,16 @@ class Status:
 
 
 def may_follow(there: Status | None, start: str) -> bool:
-    """Whether a rank of `start` that is under way may put its status in the place of this one. A rank that stood still
-    and wakes knows neither that the run was started anew nor why the others have ended: the first cause stands."""
+    """Return whether a running rank of `start` may overwrite this status.
+
+    A rank that stood still and wakes knows neither that the run was started anew nor why the others have ended: the
+    first cause stands.
+    """
     return there is None or (there.start == start and there.state != "failed")
 
 
 def read_status(folder: Path) -> Status | None:
-    """None where there is no such file, or one that is not of this kind."""
+    """Read the status; None where there is no such file, or one that is not of this kind."""
     try:
         return Status(**json.loads((folder / FILE).read_text()))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What a run is guarded by while it goes on: requests to stop, the pulse between its ranks, its status on the disk."""
+"""Guard of a running job: requests to stop, heartbeats between its ranks, its status on the disk."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ _ALONE = 120.0  # seconds for a last checkpoint where the launcher is gone
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this rank is among which, and how they reach each other. share: the first rank's object on every rank;
-    together: returns when all ranks have come."""
+    """This rank's place in the job, and communication between ranks.
+
+    share: returns the first rank's object on every rank. together: a barrier.
+    """
 
     rank: int
     world: int
@@ -39,16 +41,19 @@ class Ranks:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank tells of the loss of the first one: one on each machine does, and the second of all."""
+        """Whether this rank reports the loss of the first one: one on each machine does, and the second of all."""
         return self.rank == 1 or self.local_rank == 0
 
 
 class Guard:
-    """Of one run, on every rank. `requests` says whether it was asked to stop."""
+    """Watches one run's ranks, on every rank: ends all of them when one fails, and keeps the run's status file.
+
+    `requests` says whether the run was asked to stop.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks, limits: Limits, checkpoint: int | None) -> None:
-        """checkpoint: the step of the newest one. Every rank calls it. Raises Fault where the first rank cannot be
-        reached."""
+        """Connect the ranks and begin the status file; every rank calls it. checkpoint: the step of the newest one.
+        Raises Fault where the first rank cannot be reached."""
         self.requests = Requests()
         self._folder, self._ranks = folder, ranks
         self._place: tuple[int, Doing, float] = (checkpoint or 0, "starting", time.monotonic())
@@ -69,16 +74,16 @@ class Guard:
         self._write("running", begins=True)
 
     def at(self, step: int, doing: Doing) -> None:
-        """step: how many are done."""
+        """Note what this rank is doing. step: how many are done."""
         self._place = step, doing, time.monotonic()
 
     def begin(self, checkpoint: int | None) -> None:
-        """A phase of the run, at that checkpoint of it; None: at its start."""
+        """Begin a phase of the run, at that checkpoint of it; None: at its start."""
         self._checkpoint = checkpoint
         self.at(checkpoint or 0, "starting")
 
     def saved(self, step: int) -> None:
-        """A checkpoint of that step is on the disk."""
+        """Note that a checkpoint of that step is on the disk."""
         self._checkpoint = step
         self._write("running")
 
@@ -91,8 +96,11 @@ class Guard:
         self._write("stopped", message)
 
     def failed(self, message: str, alone: bool, mistake: bool = False) -> None:
-        """By a mistake or fault that is about to be said. alone: of this rank, so that the others are to be told;
-        mistake: they end with its status, then, as one that no restart mends."""
+        """Report a mistake or fault that is about to be printed.
+
+        alone: it is of this rank only, so that the others have to be told; mistake: they then end with that status,
+        which no restart mends.
+        """
         if alone and self._pulse:
             self._write("failed", message, by_any=True)
             self._pulse.say(message, mistake)
@@ -108,11 +116,11 @@ class Guard:
             self._pulse.outlast(seconds)
 
     def wait_for_the_cause(self, seconds: float) -> None:
-        """A collective has failed because another rank has: the pulse ends this process when it knows which."""
+        """Wait after a failed collective, so that the heartbeat can end this process by the rank at fault."""
         time.sleep(seconds)
 
     def _close(self) -> None:
-        """Where no rank is to miss another from now on."""
+        """Stop watching, once no rank is to miss another any more."""
         if isinstance(self._pulse, Witness):
             self._pulse.close()
         self._ranks.together()
@@ -144,7 +152,7 @@ class Guard:
             print(f"warning: {self._folder}: its status cannot be written: {error}", file=sys.stderr, flush=True)
 
     def _end(self, said: str, speaks: bool, mistake: bool) -> None:
-        """On a verdict, from the pulse's thread, wherever the others are."""
+        """Print the verdict and end this process, from the heartbeat's thread, wherever the other threads are."""
         if speaks:
             said = self._first_cause(said)
             before = f"--resume goes on from step {self._checkpoint}" if self._checkpoint else "there is no checkpoint"
@@ -167,7 +175,7 @@ class Guard:
 
 
 def _leave(status: Exit) -> None:
-    """Now, from any thread, with all that this process started."""
+    """Kill all child processes and exit at once, from any thread."""
     for child in psutil.Process().children(recursive=True):
         try:
             child.kill()
@@ -180,14 +188,17 @@ _current: Guard | None = None
 
 
 def current() -> Guard | None:
-    """The guard of the run that goes on in this process."""
+    """Return the guard of the run in this process."""
     return _current
 
 
 @contextmanager
 def guarding(folder: Path, ranks: Ranks, limits: Limits, checkpoint: int | None) -> Iterator[Guard]:
-    """Around a run; every rank enters it. What is raised inside is left to the command line to say, which then finds
-    the guard by `current`; a request to stop is told to the disk here."""
+    """Guard a run; every rank enters the block.
+
+    A failure inside is left to the command line to report, which then finds the guard by `current`; a request to stop
+    is written to the status file here.
+    """
     global _current  # noqa: PLW0603 (one process trains one run)
     _current = guard = Guard(folder, ranks, limits, checkpoint)
     try:

@@ -1,4 +1,4 @@
-"""From what ranks were last heard to say, which of them is at fault. Pure: no clocks, no sockets."""
+"""Decide which rank is at fault from the ranks' last heartbeats. Pure: no clocks, no sockets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ORDER = {"data": 0, "step": 1}  # within a step
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank does. doing: starting, data, step, evaluation, saving or ending; seconds: for so long."""
+    """Heartbeat of a rank. doing: starting, data, step, evaluation, saving or ending; seconds: for how long."""
 
     rank: int
     host: str
@@ -30,8 +30,8 @@ class Beat:
 
 @dataclass(frozen=True)
 class Heard:
-    """ago: seconds since `beat` came. gone: whether its connection is closed. words: its last ones; "" of an end as it
-    should be, None where it said none."""
+    """Last heartbeat of a rank. ago: seconds since `beat` came. gone: whether its connection is closed. words: its last
+    ones; "" of a regular end, None where it said none."""
 
     beat: Beat
     ago: float = 0.0
@@ -41,14 +41,14 @@ class Heard:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. peer: without a word of a rank; step: of computing a step, or waiting for its data."""
+    """Limits in seconds. peer: without a word of a rank; step: of computing a step, or waiting for its data."""
 
     peer: float
     step: float
 
 
 def verdict(heard: Mapping[int, Heard], limits: Limits) -> str | None:
-    """One line that names the cause and the rank, or None where all is well."""
+    """Return one line that names the cause and the rank, or None where all is well."""
     ranks = [heard[number] for number in sorted(heard)]
     for each in ranks:
         if each.words:
@@ -70,8 +70,10 @@ def verdict(heard: Mapping[int, Heard], limits: Limits) -> str | None:
 
 
 def _hang(beats: list[Beat], limits: Limits) -> str | None:
-    """Ranks wait for each other in a step; at fault are those that are behind, unless it is by what may take as long
-    as it takes: an evaluation, a checkpoint, a start."""
+    """Return the line that names the ranks at fault for a hang: those behind the others, who wait for them in a step.
+
+    None where they are behind by what may take as long as it takes: an evaluation, a checkpoint, a start.
+    """
     within = [beat for beat in beats if beat.doing in _ORDER]
     slow = [beat for beat in within if beat.seconds > limits.step]
     if not slow:

@@ -1,4 +1,4 @@
-"""Each rank tells the first one, every second, what it does; the first one judges, and tells them.
+"""Heartbeats: every second each rank tells the first one what it does; the first one judges, and answers.
 
 Over sockets of its own, apart from the collectives: these hang when a rank is lost, wait half an hour before they say
 so, and then do not say who it was.
@@ -30,7 +30,7 @@ Act = Callable[[str, bool, bool], None]  # on a verdict: whether this rank is to
 
 @dataclass(frozen=True)
 class Address:
-    """Where the first rank listens; `token` tells its own ranks from whoever else connects."""
+    """Address at which rank 0 listens; `token` tells its own ranks from whoever else connects."""
 
     host: str
     port: int
@@ -38,10 +38,10 @@ class Address:
 
 
 class Court:
-    """The first rank's part: hears all others, and itself."""
+    """Heartbeat server, on the first rank: hears all others, and itself."""
 
     def __init__(self, host: str, now: Now, limits: Limits, act: Act, world: int) -> None:
-        """host: by which the others reach this machine; world: how many ranks there are, this one among them."""
+        """Listen. host: by which the others reach this machine; world: number of ranks, this one among them."""
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self._listener = socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=both)
@@ -61,7 +61,7 @@ class Court:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def say(self, words: str, mistake: bool = False) -> None:
-        """This rank fails by itself, with these last words: all others are told, then this returns."""
+        """Report that this rank fails by itself, with these last words; returns when all others are told."""
         own = self._now()
         with self._lock:
             self._alone = True
@@ -70,15 +70,14 @@ class Court:
         self._await_end()
 
     def silence(self) -> None:
-        """All ranks end alike, for a reason that is said elsewhere: the others are told that this one's end means
-        nothing, then this returns."""
+        """Report that all ranks end alike, for a reason reported elsewhere; returns when all others are told."""
         with self._lock:
             self._alone = True
             self._said = self._said or _ALIKE
         self._await_end()
 
     def close(self) -> None:
-        """The run ends as it should; so have the others."""
+        """Stop after a regular end of the run, once the other ranks have ended."""
         self._ending.set()
         self._await_end()
 
@@ -96,7 +95,7 @@ class Court:
             self._act(self._said, True, self._mistake)
 
     def _hear_all(self) -> None:
-        """Until the run ends, or all have fetched a verdict."""
+        """Serve until the run ends, or all ranks have fetched a verdict."""
         selector = selectors.DefaultSelector()
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ)
@@ -168,7 +167,7 @@ class Court:
                 self._heard[rank] = Heard(last.beat, 0.0, True, last.words)
 
     def _hear(self, peer: socket.socket, line: bytes, owners: dict[socket.socket, int]) -> bool:
-        """Whether the peer is to be heard further."""
+        """Handle a message; returns whether the peer is to be heard further."""
         try:
             said = json.loads(line)
             if said["token"] != self.address.token:
@@ -192,10 +191,10 @@ class Court:
 
 
 class Witness:
-    """Every other rank's part."""
+    """Heartbeat client, on every other rank."""
 
     def __init__(self, address: Address, now: Now, limits: Limits, act: Act, speaks: bool) -> None:
-        """speaks: whether this rank says it where the first one is lost. Raises OSError where that cannot be
+        """Connect. speaks: whether this rank reports the loss of the first one. Raises OSError where that cannot be
         reached."""
         self._address, self._now, self._limits, self._act, self._speaks = address, now, limits, act, speaks
         self._socket = socket.create_connection((address.host, address.port), timeout=limits.peer)
@@ -205,7 +204,7 @@ class Witness:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def say(self, words: str, mistake: bool = False) -> None:
-        """This rank ends; "" where it does so as it should. From now on it hears no verdict."""
+        """Send this rank's last words, "" for a regular end. From now on it hears no verdict."""
         self._silent = True
         with self._lock:
             try:
@@ -215,11 +214,11 @@ class Witness:
                 pass
 
     def silence(self) -> None:
-        """All ranks end alike, for a reason that is said elsewhere."""
+        """Report that all ranks end alike, for a reason that is reported elsewhere."""
         self.say("")
 
     def close(self) -> None:
-        """The run ends as it should."""
+        """Report a regular end."""
         self.say("")
 
     def outlast(self, seconds: float) -> None:

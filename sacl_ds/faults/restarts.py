@@ -1,4 +1,4 @@
-"""A process above each rank that starts it anew after a fault, to go on from the run's newest checkpoint.
+"""Supervision of a rank: a parent process restarts it after a fault, from the run's newest checkpoint.
 
 No rank asks another: where one fails, the pulse ends all, and each supervisor starts its own again; they meet in the
 same attempt, on a port of its own, so that no rank takes the last attempt's process for one of this.
@@ -23,7 +23,7 @@ _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def attempt() -> int:
-    """How often this rank was started anew."""
+    """Return how often this rank was restarted."""
     return int(os.environ.get(_ATTEMPT, "0"))
 
 
@@ -32,8 +32,7 @@ def supervised() -> bool:
 
 
 def supervise(command: list[str], limit: int) -> int:
-    """Run `command` until it ends in a way that a restart cannot mend, or has been started `limit` times anew; returns
-    its exit status."""
+    """Run `command`, restarted up to `limit` times where that may help; returns its last exit status."""
     child: subprocess.Popen[bytes] | None = None
     asked = False
 
@@ -62,7 +61,7 @@ def supervise(command: list[str], limit: int) -> int:
 
 
 def holds_checkpoint(run_folder: Path) -> bool:
-    """Whether a restart has something to go on from."""
+    """Return whether a restart has a checkpoint to go on from."""
     return any(run_folder.glob("**/checkpoints/step_*/manifest.json")) or (run_folder / "model.safetensors").exists()
 
 
@@ -75,7 +74,7 @@ def _environment(count: int) -> dict[str, str]:
 
 
 def die_with_supervisor() -> None:
-    """Ask the system (Linux) for SIGTERM when the supervisor dies. For the supervised process, at its start."""
+    """Ask the system (Linux) for SIGTERM when the supervisor dies; the supervised process calls it at its start."""
     supervisor = os.environ.get(_SUPERVISOR)
     if supervisor is None or not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM and SIGINT, or a launcher that has gone without a word."""
+"""Requests to stop: SIGTERM and SIGINT, or a launcher that ended silently."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ IMPATIENT = 2.0  # seconds after which a second Ctrl-C ends at once
 
 
 class Requests:
-    """The first reason for which this process was asked to stop; None until then. Signals only set it: the run itself
-    stops behind a step, with a checkpoint."""
+    """First reason for which this process was asked to stop; None until then.
+
+    Signals only set it: the run itself stops after a step, with a checkpoint.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -29,8 +31,10 @@ class Requests:
         self._before: dict[int, object] = {}
 
     def listen(self, ends_alone: Callable[[], None], grace: float) -> None:
-        """From the main thread. ends_alone: what follows where the launcher is gone and the process has not ended
-        `grace` seconds later."""
+        """Install the signal handlers, from the main thread, and watch for the launcher's end.
+
+        ends_alone: called where the launcher is gone and the process has not ended `grace` seconds later.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._signalled)
         parents = launchers()
@@ -60,8 +64,7 @@ class Requests:
 
 
 def launchers() -> list[psutil.Process]:
-    """Those above this process that started it: supervisor, launcher, and on a remote node the shell and the sshd that
-    they came by."""
+    """List the ancestors that started this process: supervisor, launcher; on a remote node also the shell and sshd."""
     found: list[psutil.Process] = []
     try:
         for process in psutil.Process().parents():

@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`Keys`, which a loss without a momentum model does not load."""
+    """Load `Keys` only when it is asked for: a loss without a momentum model does not need it."""
     if name == "Keys":
         from sacl_ds.losses.queue import Keys
 

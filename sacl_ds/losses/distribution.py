@@ -1,4 +1,4 @@
-"""How the weights of a global batch are distributed: histogram, means over anchors, pairs of least weight.
+"""Distribution of the weights of a global batch: histogram, means over anchors, pairs of least weight.
 
 Reductions over `sacl_ds.losses.weights.WeightTiles`, for records and analysis.
 """
@@ -182,7 +182,7 @@ class _Direction:
         return Lowest(anchor.astype(np.int64), negative.astype(np.int64), weight, student_cosine, teacher_cosine)
 
     def weighed(self, sums: AnchorSums) -> Weighed:
-        """sums: of all anchors of the global batch."""
+        """Return the direction's result. sums: of all anchors of the global batch."""
         import numpy as np
 
         parts = sum_over_ranks(self.parts, self.contrast.group).cpu().numpy()
@@ -206,7 +206,7 @@ class _Direction:
 
 
 def _first(found: Tensor, count: int) -> Tensor:
-    """The `count` rows of least weight, ties by anchor and then negative; found: (n, 3 or more)."""
+    """Return the `count` rows of least weight, ties by anchor and then negative; found: (n, 3 or more)."""
     import numpy as np
 
     rows = found.cpu().numpy()

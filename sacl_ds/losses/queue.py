@@ -1,4 +1,4 @@
-"""The loss against separate keys, from momentum encoders and a queue of earlier pairs, and soft targets (MoCo, ALBEF).
+"""Loss against separate keys, from momentum encoders and a queue of earlier pairs, and soft targets (MoCo, ALBEF).
 
 Keys carry no gradient and differ from the anchors of the other direction, so that each direction has its own matrix:
 images against the keys of texts, texts against the keys of images. Each is computed by rows, in tiles.
@@ -38,7 +38,7 @@ from sacl_ds.losses.tiles import Excluded, Kept, Side, Sums, constant, row_produ
 
 @dataclass(frozen=True)
 class Keys:
-    """What the anchors are compared with, without gradient.
+    """Keys that the anchors are compared with, without gradient.
 
     image, text: (b, d) features of this rank's pairs, from momentum encoders. queue_image, queue_text: (m, d) features
     of earlier pairs, the same on all ranks, or None; with them queue_teacher_image, queue_teacher_text (m, d_t) where
@@ -59,13 +59,13 @@ class Keys:
 
     @property
     def kind(self) -> str:
-        """What of the queue must be the same on all ranks, in words."""
+        """Description, in words, of those properties of the queue that must be the same on all ranks."""
         if self.queue_image is None:
             return "without a queue"
         return f"with a queue of {len(self.queue_image)}, {'' if self.regulate_queue else 'not '}regulated"
 
     def check(self, image: Tensor, teacher: bool, pair_ids: Tensor | None) -> None:
-        """Raise ValueError for what does not fit to image (b, d), to a teacher and to pair_ids."""
+        """Raise ValueError where the keys do not fit to image (b, d), to a teacher and to pair_ids."""
         if self.image.shape != image.shape or self.text.shape != image.shape:
             raise ValueError(
                 f"keys must be {tuple(image.shape)} like image and text, got {tuple(self.image.shape)} and "
@@ -107,7 +107,7 @@ class Modality(NamedTuple):
 
 
 def modalities(batch: GlobalBatch, keys: Keys) -> tuple[Modality, Modality]:
-    """Images and texts. batch: which has sent `key_image`, `key_text`, `teacher_image`, `teacher_text`."""
+    """Pair images and texts with their keys. batch: has sent `key_image`, `key_text` and the teacher's of both."""
     image, text = batch.teacher or (None, None)
     images, texts = (batch["key_image"], batch.get("teacher_image")), (batch["key_text"], batch.get("teacher_text"))
     return (
@@ -175,7 +175,7 @@ def _dense_soft_losses(logits: Tensor, believed: Tensor, negatives: Tensor, star
 
 
 def keys_loss(logit_scale: Tensor, keys: Keys, soft_weight: float, job: TileJob) -> ContrastiveOutput:
-    """The differentiable loss. job: with the queue's ids, and a batch as in `modalities`."""
+    """Compute the differentiable loss. job: with the queue's ids, and a batch as in `modalities`."""
 
     def losses(anchor: Modality, key: Modality) -> tuple[Tensor, Tensor | None]:
         direction = _direction(anchor, key, job)
@@ -199,7 +199,7 @@ def keys_loss(logit_scale: Tensor, keys: Keys, soft_weight: float, job: TileJob)
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction's matrix. anchors: this rank's. batch: the keys of all ranks, in rank order. queue: those of
+    """Matrix of one direction. anchors: this rank's. batch: the keys of all ranks, in rank order. queue: those of
     earlier pairs."""
 
     anchors: Side
@@ -324,7 +324,8 @@ class _Rows:
         return total
 
     def gradient(self, upstream: Tensor) -> Tensor:
-        """(b, d): of sum(upstream * losses) by the logits, times the keys; not yet times logit_scale."""
+        """Return (b, d): the gradient of sum(upstream * losses) in the logits, times the keys; not yet times
+        logit_scale."""
         features = self.anchors.features
         into = torch.zeros_like(features, dtype=wide(features))
         for (sides, regulation), kept, shift in zip(self.parts, self.kept, self.shifts, strict=True):

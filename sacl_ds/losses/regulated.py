@@ -176,7 +176,7 @@ def dense_loss(batch: GlobalBatch, logit_scale: Tensor, regulation: Regulation) 
 
 
 def negatives_in_batch(batch: GlobalBatch) -> Tensor:
-    """(b, N) bool: which of all pairs are negatives of this rank's."""
+    """Mask (b, N) bool: which of all pairs are negatives of this rank's."""
     mine = slice(batch.start, batch.start + len(batch.image))
     columns = torch.arange(sum(batch.counts), device=batch.image.device)
     mask = columns[None, :] != columns[mine, None]
@@ -391,7 +391,7 @@ class SimilarityRegulatedLoss(nn.Module):
 
 
 def _tiles(backend: str, features: Tensor) -> Tiles | None:
-    """The module that computes the tiles; None for the dense form."""
+    """Return the module that computes the tiles; None for the dense form."""
     _check_backend(backend)
     if backend == "auto":
         fits = features.is_cuda and features.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
@@ -415,7 +415,7 @@ def _check_backend(backend: str) -> None:
 
 
 def _checked_counts(counts: Sequence[int] | None, image: Tensor, group: Group) -> list[int] | None:
-    """Raise ValueError where this rank holds other than what `counts` says of it."""
+    """Raise ValueError where this rank's rows are not as many as `counts` says."""
     if counts is None:
         return None
     if len(counts) != world_size(group) or counts[rank(group)] != len(image):
@@ -424,7 +424,7 @@ def _checked_counts(counts: Sequence[int] | None, image: Tensor, group: Group) -
 
 
 def _checked_scale(logit_scale: Tensor | float, image: Tensor) -> Tensor:
-    """As a tensor. Raises ValueError for one with several elements, by which logits would be scaled unevenly."""
+    """Convert the scale to a tensor. Raises ValueError for several elements, which would scale logits unevenly."""
     if not isinstance(logit_scale, Tensor):
         return torch.tensor(
             float(logit_scale), dtype=torch.promote_types(image.dtype, torch.float32), device=image.device

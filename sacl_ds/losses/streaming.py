@@ -1,13 +1,13 @@
-"""The regulated loss in one pass over tiles, without the (pairs of this rank) x (global batch) matrix.
+"""Regulated loss in one pass over tiles, without the (pairs of this rank) x (global batch) matrix.
 
 With r_ij = -log s_ij, n_i = |Neg(i)|, A_i = logsumexp_j (z_ij + r_ij) and B_i = logsumexp_j r_ij over Neg(i):
 
     X_i = log(mass * n_i) + A_i - B_i        L_i = softplus(X_i - z_ii)
     dL_i / dz_ij = p_i e^(z_ij + r_ij - A_i)   for negatives,   -p_i on the diagonal,   p_i = sigmoid(X_i - z_ii)
 
-s_ij is the same for image anchor i and text anchor j, so that one tile of images x texts serves both: its row sums
-are the images' own, its column sums are parts of the texts', which the ranks add up. Only texts (and the teacher's)
-are gathered, and only the texts' gradient is sent back.
+s_ij is the same for image anchor i and text anchor j, so that one tile of images x texts serves both: its row sums are
+the images' own, its column sums are parts of the texts', which the ranks add up. Only texts (and the teacher's) are
+gathered, and only the texts' gradient is sent back.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class TileJob:
-    """What every pass over the tiles shares. ids, shared: of the batch and then of a queue, from `shared_ids`."""
+    """Inputs shared by every pass over the tiles. ids, shared: of the batch and then of a queue, from `shared_ids`."""
 
     batch: GlobalBatch
     regulation: Regulation
@@ -164,12 +164,12 @@ class TileJob:
         return cls(batch, regulation, tiles, *shared_ids(ids))
 
     def ids_of(self, start: int, length: int) -> tuple[Tensor | None, Tensor | None]:
-        """Ids and shared of `length` pairs from `start` on."""
+        """Slice the ids and the mask of shared ones: `length` pairs from `start` on."""
         part = slice(start, start + length)
         return (None, None) if self.ids is None or self.shared is None else (self.ids[part], self.shared[part])
 
     def side(self, features: Tensor, teacher: Tensor | None, start: int) -> Side:
-        """Pairs from `start` of the global batch on, in the dtype of the tiles."""
+        """Make a side of the pairs from `start` of the global batch on, in the dtype of the tiles."""
         dtype = self.tiles.feature_dtype(features)
         teacher = None if teacher is None else constant(teacher.to(dtype))
         return Side(constant(features.to(dtype)), teacher, *self.ids_of(start, len(features)), start)
@@ -198,7 +198,7 @@ class Joint:
 
 
 def joint_loss(logit_scale: Tensor, job: TileJob) -> tuple[ContrastiveOutput, Joint]:
-    """The differentiable loss, and its forward pass.
+    """Compute the differentiable loss and its forward pass.
 
     job: whose batch has sent `text`, `teacher_text` where there is a teacher, and `cosine`, of each image with its
     text, (b,). The gradient that comes into the loss must be the same on all ranks.
@@ -215,12 +215,12 @@ def joint_loss(logit_scale: Tensor, job: TileJob) -> tuple[ContrastiveOutput, Jo
 
 
 def ids_by_column(ids: Tensor) -> Tensor:
-    """(n,) or (n, k) ids as (n, k); n may be 0."""
+    """Reshape (n,) or (n, k) ids to (n, k); n may be 0."""
     return ids if ids.ndim == 2 else ids[:, None]
 
 
 def shared_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """ids (n, k) renumbered from 0 column by column, and (n,) bool: whether a row has any of its ids from another."""
+    """Renumber ids (n, k) from 0 column by column; and mark, (n,) bool, rows that share any id with another."""
     columns, shared = [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for column in ids.unbind(1):
         # torch.unique does the same, but waits for the device to say how many there are
@@ -244,7 +244,7 @@ class Anchors:
 
     @classmethod
     def of(cls, sums: Sums, own: Tensor, regulation: Regulation) -> Anchors:
-        """own: (n,) float64, z of each anchor and its positive. An anchor without negatives has loss and pull 0."""
+        """Finish the anchors' sums. own: (n,) float64, z of each positive. Without negatives loss and pull are 0."""
         alone = sums.count == 0
         regulated = math.log(regulation.negative_mass) + sums.weighted
         if regulation.drop_below is None:
@@ -273,7 +273,7 @@ def least_kept(sums: Sums, regulation: Regulation) -> Tensor:
 
 
 def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
-    """The forward pass: sums over tiles, anchors. This rank's texts come first: the others' may be on their way."""
+    """Run the forward pass: sums over tiles, anchors. This rank's texts come first: the others' may be on their way."""
     batch, regulation = job.batch, job.regulation
     teacher_image, teacher_text = batch.teacher or (None, None)
     images, own_texts = (
@@ -309,8 +309,7 @@ def _measure(logit_scale: Tensor, job: TileJob) -> Joint:
 def exactly_once(
     backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
 ) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
-    """Keep the types of an autograd.Function's products where a user runs backward under autocast, and refuse to be
-    differentiated twice."""
+    """Run a backward pass outside autocast, where products keep their types; refuse to be differentiated twice."""
 
     @wraps(backward)
     def exact(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -355,7 +354,7 @@ class _JointLoss(torch.autograd.Function):
 
 
 def _own_first(own: Side, everyone: Callable[[], Side], total: int) -> Iterator[Side]:
-    """The columns of all ranks, this rank's first: the others' may still be on their way."""
+    """Yield the columns of all ranks, this rank's first: the others' may still be on their way."""
     yield own
     assert own.first is not None
     for start, stop in ((0, own.first), (own.first + len(own), total)):
@@ -366,7 +365,7 @@ def _own_first(own: Side, everyone: Callable[[], Side], total: int) -> Iterator[
 def _all_sums(
     images: Side, pieces: Iterator[Side], logit_scale: Tensor, job: TileJob, kept: Kept | None
 ) -> tuple[Sums, Sums]:
-    """Sums of this rank's images, and of the texts of all ranks."""
+    """Sum over tiles: for this rank's images, and for the texts of all ranks."""
     of_images = Sums.empty(len(images), images.features.device)
     of_texts = Sums.empty(sum(job.batch.counts), images.features.device)
     for columns in pieces:
@@ -379,7 +378,7 @@ def _all_sums(
 
 
 def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:
-    """Log-sums over all ranks. Only numbers in [0, 1] and counts travel rounded to `dtype`."""
+    """Reduce log-sums over all ranks. Only numbers in [0, 1] and counts travel rounded to `dtype`."""
     if world_size(group) == 1:
         return sums
     logs = torch.stack([sums.weighted, sums.normaliser])

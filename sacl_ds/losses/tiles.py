@@ -27,7 +27,7 @@ _SMALLEST_SCALE = 1e-20  # of the logits from which the student's similarity can
 
 
 def wide(features: Tensor) -> torch.dtype:
-    """What sums over features are kept in: float32, or float64 for float64 features."""
+    """Dtype of sums over features: float32, or float64 for float64 features."""
     return torch.promote_types(features.dtype, torch.float32)
 
 
@@ -39,7 +39,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def constant(features: Tensor) -> Tensor:
-    """The same without gradient, in a tensor that autograd can hold: an inference tensor is copied."""
+    """Detach, in a tensor that autograd can hold: an inference tensor is copied."""
     copied = features.is_inference() and not torch.is_inference_mode_enabled()
     return features.clone() if copied else features.detach()
 
@@ -67,7 +67,7 @@ class Side:
 
     @property
     def compared(self) -> list[Tensor]:
-        """The features of the model and, if there is one, of the teacher."""
+        """Features that are compared: the model's and, if there is one, the teacher's."""
         return [self.features] if self.teacher is None else [self.features, self.teacher]
 
     def part(self, start: int, stop: int) -> Side:
@@ -93,7 +93,7 @@ class Sums:
         return Sums(*(value[start : start + length] for value in (self.weighted, self.normaliser, self.count)))
 
     def add(self, more: Sums, start: int = 0) -> None:
-        """Take in further negatives of the anchors from `start` on."""
+        """Add further negatives of the anchors from `start` on."""
         part = slice(start, start + len(more.count))
         self.weighted[part] = torch.logaddexp(self.weighted[part], more.weighted)
         self.normaliser[part] = torch.logaddexp(self.normaliser[part], more.normaliser)
@@ -112,7 +112,7 @@ class Kept:
 
 
 def feature_dtype(features: Tensor) -> torch.dtype:
-    """The dtype that features are brought to before they come here."""
+    """Return the dtype to which features are cast before they come here."""
     return wide(features)
 
 
@@ -196,7 +196,7 @@ def gradients(
 
 
 def tiles_of(rows: Side, columns: Side, shape: tuple[int, int] | None = None) -> Iterator[tuple[int, int, Side, Side]]:
-    """First row, first column, rows and columns of each tile of at most `shape` (None: TILE)."""
+    """Yield first row, first column, rows and columns of each tile of at most `shape` (None: TILE)."""
     height, width = TILE if shape is None else shape
     for j in range(0, len(columns), width):
         column = columns.part(j, j + width)
@@ -205,7 +205,7 @@ def tiles_of(rows: Side, columns: Side, shape: tuple[int, int] | None = None) ->
 
 
 class Similarities:
-    """One tile after the other, in buffers that the next one overwrites."""
+    """Similarities of one tile after the other, in buffers that the next one overwrites."""
 
     def __init__(
         self, regulation: Regulation, shape: tuple[int, int], rows: Side, columns: Side, logit_scale: float
@@ -224,7 +224,7 @@ class Similarities:
     def exponentials(
         self, row: Side, column: Side, normaliser: bool = True
     ) -> tuple[Tensor, float, Tensor | None] | None:
-        """e^(x - shift), the shift, and e^r (None where it is 1 or not asked for); None where no shift serves all."""
+        """Return e^(x - shift), the shift, and e^r (None where 1 or not asked for); None where no shift serves all."""
         regulation = self.regulation
         if self._steepness > STEEPEST or abs(self.scale) < _SMALLEST_SCALE:
             return None
@@ -258,7 +258,7 @@ class Similarities:
         return (x.sub_(shift) if shift else x).exp_(), shift, r
 
     def logarithms(self, row: Side, column: Side) -> tuple[Tensor, Tensor]:
-        """z and r."""
+        """Return z and r of a tile."""
         cosine = row.features @ column.features.T
         teacher_cosine = None
         if self.regulation.teacher:
@@ -273,7 +273,7 @@ class Similarities:
         return torch.addmm(self._nothing, a, b.T, beta=0, alpha=factor, out=self.buffer(which, len(a), len(b)))
 
     def _shift(self, exponents: Tensor) -> float | None:
-        """The number within whose reach all exponents lie, if there is one; 0 where that is certain beforehand."""
+        """Return a shift that keeps every exponent of the tile within ±HALF_SPAN less the steepness, or None."""
         reach = HALF_SPAN - self._steepness
         if abs(self.scale) * self._longest <= reach:
             return 0.0
@@ -282,7 +282,7 @@ class Similarities:
 
 
 class Excluded:
-    """Places of a tile where a pair meets itself, or one that shares an id with it."""
+    """Entries of a tile where a pair meets itself, or one that shares an id with it."""
 
     def __init__(self, row: Side, column: Side) -> None:
         self.shape = len(row), len(column)
@@ -309,14 +309,14 @@ class Excluded:
         return tile
 
     def fill_own(self, tile: Tensor, own: Tensor) -> None:
-        """own: (rows,) what stands where a row meets its own column."""
+        """Fill the entries where a row meets its own column. own: (rows,) values."""
         if self.offset is not None:
             diagonal = tile.diagonal(self.offset)
             start = max(0, -self.offset)
             diagonal.copy_(own[start : start + len(diagonal)])
 
     def counts(self) -> tuple[Tensor, Tensor]:
-        """(rows,) and (columns,) int64: how many of the tile's places are excluded."""
+        """Count each row's and each column's excluded entries: (rows,) and (columns,) int64."""
         device = self._row.features.device
         rows, columns = (torch.zeros(n, dtype=torch.int64, device=device) for n in self.shape)
         if self.pairs is not None:
@@ -379,7 +379,7 @@ def _teachers(rows: Side, columns: Side) -> tuple[Tensor, Tensor]:
 
 
 def _longest_product(a: Tensor, b: Tensor) -> float:
-    """Bound of |<a_i, b_j>|."""
+    """Bound |<a_i, b_j>| over all pairs of rows."""
     if not len(a) or not len(b):
         return 0.0
     return float(torch.linalg.vector_norm(a, dim=1).max() * torch.linalg.vector_norm(b, dim=1).max())

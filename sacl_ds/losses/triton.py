@@ -258,7 +258,8 @@ class Blocks:
 
     @classmethod
     def of(cls, kernel: Any, dtype: torch.dtype) -> Blocks:
-        """The largest that leave sm_80 and sm_90 without spilled registers (test_kernel_builds.py); not timed."""
+        """Return the largest blocks that leave sm_80 and sm_90 without spilled registers (test_kernel_builds.py); not
+        timed."""
         if dtype == torch.float32:
             return cls(64, 64, 32, 4, 2) if kernel is sums_kernel else cls(128, 64, 32, 8, 2)
         return cls(128, 64, 64, 8, 3)
@@ -291,7 +292,7 @@ def _launch(
     own_arguments: list[Tensor],
     **more: int,
 ) -> None:
-    """own_arguments: what the kernel takes between logit_scale and n_rows."""
+    """Launch a kernel on a piece. own_arguments: what the kernel takes between logit_scale and n_rows."""
     _, _, row, column, kept = piece
     features = row.features
     none = features.new_empty(0, dtype=torch.float32)
@@ -334,7 +335,7 @@ def _precision(features: Tensor) -> str:
 
 
 def feature_dtype(features: Tensor) -> torch.dtype:
-    """The dtype that features are brought to before they come here: their own."""
+    """Return the dtype to which features are cast before they come here: their own."""
     return features.dtype
 
 
@@ -346,7 +347,7 @@ def sums(
     both: bool = True,
     kept: Kept | None = None,
 ) -> tuple[Sums, Sums]:
-    """The same as `tiles.sums`."""
+    """Same as `tiles.sums`."""
     of_rows, of_columns = (Sums.empty(len(side), side.features.device) for side in (rows, columns))
     without_normaliser = regulation.even or kept is not None
     for piece in _pieces(rows, columns, kept, _SUM_PIECE):
@@ -363,7 +364,7 @@ def sums(
 
 
 def _together(parts: Tensor, without_normaliser: bool) -> Sums:
-    """parts: (parts, 3, n) float32, the second plane unwritten if `without_normaliser`."""
+    """Add up the parts' log-sums. parts: (parts, 3, n) float32, the second plane unwritten if `without_normaliser`."""
     weighted = parts[:, 0].double().logsumexp(0)
     if without_normaliser:
         normaliser = torch.full_like(weighted, -torch.inf)
@@ -382,7 +383,7 @@ def gradients(
     into: tuple[Tensor, Tensor | None],
     kept: Kept | None = None,
 ) -> None:
-    """The same as `tiles.gradients`."""
+    """Same as `tiles.gradients`."""
     row_shift, own = shifts[0].float(), own.float()
     both = shifts[1] is not None
     column_shift = row_shift.new_empty(0) if shifts[1] is None else shifts[1].float()
@@ -404,7 +405,7 @@ def gradients(
 
 
 def _accumulate(into: Tensor, a: Tensor, b: Tensor, lost: Tensor, mean: Tensor) -> None:
-    """into += a @ b, summed in float32; lost: (parts, n) what rounding took from a's rows, made good along b's mean."""
+    """Add a @ b to into, summed in float32; lost: (parts, n) rounding errors of a's rows, made good along b's mean."""
     if a.dtype == torch.float32:
         into.addmm_(a, b)
         return

@@ -49,7 +49,7 @@ def log_weights(
 
 @dataclass(frozen=True)
 class Contrast:
-    """What is contrasted: this rank's images with the texts of all ranks of `group`, in rank order."""
+    """Contrast between this rank's images and the texts of all ranks of `group`, in rank order."""
 
     images: Side
     texts: Side
@@ -75,7 +75,7 @@ class Contrast:
 
     @classmethod
     def of(cls, batch: GlobalBatch) -> Contrast:
-        """batch: which has sent `text` and, where there is a teacher, `teacher_text`."""
+        """Build from a gathered batch, which has sent `text` and, where there is a teacher, `teacher_text`."""
         mine = slice(batch.start, batch.start + len(batch.image))
         ids = shared = own_ids = own_shared = None
         if batch.ids is not None:
@@ -112,7 +112,7 @@ class WeightTile:
 
     @property
     def negatives(self) -> Tensor:
-        """Bool: whether image and text are negatives of each other."""
+        """Mask of image-text pairs that are negatives of each other."""
         return self.excluded.fill(torch.ones_like(self.inverse, dtype=torch.bool), False)
 
     def log_weight(self, direction: int) -> Tensor:
@@ -173,7 +173,7 @@ class WeightTiles:
         return map(self.tile, self.regions)
 
     def tile(self, region: Region) -> WeightTile:
-        """One of those at `regions`; may be called from several threads."""
+        """Compute the tile of one of `regions`; may be called from several threads."""
         rows, columns = region
         means = self._log_means[0][rows], self._log_means[1][columns]
         return WeightTile(rows, columns, *(self._only or self._compared(region)), self.regulation, means)
@@ -199,7 +199,7 @@ class WeightTiles:
         return (a.to(dtype) @ b.to(dtype).T).to(self._dtype)
 
     def _sums(self, region: Region) -> tuple[Sums, Sums]:
-        """The tile's share in the sums of its images and of its texts."""
+        """Return the tile's share in the sums of its images and of its texts."""
         _, _, inverse, excluded = self._only or self._compared(region)
         left_out = excluded.counts()
         if self._only:
@@ -270,7 +270,7 @@ class AnchorSums(NamedTuple):
 
     @property
     def mass(self) -> Tensor:
-        """(n,) X - log sum e^z in nats: what the weights add to the log-sum of all negatives."""
+        """(n,) X - log sum e^z in nats: the weights' part in the log-sum of all negatives."""
         return self.regulated.log() - self.plain.log()
 
     @property

@@ -1,4 +1,4 @@
-"""The answer decoder: causal BERT layers that read the question as it has seen the image, and predict word by word."""
+"""Answer decoder: causal BERT layers with cross-attention to the fused question, which predict token by token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sacl_ds.model.text import bert_config
 
 
 class WordTable(nn.Embedding):
-    """Word embeddings that are the output matrix as well, with its bias.
+    """Word embeddings that also serve as the output matrix, with its bias.
 
     Both uses go through this module: under ZeRO 3 it gathers its own weights for each, in an engine's pass and out of
     it. What transformers has in its place is read through the attribute `weight`, which ZeRO 3 fills in the first only.
@@ -29,11 +29,13 @@ class WordTable(nn.Embedding):
 
 
 class AnswerDecoder(nn.Module):
-    """As many layers as the fusion encoder has, with its weights to start with; word embeddings of its own."""
+    """Text decoder with the fusion encoder's depth and initial weights, and word embeddings of its own."""
 
     def __init__(self, start: SaclModel, config: ModelConfig) -> None:
-        """Copies of start's fusion encoder, text embeddings and MLM head. Keys and values of the cross-attention are
-        drawn anew where images are of another width than text."""
+        """Copy start's fusion encoder, text embeddings and MLM head.
+
+        Keys and values of the cross-attention are drawn anew where images are of another width than text.
+        """
         super().__init__()
         words = start.text_encoder.bert.embeddings
         width = config.text_width
@@ -62,7 +64,7 @@ class AnswerDecoder(nn.Module):
         self.bert.encoder.load_state_dict(fresh | fitting)
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each layer is computed again in backward, instead of keeping what it made."""
+        """Set whether backward recomputes each layer's activations instead of storing them."""
         if on:
             self.bert.gradient_checkpointing_enable({"use_reentrant": False})
         else:
@@ -82,6 +84,6 @@ class AnswerDecoder(nn.Module):
         return output.last_hidden_state
 
     def token_logits(self, states: Tensor) -> Tensor:
-        """(n, width) states -> (n, vocabulary) float32 logits of the token that comes next."""
+        """Compute the next token's logits: (n, width) states -> (n, vocabulary) float32."""
         logits = self.bert.embeddings.word_embeddings(self.norm(gelu(self.dense(states))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

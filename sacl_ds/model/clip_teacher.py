@@ -1,4 +1,4 @@
-"""A teacher from elsewhere: a CLIPModel or ChineseCLIPModel of transformers, with its own preprocessing and words."""
+"""Teacher from elsewhere: a CLIPModel or ChineseCLIPModel of transformers, with its own preprocessing and tokens."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ _OF_THE_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype
 
 @dataclass(frozen=True)
 class ClipPixels:
-    """The processor's resizing and cropping, left in uint8; `ClipTeacher` rescales and normalises on the device."""
+    """Transform that resizes and crops as the processor does, in uint8; `ClipTeacher` rescales and normalises on the
+    device."""
 
     processor: Any  # an image processor of transformers
     size: int
 
     def __call__(self, picture: Picture, entropy: tuple[int, ...]) -> Tensor:
-        """(3, size, size) uint8; `entropy` is not used. Raises BadImage."""
+        """Transform a picture to (3, size, size) uint8; `entropy` is not used. Raises BadImage."""
         made = self.processor(picture.pixels(), do_rescale=False, do_normalize=False, return_tensors="pt")
         return made["pixel_values"][0].to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class ClipTokens:
-    """The model's tokenizer, cut to the positions that it has, or to the length that the tokenizer names."""
+    """Tokenizer of the model, cut to the positions that it has, or to the length that the tokenizer names."""
 
     fast: Any
     max_tokens: int
@@ -61,10 +62,10 @@ class ClipTokens:
 
 
 class ClipTeacher:
-    """A frozen CLIPModel or ChineseCLIPModel, an export of ours among them, as a `Teacher`."""
+    """Frozen CLIPModel or ChineseCLIPModel, an export of ours among them, as a `Teacher`."""
 
     def __init__(self, name_or_folder: str, device: torch.device, setting: str) -> None:
-        """A folder written by save_pretrained of model and processor, or a hub name. Raises UserError."""
+        """Load a folder written by save_pretrained of model and processor, or a hub name. Raises UserError."""
         label = f"{setting}={name_or_folder}"
         kind = load_settings(name_or_folder, setting).model_type
         if kind not in _MODELS:
@@ -99,13 +100,13 @@ class ClipTeacher:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """(b, 3, H_t, W_t) uint8 -> (b, d_t) unit float32."""
+        """Encode (b, 3, H_t, W_t) uint8 -> (b, d_t) unit float32."""
         pixels = (images.float() * self.rescale - self.mean) / self.std
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     @torch.no_grad()
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(b, L_t) int64, twice -> (b, d_t) unit float32."""
+        """Encode ids and mask, (b, L_t) int64 -> (b, d_t) unit float32."""
         return _unit(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
 
 
@@ -124,8 +125,8 @@ def _require_pictures(view: ClipPixels, label: str) -> None:
 
 
 def _arithmetic(processor: Any, label: str) -> tuple[float, list[float], list[float]]:
-    """(factor of the pixels, mean and deviation of each channel). Raises UserError where they are not to be computed
-    with."""
+    """Return the factor of the pixels, and mean and deviation of each channel. Raises UserError where they are not to
+    be computed with."""
     try:
         scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
         named = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)

@@ -1,4 +1,4 @@
-"""What a model costs a pair, by its configuration alone: parameters, FLOPs, and what forward keeps for backward.
+"""Cost of a model a pair, by its configuration alone: parameters, FLOPs, and what forward keeps for backward.
 
 FLOPs are 2 for each multiply-add of matrix products, convolution and attention, as torch's FlopCounterMode counts them;
 norms, activations, softmax and the batch's similarity matrix (2 N d a pair) are left out. What is kept is counted in
@@ -30,7 +30,7 @@ _SPECIAL = 2  # [CLS] and [SEP], which MLM never predicts
 
 @dataclass(frozen=True)
 class Cost:
-    """Of forward. flops: 2 a multiply-add. kept: numbers that backward needs, parameters aside."""
+    """Cost of a forward pass. flops: 2 a multiply-add. kept: numbers that backward needs, parameters aside."""
 
     flops: float = 0
     kept: float = 0
@@ -43,12 +43,12 @@ class Cost:
 
     @property
     def training_flops(self) -> float:
-        """Forward and backward."""
+        """FLOPs of forward and backward."""
         return BACKWARD * self.flops
 
     @property
     def bytes(self) -> float:
-        """Kept for backward, in float32."""
+        """Bytes kept for backward, in float32."""
         return _BYTES * self.kept
 
 
@@ -86,13 +86,13 @@ class ModelCost:
         self.predicted = LossConfig().mlm_probability * (tokens - _SPECIAL) if predicted is None else predicted
 
     def with_texts(self, tokens: int, predicted: float | None = None) -> ModelCost:
-        """The same model with captions of another length; text_tokens and predicted as above."""
+        """Return the same model's costs with captions of another length; text_tokens and predicted as above."""
         other = copy(self)
         other._set_texts(tokens, predicted)
         return other
 
     def parameters(self) -> dict[str, int]:
-        """image, text, fusion, heads (projections, temperature, ITM, MLM), and all of them."""
+        """Count parameters: image, text, fusion, heads (projections, temperature, ITM, MLM), and their sum."""
         model = self.model
         heads = [model.image_projection, model.text_projection, model.logit_scale, model.matching_head, model.mlm_head]
         parts = {
@@ -104,7 +104,7 @@ class ModelCost:
         return {**parts, "all": sum(parts.values())}
 
     def pretraining(self, losses: Collection[str] = ("itc", "itm", "mlm")) -> Cost:
-        """Forward of ITC, and of ITM (PAIRINGS a pair) and MLM where they are named; their texts are fused together."""
+        """Cost of forward for ITC, and ITM (PAIRINGS a pair) and MLM if named; their texts are fused together."""
         length, matching, words = self.text_tokens, "itm" in losses, "mlm" in losses
         image, tokens = self.image(guided=self.model.captions_choose)
         cost = image + self.text() + self._projections()
@@ -121,7 +121,7 @@ class ModelCost:
         return cost + texts * (chosen + self.fused(length, seen))
 
     def pairing(self) -> Cost:
-        """Forward of one text with one image that it may choose from at once: VQA, half of NLVR2, without their head.
+        """Cost of fusing one text with one image, chosen from at once: VQA, half of NLVR2, without their head.
 
         Fine-tuning costs BACKWARD times as many FLOPs, inference just these.
         """
@@ -129,8 +129,7 @@ class ModelCost:
         return self.text() + image + self.fused(self.text_tokens, tokens)
 
     def reranking(self, texts: int) -> Cost:
-        """Forward of one image, its feature for the first stage, and so many texts matched with it, which are encoded
-        here as well."""
+        """Cost of one image, its first-stage feature, and `texts` matched with it, which are encoded as well."""
         image, tokens = self.image(guided=False)
         chosen, seen = self.chosen(tokens)
         return image + self._projection(self.model.image_projection) + texts * (
@@ -139,7 +138,7 @@ class ModelCost:
         )  # fmt: skip
 
     def image(self, guided: bool) -> tuple[Cost, int]:
-        """The image encoder, with a guide at hand or without: its cost and how many tokens come out."""
+        """Cost of the image encoder, with or without a guide at hand; and the number of tokens that come out."""
         encoder, vit = self.model.image_encoder, self.model.image_encoder.vit
         tokens, width = 1 + self.patches, encoder.width
         proj = vit.patch_embed.proj
@@ -166,7 +165,7 @@ class ModelCost:
 
     @property
     def chooses(self) -> bool:
-        """Whether a text chooses among the tokens that `image` gave without a guide at hand."""
+        """Whether a text still chooses among the tokens that `image` gave without a guide."""
         encoder = self.model.image_encoder
         settings = encoder.selection
         return bool(encoder.layers) and (
@@ -174,26 +173,30 @@ class ModelCost:
         )
 
     def chosen(self, tokens: int) -> tuple[Cost, int]:
-        """The tokens of an image for one text, where `image` gave so many, and how many these are; the image stands at
-        another place of the batch, so that its tokens are copied."""
+        """Cost of selecting an image's tokens for one text from those `image` gave; and the number that is left.
+
+        The image has another index in the batch, so that its tokens are copied.
+        """
         if not self.chooses:
             return Cost(0, tokens * self.model.image_encoder.width), tokens
         return self._selected(held=False)
 
     def text(self) -> Cost:
-        """The text encoder."""
+        """Cost of the text encoder."""
         bert, length = self.model.text_encoder.bert, self.text_tokens
         embedded = Cost(0, length * (bert.config.hidden_size + 2))
         return embedded + len(bert.encoder.layer) * self._bert_layer(bert.encoder.layer[0], length)
 
     def fused(self, length: int, tokens: int) -> Cost:
-        """The fusion encoder, of a text of that length with so many image tokens."""
+        """Cost of the fusion encoder for a text of that length with so many image tokens."""
         layers = self.model.fusion_encoder.encoder.layer
         return len(layers) * self._bert_layer(layers[0], length, tokens)
 
     def fused_together(self, length: int, tokens: int, texts: int, elsewhere: int) -> Cost:
-        """The fusion encoder in pre-training, of so many texts an image that all see it whole: keys and values are
-        computed once, and copied for the texts that look elsewhere: at a hard image."""
+        """Cost of the fusion encoder in pre-training, for `texts` an image that all see it whole.
+
+        Keys and values are computed once, and copied for the texts that look elsewhere: at a hard image.
+        """
         layers = self.model.fusion_encoder.encoder.layer
         width, own = self.config.text_width, texts - elsewhere
         inner = layers[0].crossattention.self
@@ -203,7 +206,7 @@ class ModelCost:
         return texts * self.fused(length, tokens) + len(layers) * Cost(-spared, copied - (own - 1) * 2 * tokens * width)
 
     def _selected(self, held: bool) -> tuple[Cost, int]:
-        """From the scores at the first selecting layer on: `SelectingEncoder._selected`.
+        """Cost of `SelectingEncoder._selected`: from the scores at the first selecting layer on; and the tokens left.
 
         held: the tokens chosen from there are kept for backward anyway.
         """
@@ -254,7 +257,7 @@ class ModelCost:
         return Cost(_linear(block.mlp, tokens), tokens * (width + 2 + width + 2 * hidden))
 
     def _bert_layer(self, layer: Any, length: int, tokens: int | None = None) -> Cost:
-        """tokens: of the image, where the layer has cross-attention."""
+        """Cost of a BERT layer. tokens: of the image, where the layer has cross-attention."""
         width, heads = self.config.text_width, self.config.text_heads
         hidden = layer.intermediate.dense.out_features
         # attention: its input, queries, keys, values, result, a number a row, and the norm's input and statistics
@@ -289,5 +292,5 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _linear(module: nn.Module, tokens: int) -> int:
-    """FLOPs of all linear layers in there, each run on so many tokens."""
+    """Count the FLOPs of all linear layers of a module, each run on `tokens` tokens."""
     return sum(2 * tokens * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

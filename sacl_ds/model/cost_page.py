@@ -1,4 +1,4 @@
-"""docs/lab/presets.md: `python -m sacl_ds.model.cost_page FILE` writes what the presets cost; without FILE, stdout."""
+"""Page docs/lab/presets.md: `python -m sacl_ds.model.cost_page FILE` writes it; without FILE, stdout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Layers {layers}, `keep_rate` {rate}. *of none*: of the same column without selec
 
 
 def page() -> str:
-    """docs/lab/presets.md."""
+    """Return the text of docs/lab/presets.md."""
     selection = PatchSelectionConfig()
     return _PAGE.format(
         predicted=f"{100 * LossConfig().mlm_probability:g}",
@@ -135,7 +135,7 @@ def _mega(cost: Cost) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], left: int) -> list[str]:
-    """left: columns that are not numbers."""
+    """Format a Markdown table. left: columns that are not numbers."""
     columns = len(head)
     marks = ["---" if place < left else "---:" for place in range(columns)]
     return [f"| {' | '.join(row)} |" for row in (head, marks, *rows)]

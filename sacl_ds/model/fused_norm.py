@@ -6,7 +6,7 @@ from torch import nn
 
 
 def use_fused_layer_norm(module: nn.Module) -> int:
-    """Exchange every nn.LayerNorm inside `module` for apex's; returns how many. Needs NVIDIA's apex."""
+    """Replace every nn.LayerNorm inside `module` by apex's; returns how many. Needs NVIDIA's apex."""
     from apex.normalization import FusedLayerNorm
 
     exchanged = 0

@@ -1,4 +1,4 @@
-"""Rows of a tensor by their places, with repeats."""
+"""Indexing of a tensor's rows, with repeats."""
 
 from __future__ import annotations
 
@@ -7,6 +7,5 @@ from torch.nn.functional import embedding
 
 
 def take(states: Tensor, places: Tensor) -> Tensor:
-    """states[places], (n, ...), whose gradient has the same bits every time: that of an index with repeats, on several
-    threads, has not."""
+    """Return states[places], (n, ...), with a deterministic gradient: that of plain indexing with repeats is not."""
     return embedding(places, states.flatten(1)).unflatten(1, states.shape[1:])

@@ -1,4 +1,4 @@
-"""Starting weights for an image encoder trained from scratch."""
+"""Initial weights of an image encoder trained from scratch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def initialise(module: nn.Module, gain: float) -> None:
-    """Linear weights: normal with deviation gain / sqrt(inputs); biases 0; all else untouched.
+    """Draw linear weights from a normal with deviation gain / sqrt(inputs); biases are 0, all else is untouched.
 
     The 0.02 of BERT and timm is meant for width 768. At width 128 it makes the towers nearly linear, and a model whose
     features are sums over words and patches learns which colours and shapes there are, but for a long time not which

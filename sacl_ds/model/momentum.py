@@ -1,4 +1,4 @@
-"""The model's exponential moving average and the queue of its features (ALBEF's momentum parts).
+"""Momentum model, the exponential moving average, and the queue of its features (ALBEF's momentum parts).
 
 Both lie outside the engine's module, whole on every rank: ZeRO shards and saves only what is trained. Nothing here
 changes but by `update` and `push`, after the optimizer's step.
@@ -23,8 +23,11 @@ _BYTES, _BYTES_IDS = 4, 3 * 8  # of a float32; of image, caption and group
 
 
 class Momentum:
-    """average: the averaged model, in eval mode, without gradient, in the model's own precision (float32); its logit
-    scale is the trained model's. queue: earlier pairs, on the same device."""
+    """Momentum model and its queue.
+
+    average: the averaged model, in eval mode, without gradient, in the model's own precision (float32); its logit scale
+    is the trained model's. queue: earlier pairs, on the same device.
+    """
 
     def __init__(
         self, model: SaclModel, settings: MomentumConfig, device: torch.device | None = None, teacher: str = ""
@@ -39,8 +42,11 @@ class Momentum:
 
     @torch.no_grad()
     def outputs(self, batch: Batch, tokens: bool, precision: str) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """The average's (b, d) features of images and captions, and, where `tokens`, its (n, vocabulary) logits of the
-        masked tokens, whose images are as it sees them. precision: of the products, as `train.precision` names it."""
+        """Compute the average's (b, d) features of images and captions, and its logits of the masked tokens.
+
+        tokens: compute the (n, vocabulary) logits, from images as the average sees them. precision: of the products, as
+        `train.precision` names it.
+        """
         model = self.average
         with autocast(batch.images.device, precision):
             text_states, text = model.encode_text(batch.input_ids, batch.attention_mask, batch.token_places)
@@ -64,7 +70,7 @@ class Momentum:
             raise ValueError(f"no value came for {', '.join(averages)}")
 
     def push(self, image: Tensor, text: Tensor, pair_ids: Tensor, teacher: tuple[Tensor, Tensor] | None = None) -> None:
-        """Put the pairs of all ranks into the queue, in rank order; every rank calls it.
+        """Push the pairs of all ranks into the queue, in rank order; every rank calls it.
 
         image, text: (b, d) momentum features of this rank's pairs, as they were at this step. pair_ids: (b, k) int64.
         teacher: (b, d_t) its features; left out where the queue holds none.
@@ -87,7 +93,7 @@ class Momentum:
         return self.queue.filled / self.queue.size if self.queue.size else 1.0
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `restore` needs, by name; the same on all ranks."""
+        """Return everything that `restore` needs, by name; the same on all ranks."""
         average = {_AVERAGE + name: value for name, value in self.average.state_dict().items()}
         queue = {_QUEUE + name: value for name, value in self.queue.state().items()}
         identity = torch.frombuffer(bytearray(self.teacher.encode() or b"-"), dtype=torch.uint8)
@@ -134,16 +140,16 @@ class Momentum:
 
 
 def saved_bytes(settings: MomentumConfig, parameters: int, width: int, teacher_width: int) -> int:
-    """What `state` takes on disk at most, with a full queue; the widths are those of features, 0 of no teacher's."""
+    """Bound the bytes of `state` on disk, with a full queue; widths are those of features, 0 of no teacher's."""
     if not settings.enabled:
         return 0
     return parameters * _BYTES + settings.queue_size * (2 * (width + teacher_width) * _BYTES + _BYTES_IDS)
 
 
 class Queue:
-    """The last `size` pairs that were pushed: rows of named columns, first in, first out.
+    """Ring buffer of the last `size` pairs: rows of named columns, first in, first out.
 
-    It starts empty and grows; once full, what comes takes the place of the oldest. Nothing is drawn to fill it.
+    It starts empty and grows; once full, what comes replaces the oldest. Nothing is drawn to fill it.
     """
 
     def __init__(self, size: int) -> None:
@@ -153,7 +159,7 @@ class Queue:
         self._columns: dict[str, Tensor] = {}
 
     def push(self, rows: dict[str, Tensor]) -> None:
-        """rows: (n, ...) a column, the same columns every time; n may be anything, also more than fit."""
+        """Append rows. rows: (n, ...) a column, the same columns every time; n may be anything, also more than fit."""
         count = len(next(iter(rows.values())))
         if self.size == 0 or count == 0:
             return
@@ -170,16 +176,16 @@ class Queue:
         self.filled = min(self.size, self.filled + count)
 
     def __getitem__(self, name: str) -> Tensor | None:
-        """(filled, ...) rows of a column, not in the order of their age; None while there are none."""
+        """Return (filled, ...) rows of a column, not in the order of their age; None while there are none."""
         return self._columns[name][: self.filled] if self.filled and name in self._columns else None
 
     def state(self) -> dict[str, Tensor]:
-        """All that `restore` needs: what is filled, a column each, and `next`."""
+        """Return what `restore` needs: what is filled, a column each, and `next`."""
         state = {name: column[: self.filled] for name, column in self._columns.items()}
         return state | {"next": torch.tensor(self._next)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """From the state of a queue of the same size."""
+        """Load the saved state of a queue of the same size."""
         columns = {name: column for name, column in state.items() if name != "next"}
         self._next = int(state["next"])
         self.filled = len(next(iter(columns.values()))) if columns else 0

@@ -1,4 +1,4 @@
-"""NLVR2's model, as ALBEF builds it: the text looks at one image, then at the other, in every layer of the fusion.
+"""NLVR2 model, as ALBEF builds it: the text looks at one image, then at the other, in every layer of the fusion.
 
 A pre-trained fusion layer becomes two blocks, the first with cross-attention to the left image, the second to the right
 one. Both start as copies of it; keys and values of both images come from one pair of projections.
@@ -20,10 +20,10 @@ from sacl_ds.model.text import split_heads
 
 
 class Nlvr2Model(nn.Module):
-    """Is a sentence true of two images? b of them, L text tokens with [CLS] first."""
+    """Classifier of a sentence as true or false of two images. b: pairs of images, L: text tokens with [CLS] first."""
 
     def __init__(self, start: SaclModel, config: ModelConfig) -> None:
-        """Takes over the encoders of `start`, which config describes; its projections and heads are left behind."""
+        """Take over the encoders of `start`, which config describes; its projections and heads are left out."""
         super().__init__()
         self.image_encoder, self.text_encoder = start.image_encoder, start.text_encoder
         self.fusion_encoder = PairFusionEncoder(start.fusion_encoder.encoder.layer)
@@ -31,7 +31,7 @@ class Nlvr2Model(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each block of the encoders is computed again in backward, instead of keeping what it made."""
+        """Set whether backward recomputes the activations of the encoders' blocks instead of storing them."""
         for part in (self.image_encoder, self.text_encoder, self.fusion_encoder):
             part.checkpoint_activations(on)
 
@@ -52,16 +52,16 @@ class Nlvr2Model(nn.Module):
 
 
 class PairFusionEncoder(nn.Module):
-    """Text states that have seen two images."""
+    """Fusion encoder whose text states attend to two images."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
-        """layers: BertLayers of a `FusionEncoder`, which are copied."""
+        """Copy the layers. layers: BertLayers of a `FusionEncoder`."""
         super().__init__()
         self.layers = nn.ModuleList([PairLayer(layer) for layer in layers])
         self._checkpointing = False
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each layer is computed again in backward, instead of keeping what it made."""
+        """Set whether backward recomputes each layer's activations instead of storing them."""
         self._checkpointing = on
 
     def forward(self, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class PairFusionEncoder(nn.Module):
 
 
 class PairLayer(nn.Module):
-    """One layer of the fusion as two blocks with shared keys and values.
+    """Layer of the fusion: two blocks with shared keys and values.
 
     Blocks hold no projections of their own for these, so that each parameter has one name in the state dict.
     """
@@ -98,10 +98,10 @@ class PairLayer(nn.Module):
 
 
 class PairBlock(nn.Module):
-    """A BERT layer with cross-attention to keys and values that are given to it."""
+    """BERT layer with cross-attention to keys and values that are given to it."""
 
     def __init__(self, layer: BertLayer) -> None:
-        """layer: is copied."""
+        """Copy the layer."""
         super().__init__()
         cross = layer.crossattention
         self.heads, self.dropout = cross.self.num_attention_heads, cross.self.dropout.p

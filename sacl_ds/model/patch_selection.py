@@ -26,7 +26,7 @@ from sacl_ds.model.vision import ImageEncoder, ImageStates
 
 
 class Scored(NamedTuple):
-    """Tokens that a selection may choose from, of n images.
+    """Tokens of n images from which a selection may choose.
 
     tokens: (n, 1 + patches + fused, width), [CLS] first, and last, where `fused`, the token that an earlier selection
     left. keys: (n, heads, 1 + patches + fused, head width) of the layer's attention, and query: (n, heads, head width)
@@ -43,12 +43,12 @@ class Scored(NamedTuple):
         return self.tokens.shape[1] - 1 - self.fused
 
     def at(self, images: Tensor) -> Scored:
-        """Those of the images at these (n,) indices."""
+        """Select the images at these (n,) indices."""
         return Scored(take(self.tokens, images), take(self.keys, images), take(self.query, images), self.fused)
 
 
 def attention_scores(query: Tensor, keys: Tensor) -> Tensor:
-    """What a head of attention gives each key, mean over the heads, float32 (float64 for float64 keys).
+    """Compute each key's attention, mean over the heads, float32 (float64 for float64 keys).
 
     query (n, heads, head width), keys (n, heads, m, head width) -> (n, m), each row sums to 1.
     """
@@ -59,7 +59,7 @@ def attention_scores(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def token_scores(query: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(q x^T / sqrt(width)) over tokens, the published form; float32 (float64 for float64 tokens).
+    """Compute softmax(q x^T / sqrt(width)) over tokens, the published form; float32 (float64 for float64 tokens).
 
     query (n, width), tokens (n, m, width) -> (n, m), each row sums to 1.
     """

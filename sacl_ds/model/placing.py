@@ -1,4 +1,4 @@
-"""Weights into a model: every one of them from its source and finite, or one error line; none by chance unnoticed."""
+"""Loading of weights into a model: each from its source and finite, or one error line; none by chance unnoticed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def require_parts(
 
 @torch.no_grad()
 def place(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> tuple[list[str], list[str]]:
-    """Copy tensors of fitting shapes into the model's own of that name: (names copied, names that it lacks).
+    """Copy tensors of fitting shapes to the model's of that name; returns (names copied, names that it lacks).
 
     Raises UserError, before any is copied, where a number is not finite.
     """
@@ -91,7 +91,7 @@ def place(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> tuple
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str, unfit: str) -> None:
-    """All of the model's tensors from `tensors`, which hold nothing else.
+    """Load all of the model's tensors from `tensors`, which hold nothing else.
 
     unfit: what the error line says of weights of another model. Raises UserError for those, and for numbers that are
     not finite.

@@ -1,4 +1,4 @@
-"""The model: image, text and fusion encoders with their heads, and how a batch of pre-training goes through them.
+"""SACL model: image, text and fusion encoders with their heads, and the pass of a pre-training batch through them.
 
 The design is ALBEF's. No loss, no state but parameters.
 """
@@ -26,10 +26,10 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SaclModel(nn.Module):
-    """Shapes: b pairs, P image tokens with [CLS] first, L text tokens with [CLS] first, d the shared space."""
+    """Model of image-text pairs. b: pairs, P: image tokens, L: text tokens, both with [CLS] first, d: shared space."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, pretrained: bool) -> None:
-        """pretrained: whether timm's published weights are loaded where wanted; `starts.start` loads all others."""
+        """Build the model. pretrained: load timm's published weights where wanted; `starts.start` loads all others."""
         super().__init__()
         self.image_encoder = _image_encoder(config, pretrained and config.timm_weights)
         image_width = self.image_encoder.width
@@ -66,8 +66,7 @@ class SaclModel(nn.Module):
             initialise(self.image_encoder, config.init_gain)
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each block of the three encoders is computed again in backward, instead of keeping what it made: less
-        memory for about a third more time."""
+        """Set whether backward recomputes the blocks' activations: less memory for about a third more time."""
         for encoder in (self.image_encoder, self.text_encoder, self.fusion_encoder):
             encoder.checkpoint_activations(on)
 
@@ -78,7 +77,7 @@ class SaclModel(nn.Module):
             encoder.compile_layers(backend)
 
     def train_for(self, matching: bool, words: bool) -> None:
-        """Leave the parts as they are that no loss reaches: the fusion encoder without ITM and MLM, and their heads.
+        """Freeze the parts that no loss reaches: the fusion encoder without ITM and MLM, and their heads.
 
         Else weight decay would shrink them, and they would take an optimizer's memory and time.
         """
@@ -95,7 +94,7 @@ class SaclModel(nn.Module):
         return states, self.image_projection(states.tokens[:, 0])
 
     def image_tokens(self, states: ImageStates, guide: Tensor, images: Tensor | None = None) -> Tensor:
-        """Tokens of images for n texts to be fused with: all of an image, or those that patch selection keeps.
+        """Return the image tokens that n texts are fused with: all of an image, or those that patch selection keeps.
 
         guide: (n, width) [CLS] states of the texts. images: (n,) places in the batch, None: text i with image i.
         Returns (n, P', width).
@@ -120,8 +119,10 @@ class SaclModel(nn.Module):
         images: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """Text states (n, L, width) that have seen image tokens -> (n, L, width), as `FusionEncoder` says; by default
-        each text sees those of its own row."""
+        """Fuse text states (n, L, width) with image tokens -> (n, L, width), as `FusionEncoder` says.
+
+        By default each text sees the tokens of its own row.
+        """
         return self.fusion_encoder(
             text_states, attention_mask, image_tokens, repeats=repeats, images=images, places=places
         )
@@ -158,7 +159,7 @@ class Projection(nn.Linear):
 
 
 class LogitScale(nn.Module):
-    """1 / temperature, learned as its logarithm in float32 and kept in [1, 100].
+    """Logit scale, 1 / temperature, learned as its logarithm in float32 and kept in [1, 100].
 
     A plain clamp has no gradient past its bound, so a parameter that crosses it never returns. This one passes a
     gradient that points back inside.
@@ -170,7 +171,7 @@ class LogitScale(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(initial)], dtype=torch.float32))
 
     def forward(self) -> Tensor:
-        """0-dim, between 1 and 100."""
+        """Return the 0-dim scale, between 1 and 100."""
         return _ClampWithReturn.apply(self.log_scale, 0.0, math.log(MAX_LOGIT_SCALE)).exp().squeeze(0)
 
 
@@ -191,13 +192,15 @@ class _ClampWithReturn(torch.autograd.Function):
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context for a pass that no engine runs (teacher, momentum model, evaluation): what `train.precision` means to
-    the engine, products in half precision; parameters and sums stay float32."""
+    """Return the context for a pass that no engine runs (teacher, momentum model, evaluation).
+
+    It does what `train.precision` means to the engine: products in half precision; parameters and sums stay float32.
+    """
     return torch.autocast(device.type, _HALF.get(precision, torch.bfloat16), enabled=precision in _HALF)
 
 
 def encoded_texts(model: SaclModel, batch: Batch, masked: bool) -> Tensor:
-    """States of the captions, (b, L, width), followed, where `masked`, by those of the masked captions: (2b, L, width).
+    """Encode the captions, (b, L, width), followed, if `masked`, by the masked captions: (2b, L, width).
 
     Padding is not computed where the batch says which tokens are real.
     """
@@ -210,7 +213,7 @@ def encoded_texts(model: SaclModel, batch: Batch, masked: bool) -> Tensor:
 
 
 def masked_texts(model: SaclModel, batch: Batch) -> Tensor:
-    """(b, L, width) states of the masked captions."""
+    """Encode the masked captions, (b, L, width)."""
     assert batch.masked_ids is not None
     return model.text_encoder(batch.masked_ids, batch.attention_mask, batch.token_places)
 
@@ -218,7 +221,7 @@ def masked_texts(model: SaclModel, batch: Batch) -> Tensor:
 def fused_texts(
     model: SaclModel, image_states: ImageStates, text_states: Tensor, hard: tuple[Tensor, Tensor] | None, batch: Batch
 ) -> Tensor:
-    """All that ITM and MLM need of the fusion encoder, in one pass, so that it takes an image's keys and values once.
+    """Run one pass of the fusion encoder for ITM and MLM, so that an image's keys and values are computed once.
 
     text_states: as from `encoded_texts`. hard: (b,) int64 places in the batch, of each image's hard text and of each
     text's hard image. Returns (n, L, width), one after another: captions and each image's hard text, masked captions if
@@ -246,7 +249,7 @@ def fused_texts(
 
 
 def predictions(model: SaclModel, fused: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(n, vocabulary) logits of the masked tokens and (n,) labels, from the fused masked captions (b, L, width)."""
+    """Return logits (n, vocabulary) and labels (n,) of the masked tokens, given fused masked captions (b, L, width)."""
     assert batch.mlm_labels is not None
     places = batch.mlm_places
     if places is None:
@@ -256,13 +259,13 @@ def predictions(model: SaclModel, fused: Tensor, batch: Batch) -> tuple[Tensor, 
 
 
 def predicted_tokens(model: SaclModel, image_states: ImageStates, batch: Batch) -> Tensor:
-    """(n, vocabulary) logits of the batch's masked tokens, from the masked captions and the images."""
+    """Predict the batch's masked tokens, (n, vocabulary) logits, from the masked captions and the images."""
     fused = fused_texts(model, image_states, masked_texts(model, batch), None, batch)
     return predictions(model, fused, batch)[0]
 
 
 def _stacked(parts: list[Tensor | None], ids: Tensor) -> Tensor | None:
-    """Places of real tokens in several batches of texts like `ids`, (b, L), when these stand below each other."""
+    """Return the indices of real tokens in concatenated batches of texts like `ids`, (b, L)."""
     known = [part for part in parts if part is not None]
     if not known:
         return None

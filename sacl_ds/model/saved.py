@@ -1,4 +1,4 @@
-"""A trained model on disk: model.safetensors, config.yaml and tokenizer/ in a run directory."""
+"""Trained model on disk: model.safetensors, config.yaml and tokenizer/ in a run directory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save_weights(state: dict[str, Tensor], folder: Path, step: int) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, atomically."""
+    """Write a safetensors file atomically."""
     temporary = path.with_name(f".{path.name}.writing")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     with temporary.open("rb") as file:
@@ -39,7 +39,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def read_tensors(path: Path, label: str) -> dict[str, Tensor]:
-    """Of a safetensors file. label: what error lines begin with. Raises UserError where it cannot be read."""
+    """Read a safetensors file. label: what error lines begin with. Raises UserError where it cannot be read."""
     require_weights(path, label)
     try:
         return load_file(path)
@@ -57,7 +57,7 @@ def seal_run(folder: Path, *more: str) -> None:
 
 
 def finished_weights(folder: Path, label: str) -> dict[str, Tensor]:
-    """Of a finished run. label: what error lines begin with. Raises UserError where they are not as it left them."""
+    """Read a finished run's weights. label: what error lines begin with. Raises UserError where they were changed."""
     require_unchanged(folder, label, WEIGHTS)
     return read_tensors(folder / WEIGHTS, label)
 
@@ -65,7 +65,7 @@ def finished_weights(folder: Path, label: str) -> dict[str, Tensor]:
 def load_model(
     folder: str | Path, setting: str, state: Mapping[str, Tensor] | None = None
 ) -> tuple[SaclModel, RunConfig, Tokenizer]:
-    """A finished run's model, its configuration and its tokenizer; `setting` is what error lines name.
+    """Load a finished run's model, its configuration and its tokenizer; `setting` is what error lines name.
 
     state: the weights, where they are not the folder's own (those of a checkpoint in it). Raises UserError where the
     folder holds no finished run, or weights of another model.
@@ -83,7 +83,7 @@ def load_model(
 
 
 def saved_model_config(folder: Path) -> ModelConfig:
-    """The room `model` of the run in `folder`, of whatever kind it is. Raises UserError."""
+    """Read the section `model` of the run in `folder`, of whatever kind it is. Raises UserError."""
     return _model_config(folder, read_yaml(folder / CONFIG))
 
 
@@ -92,7 +92,7 @@ def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
 
 
 def _run_config(folder: Path, setting: str) -> RunConfig:
-    """Of a pre-training run, or of one that was fine-tuned for retrieval, whose model is the same."""
+    """Read the configuration of a pre-training run, or of one fine-tuned for retrieval, whose model is the same."""
     values = read_yaml(folder / CONFIG)
     task = values.get("task")
     if task is None:
@@ -103,7 +103,7 @@ def _run_config(folder: Path, setting: str) -> RunConfig:
 
 
 def identity_of(model: nn.Module, *more: str) -> str:
-    """sha256 over the weights and whatever else decides what the model makes of a sample."""
+    """Hash (SHA-256) the weights and whatever else decides the model's output for a sample."""
     digest = hashlib.sha256("\n".join(more).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

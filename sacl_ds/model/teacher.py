@@ -1,4 +1,4 @@
-"""The frozen teacher: in eval mode, without gradient, on the canonical view, outside the engine's module.
+"""Frozen teacher: in eval mode, without gradient, on the canonical view, outside the engine's module.
 
 So ZeRO neither shards nor saves it.
 """
@@ -18,23 +18,23 @@ from sacl_ds.model.saved import identity_of, load_model
 
 
 class Teacher(Protocol):
-    """A model that is not trained; features are unit vectors, float32."""
+    """Model that is not trained; features are unit vectors, float32."""
 
     view: View  # how it sees a sample
 
     @property
     def identity(self) -> str:
-        """Equal for two teachers that give every sample the same features."""
+        """Digest that is equal for two teachers that give every sample the same features."""
 
     def image_features(self, images: Tensor) -> Tensor:
-        """(b, 3, H_t, W_t) uint8 -> (b, d_t)."""
+        """Encode (b, 3, H_t, W_t) uint8 -> (b, d_t)."""
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(b, L_t) int64, twice -> (b, d_t)."""
+        """Encode ids and mask, (b, L_t) int64 -> (b, d_t)."""
 
 
 def teacher_features(teacher: Teacher | None, batch: Batch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-    """(b, d_t) of images and (b, d_t) of captions, float32: as the batch holds them, or computed by `teacher`.
+    """Return (b, d_t) features of images and of captions, float32: those stored in the batch, or `teacher`'s.
 
     precision: of the products where they are computed, as `train.precision` names it.
     """
@@ -52,7 +52,7 @@ def teacher_features(teacher: Teacher | None, batch: Batch, precision: str = "fp
 
 
 def load_teacher(checkpoint: str, device: torch.device, setting: str = "teacher.checkpoint") -> Teacher:
-    """A finished run's directory, or a CLIPModel or ChineseCLIPModel of transformers: its folder or its hub name.
+    """Load a finished run's directory, or a CLIPModel or ChineseCLIPModel of transformers: its folder or hub name.
 
     setting: what error lines call it. Raises UserError.
     """
@@ -66,7 +66,7 @@ def load_teacher(checkpoint: str, device: torch.device, setting: str = "teacher.
 
 
 class RunTeacher:
-    """The dual encoder of a finished run."""
+    """Teacher from a finished run's dual encoder."""
 
     def __init__(self, folder: str, device: torch.device, setting: str) -> None:
         """Raises UserError where the folder holds no finished run."""
@@ -81,10 +81,10 @@ class RunTeacher:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """(b, 3, H_t, W_t) uint8 -> (b, d_t) unit float32."""
+        """Encode (b, 3, H_t, W_t) uint8 -> (b, d_t) unit float32."""
         return self.model.encode_image(images)[1]
 
     @torch.no_grad()
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(b, L_t) int64, twice -> (b, d_t) unit float32."""
+        """Encode ids and mask, (b, L_t) int64 -> (b, d_t) unit float32."""
         return self.model.encode_text(input_ids, attention_mask)[1]

@@ -1,4 +1,4 @@
-"""A teacher over whole shards, once: its features for `sacl_ds.data.teacher_features`."""
+"""Pass of a teacher over whole shards, for the files of `sacl_ds.data.teacher_features`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def shard_features(
     threads: int,
     seen: Callable[[int], None] = lambda count: None,
 ) -> ShardFeatures:
-    """Of all samples of a shard, `batch_size` images and as many captions at a time; seen(n) is called as they go.
+    """Compute the features of all samples of a shard, `batch_size` images and as many captions at a time.
 
-    Raises UserError where the shard cannot be read to its end, and where features are not finite.
+    seen(n): called after every n samples. Raises UserError where the shard cannot be read to its end, and where
+    features are not finite.
     """
     made = ShardFeatures([], [], [], [])
     for part in _batches(_look(teacher.view, source, shard, threads), batch_size):
@@ -56,7 +57,7 @@ def shard_features(
 
 
 def _look(view: View, source: ShardSource, shard: int, threads: int) -> Iterator[Seen]:
-    """The samples in their order, decoded by several threads."""
+    """Decode the samples in their order, by several threads."""
 
     def one(raw: RawSample) -> Seen:
         try:

@@ -30,7 +30,8 @@ def bert_config(
     init_std: float = 0.02,
     image_width: int | None = None,
 ) -> BertConfig:
-    """A BertConfig with SDPA attention; image_width set: a fusion encoder whose cross-attention reads that width."""
+    """Make a BertConfig with SDPA attention. image_width: width that a fusion encoder's cross-attention reads; None: no
+    cross-attention."""
     config = BertConfig(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -50,7 +51,7 @@ def bert_config(
 
 
 class Packing(NamedTuple):
-    """Which tokens of n texts, padded to `length`, are computed: the real ones, packed one after another.
+    """Packing of the real tokens of n texts, padded to `length`, one after another, so that only they are computed.
 
     places: (T,) int64, their ascending places among the n * length, none twice; None: all of them. T is the shape of a
     tensor and so known on the host: nothing here waits for the device.
@@ -62,7 +63,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, texts: Tensor, places: Tensor | None) -> Packing:
-        """Of texts like these, (n, length)."""
+        """Packing of texts of the shape (n, length), whose real tokens are at `places`."""
         rows, length = texts.shape
         everything = places is None or len(places) == rows * length
         return cls(rows, length, None if everything else places)
@@ -89,7 +90,8 @@ class Packing(NamedTuple):
 
 
 class _Pack(torch.autograd.Function):
-    """index_select, whose gradient PyTorch adds row by row, since a row might be selected twice; here none is."""
+    """Index selection of distinct rows, whose gradient is a copy: PyTorch's adds row by row, lest one is selected
+    twice."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, places: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class _Pack(torch.autograd.Function):
 
 
 class Looks(NamedTuple):
-    """Which image each of n = repeats * b + r texts looks at.
+    """Assignment of images to n = repeats * b + r texts.
 
     tokens: (b, P, image width). Text k * b + j, with k < repeats, looks at image j; the r texts after these at
     `images`, (r,) int64 places in the batch.
@@ -117,8 +119,11 @@ class Looks(NamedTuple):
 
 
 def bert_layer(layer: BertLayer, states: Tensor, packing: Packing, mask: Tensor, looks: Looks | None = None) -> Tensor:
-    """(T, width) packed states -> the same after the layer. mask: (n, 1, 1, L) bool, the tokens to attend to, all of
-    them among those computed. looks: for a layer with cross-attention."""
+    """Run a layer on (T, width) packed states.
+
+    mask: (n, 1, 1, L) bool, the tokens to attend to, all of them among those computed. looks: for a layer with
+    cross-attention.
+    """
     states = _self_attention(layer.attention, states, packing, mask)
     if layer.is_decoder:  # transformers' own condition for cross-attention
         assert looks is not None
@@ -137,8 +142,11 @@ def _self_attention(attention: BertAttention, states: Tensor, packing: Packing, 
 
 
 def _cross_attention(attention: BertAttention, states: Tensor, packing: Packing, looks: Looks) -> Tensor:
-    """Keys and values are projected once an image. The texts that look at an image stand side by side, as one long
-    sequence of queries, so that its keys and values need no copy; only for looks.images they are copied."""
+    """Attend to the images, whose keys and values are projected once each.
+
+    The texts that look at an image stand side by side, as one long sequence of queries, so that its keys and values
+    need no copy; only for looks.images they are copied.
+    """
     inner, (tokens, repeats, images) = attention.self, looks
     heads, dropout = inner.num_attention_heads, inner.dropout.p if inner.training else 0.0
     b, length = len(tokens), packing.length
@@ -178,17 +186,17 @@ class _Layers(nn.Module):
         self._layer: Callable[..., Tensor] = bert_layer
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each layer is computed again in backward, instead of keeping what it made."""
+        """Set whether backward recomputes each layer's activations instead of storing them."""
         self._checkpointing = on
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile what runs a layer, once for all of them and for texts of any number and length."""
+        """Compile the function that runs a layer, once for all of them and for texts of any number and length."""
         self._layer = torch.compile(bert_layer, dynamic=True, backend=backend)
 
     def _run(
         self, encoder: BertEncoder, packed: Tensor, packing: Packing, mask: Tensor, looks: Looks | None = None
     ) -> Tensor:
-        """(T, width) states after the last layer. mask: (n, L), 1 where a token may be attended to."""
+        """Run all layers on (T, width) states. mask: (n, L), 1 where a token may be attended to."""
         attended = mask[:, None, None, :].bool()
         for each in encoder.layer:
             if self._checkpointing and torch.is_grad_enabled():
@@ -199,7 +207,7 @@ class _Layers(nn.Module):
 
 
 class TextEncoder(_Layers):
-    """The lower BERT layers, on text alone; [CLS] is state 0."""
+    """Text encoder: the lower BERT layers, on text alone; [CLS] is state 0."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -218,7 +226,7 @@ class TextEncoder(_Layers):
 
 
 class FusionEncoder(_Layers):
-    """The upper BERT layers: text states attend to each other, in both directions, and to the image tokens."""
+    """Fusion encoder: the upper BERT layers. Text states attend to each other, both ways, and to the image tokens."""
 
     def __init__(self, config: BertConfig, image_width: int) -> None:
         super().__init__()

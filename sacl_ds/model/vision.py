@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ImageStates(NamedTuple):
-    """What the image encoder makes of b images. A tuple, since ZeRO 3 looks for tensors in those alone.
+    """Output of the image encoder for b images. A tuple, since ZeRO 3 looks for tensors in those alone.
 
     tokens: (b, P, width), [CLS] first; of them come the image's features. scored: where a text that is known later
     begins to choose among patches (`ImageEncoder.guided`); None where nothing is left to choose. places: (b, kept)
@@ -33,7 +33,7 @@ class ImageStates(NamedTuple):
     places: Tensor | None = None
 
     def at(self, images: Tensor) -> ImageStates:
-        """Of the images at these (n,) places in the batch; those that are chosen from, where there is a choice."""
+        """Select the states of the images at these (n,) indices; with `scored`, patches are not yet selected."""
         if self.scored is None:
             return ImageStates(take(self.tokens, images), None, None if self.places is None else self.places[images])
         scored = self.scored.at(images)
@@ -41,7 +41,7 @@ class ImageStates(NamedTuple):
 
 
 class ImageEncoder(nn.Module):
-    """(b, 3, H, W) uint8 -> `ImageStates`. Pixels are normalised here, on the device."""
+    """Image encoder, (b, 3, H, W) uint8 -> `ImageStates`. Pixels are normalised here, on the device."""
 
     mean: Tensor
     std: Tensor
@@ -75,7 +75,7 @@ class ImageEncoder(nn.Module):
         self.width: int = self.vit.num_features
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each block is computed again in backward, instead of keeping what it made."""
+        """Set whether backward recomputes each block's activations instead of storing them."""
         self.vit.set_grad_checkpointing(on)
 
     def compile_layers(self, backend: str = "inductor") -> None:
@@ -84,7 +84,7 @@ class ImageEncoder(nn.Module):
             block.compile(backend=backend)
 
     def forward(self, images: Tensor, guide: Tensor | None = None) -> ImageStates:
-        """guide: (b, width) [CLS] states of texts; without patch selection no text takes part in the result."""
+        """Encode images. guide: (b, width) [CLS] states of texts, which only patch selection uses."""
         return ImageStates(self.vit.forward_features(self._normalised(images)))
 
     def guided(self, states: ImageStates, guide: Tensor, images: Tensor | None = None) -> ImageStates:
@@ -97,7 +97,7 @@ class ImageEncoder(nn.Module):
 
 
 def _load_published(vit: nn.Module, label: str) -> None:
-    """timm's weights of that model, all of them: without a classifier timm leaves at chance what they lack."""
+    """Load timm's weights of that model, all of them: without a classifier timm leaves at chance what they lack."""
     lacking: list[str] = []
     hook = vit.register_load_state_dict_post_hook(lambda _, names: lacking.extend(names.missing_keys))
     filter_fn = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)

@@ -1,4 +1,4 @@
-"""The VQA model (ALBEF's): pre-trained encoders read the question with the image, a decoder ranks answers.
+"""VQA model (ALBEF's): pre-trained encoders read the question with the image, a decoder ranks answers.
 
 Facts: models/model_vqa.py of github.com/salesforce/ALBEF.
 """
@@ -19,9 +19,9 @@ from sacl_ds.model.sacl import SaclModel
 _CANDIDATES_AT_ONCE = 8  # of each question; independent of the batch, so that all ranks run equally many passes
 
 
-class Ranking(NamedTuple):
-    """best: (b,) int64, the candidate ranked first. scores: (b, top) float32, log-likelihoods, falling.
-    candidates: (b, top) int64, whose they are."""
+class AnswerRanking(NamedTuple):
+    """Ranking of answers. best: (b,) int64, the candidate ranked first. scores: (b, top) float32, log-likelihoods,
+    falling. candidates: (b, top) int64, whose they are."""
 
     best: Tensor
     scores: Tensor
@@ -29,10 +29,11 @@ class Ranking(NamedTuple):
 
 
 class VqaModel(nn.Module):
-    """Shapes: b questions, L tokens of a question, A answers, La tokens of an answer: [CLS], its words, [SEP]."""
+    """Model of questions and answers. b: questions, L: tokens of one, A: answers, La: tokens of one, [CLS] and [SEP]
+    too."""
 
     def __init__(self, start: SaclModel, config: ModelConfig, vocab_size: int) -> None:
-        """Takes over start's encoders, not its projections and heads, which VQA has no use for.
+        """Take over start's encoders, but not its projections and heads, which VQA has no use for.
 
         config: start's. vocab_size: of the tokenizer; where that has grown (`data.vocabulary`), the embeddings do.
         Raises ValueError where it is smaller than start's.
@@ -45,7 +46,7 @@ class VqaModel(nn.Module):
         self.answer_decoder = AnswerDecoder(start, config)
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each block of encoders and decoder is computed again in backward, instead of keeping what it made."""
+        """Set whether backward recomputes the activations of encoders and decoder instead of storing them."""
         for part in (self.image_encoder, self.text_encoder, self.fusion_encoder, self.answer_decoder):
             part.checkpoint_activations(on)
 
@@ -55,7 +56,8 @@ class VqaModel(nn.Module):
             part.compile_layers(backend)
 
     def encode_question(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(b, 3, H, W) uint8, (b, L), (b, L) int64 -> (b, L, width). With patch selection, the question chooses."""
+        """Encode images (b, 3, H, W) uint8 and questions (b, L) -> (b, L, width). With patch selection, the question
+        chooses."""
         states = self.text_encoder(input_ids, attention_mask)
         image_states = self.image_encoder(images, guide=states[:, 0])
         return self.fusion_encoder(states, attention_mask, image_states.tokens)
@@ -83,7 +85,7 @@ class VqaModel(nn.Module):
         candidate_mask: Tensor,
         top: int,
         first_token_twice: bool = True,
-    ) -> Ranking:
+    ) -> AnswerRanking:
         """The most likely of K candidate answers, (K, La) ids and mask, to each question, in ALBEF's two steps.
 
         The `top` candidates by the probability of their first token get their full likelihood; with as many as there
@@ -109,11 +111,11 @@ class VqaModel(nn.Module):
         scores = torch.cat(parts, 1) + (first if first_token_twice else 0)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         candidates = chosen.gather(1, order)
-        return Ranking(candidates[:, 0], scores, candidates)
+        return AnswerRanking(candidates[:, 0], scores, candidates)
 
 
 def _grow(model: SaclModel, words: int) -> None:
-    """Give the model's word embeddings and its MLM head rows for so many words; new ones are drawn as at the start."""
+    """Add rows to the word embeddings and the MLM head for so many tokens; new ones are drawn as at the start."""
     embeddings, head = model.text_encoder.bert.embeddings, model.mlm_head
     known, bert = embeddings.word_embeddings, model.text_encoder.bert.config
     more = words - known.num_embeddings

@@ -1,4 +1,4 @@
-"""Steps that are both measured and computed (`tools/measure_scaling.py`, docs/lab/scaling.md)."""
+"""Steps that are both measured and estimated (`tools/measure_scaling.py`, docs/lab/scaling.md)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sacl_ds.config import RunConfig
 from sacl_ds.ds_config import read_ds_config
-from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.job import PlannedJob, Zero
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAIRS = 12  # a rank
@@ -27,7 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """pairs: a rank. itc_alone: without ITM and MLM."""
+    """Step that is measured. pairs: a rank. itc_alone: without ITM and MLM."""
 
     size: str
     pairs: int
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def ds(self) -> dict[str, Any]:
-        """As in ds_configs/, with buckets as much smaller as the model is."""
+        """DeepSpeed configuration as in ds_configs/, its buckets scaled down with the model."""
         if self.stage == 0:
             return {"zero_optimization": {"stage": 0}}
         found = read_ds_config(ROOT / f"ds_configs/zero{self.stage}{'_offload' if self.offload else ''}.json")
@@ -64,7 +64,7 @@ class Case:
         return found
 
     @property
-    def job(self) -> Job:
-        return Job(
+    def job(self) -> PlannedJob:
+        return PlannedJob(
             self.run, self.world, Zero.of(self.ds), predicted=PREDICTED, vocab_size=VOCABULARY, teacher_width=TEACHER
         )

@@ -1,4 +1,4 @@
-"""What was measured, beside what the formulas say."""
+"""Comparison of measurements with the formulas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sacl_ds.planning.case import PAIRS, Case
-from sacl_ds.planning.job import Job
+from sacl_ds.planning.job import PlannedJob
 from sacl_ds.planning.memory import memory
 from sacl_ds.planning.wire import total, transfers
 
@@ -17,9 +17,11 @@ _LATER = ("buckets", "gradients of the share", "block computed again")  # made w
 _NEGLIGIBLE = 2000  # bytes a step: norms and counters, which no formula follows
 
 
-def predicted(job: Job) -> dict[str, float]:
-    """Bytes of a rank by the formulas, under the names that are measured: what offloading takes counts too, since on a
-    CPU it is the same memory."""
+def predicted(job: PlannedJob) -> dict[str, float]:
+    """Estimate the bytes of a rank under the names that are measured.
+
+    Offloaded bytes count too, since on a CPU it is the same memory.
+    """
     of = memory(job)
     all_kept = of.kept | {f"{name}, offloaded": size for name, size in of.host.items()}
     made = transfers(job)
@@ -34,9 +36,9 @@ def predicted(job: Job) -> dict[str, float]:
 
 
 def row_of(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """For the record: the case, and the most that any of its ranks measured, in bytes.
+    """Return a row of the record: the case, and the most that any of its ranks measured, in bytes.
 
-    ranks: of each what `tools/measure_scaling.py` measured.
+    ranks: for each rank, what `tools/measure_scaling.py` measured.
     """
     found = {name: max(rank[name] for rank in ranks) for name in _FIGURES if name not in COLLECTIVES}
     alone = case.world == 1  # DeepSpeed calls its collectives all the same; a ring of one sends nothing
@@ -61,7 +63,7 @@ class Compared:
 
     @property
     def row(self) -> str:
-        """Of the table."""
+        """Row of the Markdown table."""
         figures = [_figure(self.measured[name], self.ratio[name]) for name in _FIGURES]
         return f"| {self.case.world} | {self.case.stage} | {_extras(self.case)} | {' | '.join(figures)} |"
 
@@ -73,7 +75,7 @@ def _ratio(measured: float, formula: float) -> float:
 
 
 def table(rows: list[Compared]) -> str:
-    """Markdown: a line a case, measured MB and their ratio to the formula."""
+    """Format Markdown: a line a case, measured MB and their ratio to the formula."""
     lines = [
         f"| ranks | ZeRO | with | {' | '.join(_FIGURES)} |",
         f"|{' ---: | --- | --- |'}{' ---: |' * len(_FIGURES)}",
@@ -82,12 +84,12 @@ def table(rows: list[Compared]) -> str:
 
 
 def worst(rows: list[Compared], names: tuple[str, ...]) -> float:
-    """The greatest deviation of any of these figures, as a share."""
+    """Return the greatest deviation of any of these metrics, as a share."""
     return max(abs(row.ratio[name] - 1) for row in rows for name in names)
 
 
 def _extras(case: Case) -> str:
-    """What sets a case apart from a plain step in float32."""
+    """Describe what sets a case apart from a plain step in float32."""
     parts = f"{case.micro_batches} micro-batches" if case.micro_batches > 1 else ""
     named = {"bf16": case.precision == "bf16", "offload": case.offload, parts: bool(parts)}
     named |= {"coalesced": case.coalesced, "checkpointing": case.checkpointed, "ITC alone": case.itc_alone}

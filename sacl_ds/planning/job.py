@@ -1,4 +1,4 @@
-"""What the formulas of memory, traffic and time take in: a run, its ranks, and what ZeRO is told to do."""
+"""Inputs of the formulas of memory, traffic and time: a run, its ranks, and ZeRO's settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Zero:
 
     @classmethod
     def of(cls, ds: dict[str, Any]) -> Zero:
-        """From a DeepSpeed configuration, resolved or as in ds_configs/."""
+        """Read the ZeRO settings of a DeepSpeed configuration, resolved or as in ds_configs/."""
         section = ds.get("zero_optimization", {})
         stage = int(section.get("stage", 0))
 
@@ -57,12 +57,12 @@ class Zero:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A pre-training run on `world` ranks, its teacher's features at hand: one that runs beside it adds its own
-    weights and forward pass.
+class PlannedJob:
+    """Pre-training run on `world` ranks whose teacher's features are stored.
 
-    text_tokens, predicted, vocab_size: as for `ModelCost`. teacher_width: of the teacher's features, 0 without one.
-    id_columns: ids of a pair, by which its duplicates are known. Raises UserError where the batch does not divide.
+    A teacher that runs beside it adds its own weights and forward pass. text_tokens, predicted, vocab_size: as for
+    `ModelCost`. teacher_width: of the teacher's features, 0 without one. id_columns: ids of a pair, by which its
+    duplicates are known. Raises UserError where the batch does not divide.
     """
 
     run: RunConfig
@@ -89,22 +89,22 @@ class Job:
 
     @cached_property
     def pair(self) -> Cost:
-        """Forward of a pair, with the losses that the run has."""
+        """Cost of a pair's forward, with the losses that the run has."""
         return self.cost.pretraining(self.run.losses)
 
     @property
     def pairs(self) -> int:
-        """Of the global batch, on a rank."""
+        """Pairs of the global batch per rank."""
         return self.run.train.global_batch_size // self.world
 
     @property
     def at_once(self) -> int:
-        """Pairs that pass through the model together."""
+        """Number of pairs that pass through the model together."""
         return self.run.micro_batches(self.world)[0]
 
     @property
     def parts(self) -> int:
-        """Micro-batches of a step."""
+        """Number of micro-batches of a step."""
         return self.run.micro_batches(self.world)[1]
 
     @property
@@ -114,28 +114,30 @@ class Job:
 
     @property
     def reductions(self) -> int:
-        """Times a step that gradients are reduced: ZeRO 0 and 1 keep them whole until the last micro-batch."""
+        """Number of gradient reductions of a step: ZeRO 0 and 1 keep them whole until the last micro-batch."""
         return self.parts if self.zero.stage > 1 and self.reduced_in_backward else 1
 
     @property
     def reduced_in_backward(self) -> bool:
-        """Not behind that of the last micro-batch, of all of them at once."""
+        """Whether gradients are reduced during backward, and not all at once after that of the last micro-batch."""
         return self.parts == 1 or not self.run.train.coalesce_reduction
 
     @cached_property
     def sizes(self) -> list[tuple[int, bool]]:
-        """Of each parameter that is trained: how many numbers, and whether autocast computes with it in half
-        precision, in which DeepSpeed then sends it and its gradient: those of plain linear layers and convolutions."""
+        """Number of elements of each trained parameter, and whether autocast computes with it in half precision.
+
+        DeepSpeed sends those and their gradients in half precision: weights of plain linear layers and convolutions.
+        """
         return self._sizes(self.cost.model, trained=True)
 
     @cached_property
     def untrained_sizes(self) -> list[tuple[int, bool]]:
-        """Of the parameters that no loss reaches: no forward pass asks for them, and no optimizer."""
+        """Same as `sizes`, for parameters that no loss reaches: no forward pass asks for them, and no optimizer."""
         return self._sizes(self.cost.model, trained=False)
 
     @cached_property
     def late_sizes(self) -> list[tuple[int, bool]]:
-        """Of the parameters that the first pass of micro-batches, for ITC's features, does without."""
+        """Same as `sizes`, for parameters that the first pass of micro-batches, for ITC's features, does without."""
         model = self.cost.model
         late = (model.fusion_encoder, model.matching_head, model.mlm_head)
         return [each for part in late for each in self._sizes(part, trained=True)]
@@ -156,18 +158,20 @@ class Job:
 
     @cached_property
     def parameters(self) -> int:
-        """Those that are trained."""
+        """Number of trained parameters."""
         return sum(size for size, _ in self.sizes)
 
     @cached_property
     def cast(self) -> int:
-        """Of these, which autocast holds in half precision too."""
+        """Number of trained parameters that autocast also holds in half precision."""
         return sum(size for size, cast in self.sizes if cast)
 
     @property
     def shard(self) -> int:
-        """Parameters of which a rank keeps the optimizer's state, of those that are trained: under ZeRO 3 every tensor
-        is cut in equal parts, under ZeRO 1 and 2 all of them together."""
+        """Number of trained parameters whose optimizer state a rank keeps.
+
+        Under ZeRO 3 every tensor is cut in equal parts, under ZeRO 1 and 2 all of them together.
+        """
         if self.zero.stage == 0:
             return self.parameters
         if self.zero.stage == 3:
@@ -175,5 +179,5 @@ class Job:
         return -(-self.parameters // self.world)
 
     def cut(self, sizes: list[tuple[int, bool]]) -> int:
-        """Numbers of a rank where every one of these is cut in equal parts."""
+        """Return a rank's elements where every one of these tensors is cut in equal parts."""
         return sum(-(-size // self.world) for size, _ in sizes)

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds, by part: what stays between steps, and what a step adds at its two high points.
+"""Memory of a rank in bytes, by part: what stays between steps, and what a step adds at its two high points.
 
 Parameters, gradients and Adam's two averages are float32, also under autocast, whose bfloat16 copies of the weights
 live from forward to backward. The high points are the beginning of backward, where every activation is held and no
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sacl_ds.errors import UserError
 from sacl_ds.model.cost import PAIRINGS
-from sacl_ds.planning.job import FLOAT, HALF, Job
+from sacl_ds.planning.job import FLOAT, HALF, PlannedJob
 
 _IDS = 8  # bytes of an id
 _SUMS = 3 * 8  # of a text: two float64 log-sums and a count
@@ -46,8 +46,8 @@ class Memory:
         return self.at_rest + max(sum(self.forward.values()), sum(self.backward.values()))
 
 
-def memory(job: Job) -> Memory:
-    """Of one rank of the job, in bytes."""
+def memory(job: PlannedJob) -> Memory:
+    """Estimate the memory of one rank of the job, in bytes."""
     zero, whole, shard = job.zero, FLOAT * job.parameters, FLOAT * job.shard
     kept: dict[str, float] = {}
     away: dict[str, float] = {}
@@ -89,9 +89,11 @@ def memory(job: Job) -> Memory:
     return Memory(kept, forward, _gradients(job), host, disk)
 
 
-def activations(job: Job) -> float:
-    """Bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`; with checkpointing, of all
-    encoders' blocks only what goes in, in float32 also under autocast."""
+def activations(job: PlannedJob) -> float:
+    """Estimate the bytes that forward of a micro-batch keeps for backward: `ModelCost.pretraining`.
+
+    With checkpointing only the inputs of all encoders' blocks are kept, in float32 also under autocast.
+    """
     numbers, extra = job.pair.kept, _autocast_extra(job) if job.autocast else 0.0
     inputs = 0.0
     if job.checkpointed:
@@ -108,8 +110,8 @@ def activations(job: Job) -> float:
     return job.at_once * (size * numbers + HALF * extra + FLOAT * inputs)
 
 
-def computed_again(job: Job) -> float:
-    """Bytes of the largest block, which backward holds as a whole with checkpointing."""
+def computed_again(job: PlannedJob) -> float:
+    """Estimate the bytes of the largest block, which backward holds as a whole with checkpointing."""
     size = HALF if job.autocast else FLOAT
     most = max(size * each.kept + (HALF * each.extra if job.autocast else 0) for each in _blocks(job))
     return job.at_once * most if job.checkpointed else 0.0
@@ -123,9 +125,11 @@ class _Block(NamedTuple):
     extra: float
 
 
-def _blocks(job: Job) -> list[_Block]:
-    """Of the image encoder, of the text encoder with captions and masked ones, of the fusion encoder with all texts
-    of ITM and MLM; without patch selection."""
+def _blocks(job: PlannedJob) -> list[_Block]:
+    """Sizes of the transformer blocks without patch selection: image encoder, text encoder, fusion encoder.
+
+    The text encoder takes captions and masked ones, the fusion encoder all texts of ITM and MLM.
+    """
     cost, model = job.cost, job.run.model
     matching, words = "itm" in job.run.losses, "mlm" in job.run.losses
     texts, fusions = 1 + words, PAIRINGS * matching + words
@@ -149,22 +153,24 @@ def _blocks(job: Job) -> list[_Block]:
     return encoders + [of_both] * model.fusion_layers
 
 
-def _autocast_extra(job: Job) -> float:
-    """bfloat16 numbers a pair on top of half of what float32 keeps: inputs of norms stay float32, and every linear
-    layer keeps its own bfloat16 copy of what several of them read."""
+def _autocast_extra(job: PlannedJob) -> float:
+    """Count the bfloat16 numbers a pair that autocast adds to half of what float32 keeps.
+
+    Inputs of norms stay float32, and every linear layer keeps its own bfloat16 copy of what several of them read.
+    """
     last_norm = (1 + job.cost.patches) * job.cost.model.image_encoder.width
     return sum(each.extra for each in _blocks(job)) + last_norm
 
 
-def loss_bytes(job: Job) -> float:
-    """Bytes of the contrastive loss: features, ids and log-sums of all texts, a share of the texts' gradient."""
+def loss_bytes(job: PlannedJob) -> float:
+    """Estimate the bytes of the contrastive loss: features, ids and log-sums of all texts, part of their gradient."""
     texts = job.run.train.global_batch_size
     width = job.run.model.embed_dim + job.teacher_width
     return texts * (FLOAT * width + _IDS + _SUMS) if job.world > 1 else 0.0
 
 
-def _gradients(job: Job) -> dict[str, float]:
-    """At the end of backward, or of the optimizer's step, whichever holds more."""
+def _gradients(job: PlannedJob) -> dict[str, float]:
+    """Memory at the end of backward or in the optimizer's step, whichever is more."""
     zero, whole, shard = job.zero, FLOAT * job.parameters, FLOAT * job.shard
     if zero.stage == 0:
         return {"gradients": whole, "buckets": FLOAT * min(job.parameters, 500_000_000)}
@@ -179,21 +185,23 @@ def _gradients(job: Job) -> dict[str, float]:
     return {"gradients": 0 if zero.optimizer else copies * shard, "buckets": _bucket(job)}
 
 
-def _whole_parameters(job: Job) -> float:
-    """That ZeRO 3 gathered; alone, the shard is whole as it is."""
+def _whole_parameters(job: PlannedJob) -> float:
+    """Memory of the parameters that ZeRO-3 has gathered; 0 on one rank, where the shard is everything."""
     return FLOAT * min(job.parameters, job.zero.live) if job.world > 1 else 0.0
 
 
-def _accumulated(job: Job) -> dict[str, float]:
-    """Gradients that earlier micro-batches have left."""
+def _accumulated(job: PlannedJob) -> dict[str, float]:
+    """Bytes of gradients that earlier micro-batches have left."""
     if job.zero.stage < 2 or not job.reduced_in_backward:
         return {"gradients": FLOAT * job.parameters}
     return {"gradients": FLOAT * job.shard if job.zero.stage == 2 and not job.zero.optimizer else 0.0}
 
 
-def _bucket(job: Job) -> float:
-    """Under autocast ZeRO keeps buckets of two kinds, for gradients sent in float32 and in bfloat16; ZeRO 1 and 2 fill
-    both in float32, ZeRO 3 each in what is sent."""
+def _bucket(job: PlannedJob) -> float:
+    """Bytes of the reduction buckets, of two kinds under autocast: gradients sent in float32 and in bfloat16.
+
+    ZeRO 1 and 2 fill both in float32, ZeRO 3 each in what is sent.
+    """
     kinds = {cast for _, cast in job.sizes}
     size, times = job.zero.reduce_bucket, 2 if job.zero.double else 1
     if job.zero.stage == 3:
@@ -201,20 +209,20 @@ def _bucket(job: Job) -> float:
     return times * len(kinds) * FLOAT * size
 
 
-def _sharded_parameters(job: Job) -> float:
+def _sharded_parameters(job: PlannedJob) -> float:
     small = sum(size for size, _ in job.sizes if size <= job.zero.persistent)
     return FLOAT * (job.shard + small)
 
 
-def _untrained(job: Job) -> float:
-    """ZeRO 1 and 2 leave them whole."""
+def _untrained(job: PlannedJob) -> float:
+    """Bytes of parameters that are not trained; ZeRO 1 and 2 leave them whole."""
     sizes = job.untrained_sizes
     if job.zero.stage < 3:
         return FLOAT * sum(size for size, _ in sizes)
     return FLOAT * (job.cut(sizes) + sum(size for size, _ in sizes if size <= job.zero.persistent))
 
 
-def _queue(job: Job) -> float:
+def _queue(job: PlannedJob) -> float:
     settings = job.run.momentum
     teacher = job.teacher_width if settings.regulate_queue else 0
     return settings.queue_size * (2 * FLOAT * (job.run.model.embed_dim + teacher) + _IDS)

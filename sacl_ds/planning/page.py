@@ -1,4 +1,4 @@
-"""docs/lab/scaling.md: `python -m sacl_ds.planning.page FILE` writes it; without FILE, stdout.
+"""Page docs/lab/scaling.md: `python -m sacl_ds.planning.page FILE` writes it; without FILE, stdout.
 
 It is made of the formulas, and of docs/lab/scaling_measured.json, which `tools/measure_scaling.py` gave.
 """
@@ -15,7 +15,7 @@ from sacl_ds.config_file import load_config
 from sacl_ds.ds_config import read_ds_config
 from sacl_ds.planning.case import ROOT
 from sacl_ds.planning.checking import COLLECTIVES, HELD, Compared, table, worst
-from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.job import PlannedJob, Zero
 from sacl_ds.planning.memory import memory
 from sacl_ds.planning.record import read_record
 from sacl_ds.planning.time import H100, hours, step_time
@@ -151,7 +151,7 @@ what else to change: [running.md](../running.md#from-one-gpu-to-128).
 
 
 def page(measured: dict[str, Any]) -> str:
-    """docs/lab/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
+    """Return the text of docs/lab/scaling.md. measured: as `sacl_ds.planning.record` describes it."""
     job, rows, limited = _job(8, _ADVISED), [Compared.of(row) for row in measured["rows"]], measured["limited"]
     return _PAGE.format(
         million=f"{rows[0].case.job.parameters / 1e6:.1f}",
@@ -180,14 +180,14 @@ def page(measured: dict[str, Any]) -> str:
     )
 
 
-def _job(world: int, stage: int, batch: int | None = None) -> Job:
-    """batch: None for that of `_WORLDS`."""
+def _job(world: int, stage: int, batch: int | None = None) -> PlannedJob:
+    """Make a job of the page. batch: None for that of `_WORLDS`."""
     batch = batch or _WORLDS[world]
     micro = _AT_ONCE if batch // world > _AT_ONCE else None
     train = {"global_batch_size": batch, "precision": "bf16", "micro_batch_size": micro}
     run = RunConfig.model_validate({"model": {"preset": "base"}, "train": train})
     ds = read_ds_config(ROOT / f"ds_configs/zero{stage}.json") if stage else {}
-    return Job(run, world, Zero.of(ds), teacher_width=_TEACHER)
+    return PlannedJob(run, world, Zero.of(ds), teacher_width=_TEACHER)
 
 
 def _worked() -> list[str]:
@@ -208,7 +208,7 @@ def _worked() -> list[str]:
 
 
 def _road() -> list[str]:
-    """Settings from one GPU to many, a row for each number of them."""
+    """List the settings from one GPU to many, a row for each number of them."""
     first = load_config(str(ROOT / "launch/configs/sacl.yaml"), [])
     assert first.train.global_batch_size == _ROAD[1]
     head = ["GPUs", "`global_batch_size`", "pairs a GPU, at once", "`lr_image`, `lr_text`", "`warmup_steps`", "`steps`"]

@@ -16,7 +16,7 @@ _IMPORTED = ["sacl_ds.training.pretrain", "deepspeed"]  # once for all processes
 
 
 def on_ranks(world: int, work: Callable[[int, Any], Any], argument: Any) -> list[Any]:
-    """What work(rank, argument) returned on each of `world` processes, by way of JSON; None of one that failed.
+    """Run work(rank, argument) in `world` processes; returns their results by way of JSON, None of one that failed.
 
     work: of a module that can be imported; it finds the launcher's variables in its environment.
     """

@@ -1,7 +1,7 @@
-"""docs/lab/scaling_measured.json: what tools measured for docs/lab/scaling.md, each its own part of it.
+"""Record docs/lab/scaling_measured.json: measurements of tools for docs/lab/scaling.md, each its own part of it.
 
-{"rows": of `tools/measure_scaling.py`, {"case", "measured"} each,
-"limited": of `tools/show_offload.py`, {"parameters", "limit", "arms": lines}}
+{"rows": of `tools/measure_scaling.py`, {"case", "measured"} each, "limited": of `tools/show_offload.py`, {"parameters",
+"limit", "arms": lines}}
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sacl_ds.errors import UserError
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Without rows where there is no such file. Raises UserError where it holds something else."""
+    """Read the record; it has no rows where the file does not exist. Raises UserError where it holds something else."""
     if not path.exists():
         return {"rows": []}
     try:
@@ -27,14 +27,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def record_row(path: Path, row: dict[str, Any]) -> None:
-    """In the place of the row of the same case, or behind all of its kind: by precision and what else, ranks, stage."""
+    """Insert a row, or replace the row of the same case; rows are sorted by kind, precision, ranks and stage."""
     record = read_record(path)
     rows = [each for each in record["rows"] if each["case"] != row["case"]]
     _write(path, record | {"rows": sorted([*rows, row], key=lambda each: _order(each["case"]))})
 
 
 def record_limited(path: Path, limited: dict[str, Any]) -> None:
-    """Instead of what `tools/show_offload.py` found before."""
+    """Replace the earlier findings of `tools/show_offload.py`."""
     _write(path, read_record(path) | {"limited": limited})
 
 

@@ -1,4 +1,4 @@
-"""How long a step takes: an estimate from assumed rates, which are inputs and no measurements."""
+"""Estimate of a step's time from assumed rates, which are inputs and no measurements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sacl_ds.model.cost import BACKWARD
-from sacl_ds.planning.job import Job
+from sacl_ds.planning.job import PlannedJob
 from sacl_ds.planning.wire import transfers
 
 _CHECKPOINTED = 1  # forwards more, for the activations computed again
@@ -17,8 +17,11 @@ _LOSS, _KEYS = 8, 12
 
 @dataclass(frozen=True)
 class Rates:
-    """What is assumed of the hardware. flops: peak a GPU and second, dense; share: of it that is reached (MFU);
-    inside, outside: bytes a GPU sends a second within its node and to other nodes; node: GPUs of one."""
+    """Assumed rates of the hardware.
+
+    flops: peak a GPU and second, dense; share: of it that is reached (MFU); inside, outside: bytes a GPU sends a second
+    within its node and to other nodes; node: GPUs of one.
+    """
 
     flops: float
     share: float
@@ -34,8 +37,11 @@ H100 = Rates(flops=989e12, share=0.4, inside=0.8 * 450e9, outside=0.8 * 50e9)
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. compute: of the model and the loss, backward: the part of it that its backward passes are; hidden:
-    transfers that these can cover; open: others."""
+    """Time of a step in seconds.
+
+    compute: of the model and the loss, backward: the part of it that its backward passes are; hidden: transfers that
+    these can cover; open: others.
+    """
 
     compute: float
     backward: float
@@ -44,18 +50,21 @@ class StepTime:
 
     @property
     def least(self) -> float:
-        """With everything that can be covered covered."""
+        """Seconds of a step if every transfer that can overlap does."""
         return self.compute - self.backward + max(self.backward, self.hidden) + self.open
 
     @property
     def most(self) -> float:
-        """With nothing covered."""
+        """Seconds of a step if no transfer overlaps."""
         return self.compute + self.hidden + self.open
 
 
-def step_flops(job: Job) -> float:
-    """Of one rank: forward and backward of its pairs, once more forward of both encoders with micro-batches, forward of
-    a momentum model, and the batch's similarities."""
+def step_flops(job: PlannedJob) -> float:
+    """Count a rank's FLOPs in a step.
+
+    Forward and backward of its pairs, both encoders' forward once more with micro-batches, forward of a momentum model,
+    and the batch's similarities.
+    """
     features = job.cost.pretraining(("itc",)).flops
     a_pair = job.pair.flops + backward_flops(job) / job.pairs
     if job.parts > 1:
@@ -71,13 +80,13 @@ def step_flops(job: Job) -> float:
     return job.pairs * (a_pair + a_rival * rivals * width)
 
 
-def backward_flops(job: Job) -> float:
-    """Of these, the model's backward passes."""
+def backward_flops(job: PlannedJob) -> float:
+    """Count the part of `step_flops` that the model's backward passes take."""
     return job.pairs * (BACKWARD - 1 + (_CHECKPOINTED if job.checkpointed else 0)) * job.pair.flops
 
 
-def step_time(job: Job, rates: Rates) -> StepTime:
-    """Rings run at the speed of their slowest link: the network's as soon as there is more than one node."""
+def step_time(job: PlannedJob, rates: Rates) -> StepTime:
+    """Estimate a step's time. Rings run at their slowest link, the network's as soon as there are several nodes."""
     speed = rates.inside if job.world <= rates.node else rates.outside
     made = transfers(job)
     hidden, rest = (sum(each.sent(job.world) for each in made if each.hidden is kind) / speed for kind in (True, False))
@@ -85,7 +94,7 @@ def step_time(job: Job, rates: Rates) -> StepTime:
     return StepTime(step_flops(job) / reached, backward_flops(job) / reached, hidden, rest)
 
 
-def hours(job: Job, rates: Rates, pairs: float) -> tuple[float, float]:
-    """To see so many pairs, with all transfers covered that can be, and with none. Data never waits."""
+def hours(job: PlannedJob, rates: Rates, pairs: float) -> tuple[float, float]:
+    """Return the hours to see so many pairs, with all possible overlap and with none. Data never waits."""
     steps, each = math.ceil(pairs / job.run.train.global_batch_size), step_time(job, rates)
     return steps * each.least / 3600, steps * each.most / 3600

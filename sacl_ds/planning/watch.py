@@ -1,4 +1,4 @@
-"""What a training step really sends and really holds, seen from outside: by PyTorch's dispatcher and its allocator.
+"""Measurement of what a training step sends and holds, by PyTorch's dispatcher and its allocator.
 
 Nothing here knows the formulas of `memory` and `wire`, nor how the step is made; it is what they are checked against.
 """
@@ -84,7 +84,7 @@ class Allocations:
 
 
 def allocations(work: Callable[[Callable[[str], None]], None]) -> Allocations:
-    """What `work(mark)` allocates through PyTorch's CPU allocator; mark(name) notes the bytes held at that moment.
+    """Record what `work(mark)` allocates through PyTorch's CPU allocator; mark(name) notes the bytes held then.
 
     What gloo and C++ libraries take for themselves is not seen, nor the release of what was there before.
     """
@@ -130,7 +130,7 @@ def _all_threads_counted() -> Iterator[None]:
 
 
 def live_tensors() -> dict[int, int]:
-    """{storage: its bytes} of the CPU tensors that Python knows."""
+    """Return {storage: its bytes} of the CPU tensors that Python knows."""
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():

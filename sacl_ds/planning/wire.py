@@ -1,8 +1,8 @@
-"""Bytes that travel in a step, by purpose and collective.
+"""Bytes that a step sends, by purpose and collective.
 
 Convention: the payload of a collective is the tensor as a whole: what every rank hands to an all-reduce or a
-reduce-scatter, what every rank has after an all-gather. By a ring algorithm a rank then sends, and receives,
-2 (W-1)/W of it for an all-reduce, and (W-1)/W for the other two. DeepSpeed's ZeRO 1 and 2 all-reduce gradients
+reduce-scatter, what every rank has after an all-gather. By a ring algorithm a rank then sends, and receives, 2 (W-1)/W
+of it for an all-reduce, and (W-1)/W for the other two. DeepSpeed's ZeRO 1 and 2 all-reduce gradients
 (`use_multi_rank_bucket_allreduce`, on by default), although each rank needs its share only.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sacl_ds.planning.job import FLOAT, HALF, Job
+from sacl_ds.planning.job import FLOAT, HALF, PlannedJob
 
 _ID = 8  # bytes of an id
 _PARTS = 4  # in which the texts' gradient is sent
@@ -18,7 +18,7 @@ _PARTS = 4  # in which the texts' gradient is sent
 
 @dataclass(frozen=True)
 class Transfer:
-    """payload: bytes of a step, of the whole tensors. hidden: whether the backward pass can go on meanwhile."""
+    """Transfer of a step. payload: bytes of the whole tensors. hidden: whether backward can go on meanwhile."""
 
     purpose: str
     collective: str
@@ -30,8 +30,8 @@ class Transfer:
         return (2 if self.collective == "all-reduce" else 1) * (world - 1) / world * self.payload
 
 
-def transfers(job: Job) -> list[Transfer]:
-    """Of one step without logging, records or evaluation; none in one process."""
+def transfers(job: PlannedJob) -> list[Transfer]:
+    """List a step's transfers, without logging, records or evaluation; none in one process."""
     if job.world == 1:
         return []
     of_loss = contrastive_with_keys(job) if job.run.momentum.enabled else contrastive(job)
@@ -43,7 +43,7 @@ def total(made: list[Transfer], collective: str) -> float:
     return sum(each.payload for each in made if each.collective == collective)
 
 
-def _engine(job: Job) -> list[Transfer]:
+def _engine(job: PlannedJob) -> list[Transfer]:
     zero, whole = job.zero, FLOAT * job.parameters
     sent = whole - (FLOAT - HALF) * job.cast
     times = job.reductions
@@ -62,8 +62,8 @@ def _engine(job: Job) -> list[Transfer]:
     ]
 
 
-def _gathered(job: Job) -> float:
-    """Bytes of parameters that ZeRO 3 gathers in a step, those aside that stay whole.
+def _gathered(job: PlannedJob) -> float:
+    """Count the bytes of parameters that ZeRO 3 gathers in a step, without those that stay whole.
 
     What forward gathers stays until backward is done with it, if there is room; and what the first pass of the first
     micro-batch gathers, until the second pass is. Fetching ahead knows but one order of modules, the second pass's: at
@@ -78,17 +78,17 @@ def _gathered(job: Job) -> float:
     return job.parts * (every + late if once else 3 * every)
 
 
-def _sent(job: Job, sizes: list[tuple[int, bool]]) -> float:
+def _sent(job: PlannedJob, sizes: list[tuple[int, bool]]) -> float:
     return sum(_padded(job, size) * (HALF if cast else FLOAT) for size, cast in sizes)
 
 
-def _padded(job: Job, size: int) -> int:
-    """To equal shares of all ranks."""
+def _padded(job: PlannedJob, size: int) -> int:
+    """Round up to equal shares of all ranks."""
     return job.world * -(-size // job.world)
 
 
-def contrastive(job: Job) -> list[Transfer]:
-    """Of the contrastive loss and its gradient: texts travel, images stay."""
+def contrastive(job: PlannedJob) -> list[Transfer]:
+    """List the transfers of the contrastive loss and its gradient: texts travel, images stay."""
     settings = job.run
     texts, width = settings.train.global_batch_size, settings.model.embed_dim
     share = -(-job.pairs // _PARTS)
@@ -105,8 +105,8 @@ def contrastive(job: Job) -> list[Transfer]:
     return made
 
 
-def contrastive_with_keys(job: Job) -> list[Transfer]:
-    """The same against a momentum model's keys: those of both sides travel, and, without gradient, nothing back."""
+def contrastive_with_keys(job: PlannedJob) -> list[Transfer]:
+    """List the transfers of the loss against a momentum model's keys: both sides' keys travel, no gradient returns."""
     texts = job.run.train.global_batch_size
     return [
         Transfer("ids", "all-gather", _ID * texts * job.id_columns),
@@ -115,8 +115,8 @@ def contrastive_with_keys(job: Job) -> list[Transfer]:
     ]
 
 
-def _means(job: Job) -> list[Transfer]:
-    """How many pairings and tokens the means of ITM and MLM are over, and the temperature's gradient."""
+def _means(job: PlannedJob) -> list[Transfer]:
+    """List the transfers of ITM's and MLM's counts, and of the temperature's gradient."""
     counts = FLOAT * (len(job.run.losses) - 1) if job.parts == 1 else 2 * _ID
     return [
         Transfer("counts of ITM and MLM", "all-reduce", counts),
@@ -124,7 +124,7 @@ def _means(job: Job) -> list[Transfer]:
     ]
 
 
-def _momentum(job: Job) -> list[Transfer]:
+def _momentum(job: PlannedJob) -> list[Transfer]:
     settings = job.run.momentum
     if not settings.enabled:
         return []

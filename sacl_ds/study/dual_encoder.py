@@ -1,4 +1,4 @@
-"""The two towers of the study: transformers over the stem's cells and over words, each pooled into a unit vector."""
+"""Dual encoder of the study: transformers over the stem's cells and over words, each pooled into a unit vector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Shape:
 
 
 class Tower(nn.Module):
-    """(n, L, width) states and (n, L) bool of what is there -> (n, embed_dim) unit vectors."""
+    """Transformer from states (n, L, width) and a mask (n, L) bool to (n, embed_dim) unit vectors."""
 
     def __init__(self, shape: Shape, layers: int) -> None:
         super().__init__()
@@ -55,11 +55,11 @@ class DualEncoder(nn.Module):
         self.logit_scale = LogitScale(scale)
 
     def image(self, tokens: Tensor) -> Tensor:
-        """(n, CELLS, stem width) -> (n, embed_dim)."""
+        """Encode pictures, (n, CELLS, stem width) -> (n, embed_dim)."""
         there = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return self.image_tower(self.cells(tokens) + self.places, there)
 
     def text(self, ids: Tensor) -> Tensor:
-        """(n, L) int64, 0 where padded -> (n, embed_dim)."""
+        """Encode captions, (n, L) int64, 0 where padded -> (n, embed_dim)."""
         ids = ids[:, : int((ids != 0).sum(1).max())]
         return self.text_tower(self.words(ids) + self.positions[: ids.shape[1]], ids != 0)

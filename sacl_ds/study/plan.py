@@ -1,4 +1,4 @@
-"""What a study runs: a plan of arms and seeds, read from YAML, checked before anything starts."""
+"""Plan of a study: arms and seeds, read from YAML, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ AVERAGE = "average"  # in the place of a teacher's name: the student's own avera
 
 
 class Calibration(Room):
-    """kappa_t at which `share` of the negatives weigh less than `under` (the paper: 0.2, 0.7)."""
+    """Calibration of kappa_t: `share` of the negatives weigh less than `under` (the paper: 0.2, 0.7)."""
 
     share: Fraction
     under: PositiveFloat
 
 
 class Arm(Room):
-    """How the negatives of one arm are weighted. Fields that a kind of weights does not use have no effect."""
+    """Weighting of the negatives in one arm. Fields that a kind of weights does not use have no effect."""
 
     family: Family = Field(description="what the summary takes it for")
     weights: Weights = Field(
@@ -73,7 +73,7 @@ class Arm(Room):
 
 
 class Common(Room):
-    """What all arms share."""
+    """Settings that all arms share."""
 
     scenes: Positive = Field(20_000, description="training scenes of a seed")
     eval_scenes: Positive = 1000
@@ -118,7 +118,7 @@ class Plan(Room):
         return self
 
     def chain(self, name: str) -> list[str]:
-        """The arm's teacher, its teacher's teacher and so on. Raises ValueError for a circle."""
+        """List the arm's teacher, its teacher's teacher and so on. Raises ValueError for a circle."""
         found: list[str] = []
         teacher = self.arms[name].teacher
         while teacher is not None and teacher in self.arms:
@@ -129,14 +129,14 @@ class Plan(Room):
         return found
 
     def ordered(self) -> list[str]:
-        """Arms in the plan's order, each behind its teachers."""
+        """Sort the arms in the plan's order, each after its teachers."""
         order: list[str] = []
         for name in self.arms:
             order += [each for each in [*reversed(self.chain(name)), name] if each not in order]
         return order
 
     def only(self, arms: list[str] | None, seeds: list[int] | None) -> Plan:
-        """With these arms, their teachers and these seeds. Raises UserError for unknown ones."""
+        """Return the plan restricted to these arms, their teachers and these seeds. Raises UserError for unknown."""
         for name in arms or []:
             if name not in self.arms:
                 raise UserError(f"no arm of the plan is called {name!r}; it has {', '.join(self.arms)}")
@@ -152,7 +152,7 @@ class Plan(Room):
         return Plan(common=self.common, seeds=self.seeds if seeds is None else seeds, arms=kept, sweeps=sweeps)
 
     def fingerprint(self, name: str, seed: int) -> str:
-        """Equal for two trials that train the same model, whatever their arms are called."""
+        """Digest that is equal for two trials that train the same model, whatever their arms are called."""
         arm = self.arms[name]
         settings: dict[str, Any] = arm.model_dump(mode="json", exclude={"family", "teacher"}, exclude_none=True)
         teacher = arm.teacher
@@ -167,7 +167,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def read_validated(path: Path, kind: type[_Kind]) -> _Kind:
-    """A plan of any study from its YAML. Raises UserError with one line."""
+    """Read a plan of any study from its YAML. Raises UserError with one line."""
     try:
         return kind.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
     except OSError as error:

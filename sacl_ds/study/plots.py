@@ -1,4 +1,4 @@
-"""Pictures of a study."""
+"""Plots of a study."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sacl_ds.study.plan import Plan
-from sacl_ds.study.summary import METRIC, Row
+from sacl_ds.study.summary import METRIC, ArmSummary
 
 _COLOURS = {
     "infonce": "#777777", "control": "#b07020", "regulated": "#1f6fb4", "other": "#8a5fb0", "oracle": "#2a9050",
@@ -16,8 +16,8 @@ _COLOURS = {
 }  # fmt: skip
 
 
-def plot_arms(found: list[Row], path: Path) -> None:
-    """mAP of every arm, best at the top: a diamond for the mean, a dot a seed."""
+def plot_arms(found: list[ArmSummary], path: Path) -> None:
+    """Plot every arm's mAP, best at the top: a diamond for the mean, a dot a seed."""
     figure = Figure(figsize=(9, 1.2 + 0.24 * len(found)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(reversed(found)):
@@ -35,8 +35,8 @@ def plot_arms(found: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def plot_sweeps(plan: Plan, found: list[Row], path: Path) -> bool:
-    """mAP along the plan's sweeps, with the best arms of other families as lines; False where nothing is drawn."""
+def plot_sweeps(plan: Plan, found: list[ArmSummary], path: Path) -> bool:
+    """Plot mAP along the plan's sweeps, with the best arms of other families as lines; False where nothing is drawn."""
     known = {row.name: row for row in found}
     sweeps = {
         title: sorted(((value, known[name]) for name, value in points.items() if name in known), key=lambda p: p[0])

@@ -1,4 +1,4 @@
-"""What the arms of the study learn from: scenes whose cells have gone through the frozen stem once, with captions."""
+"""Pools of training data: scenes whose cells have gone through the frozen stem once, with captions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_TOKENS = 40
 
 @dataclass(frozen=True)
 class Pool:
-    """n scenes, each with k captions."""
+    """Pool of n scenes, each with k captions."""
 
     scenes: list[Scene]
     captions: list[Caption]  # n * k, scene after scene
@@ -40,7 +40,7 @@ class Pool:
 
 
 def vocabulary(folder: Path) -> Tokenizer:
-    """The tokenizer of all pools: trained on captions of every kind."""
+    """Return the tokenizer of all pools, trained on captions of every kind."""
     path = folder / f"tokenizer-{VERSION}"
     if not path.exists():
         said = [
@@ -69,7 +69,7 @@ def pool(
     folder: Path,
     captions: int = 4,
 ) -> Pool:
-    """Scenes(count, seed, detail=detail) as a pool; the stem's tokens are kept in `folder` and found there again."""
+    """Make a pool of Scenes(count, seed, detail=detail); the stem's tokens are kept in `folder` and reused."""
     scenes = Scenes(count, seed, detail=detail, captions=captions)
     said = [caption for index in range(count) for caption in scenes.captions(index)]
     name = hashlib.sha256(repr((VERSION, count, seed, stem_name)).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""A bar over the trials of a study, and a line for each that ends."""
+"""Progress bar over the trials of a study, and a line for each that ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image stem of the study: a small network that has learned what one cell of a scene shows.
+"""Image stem of the study: a small network that has learned what one cell of a scene shows.
 
 It stands for the published image encoder that a real run starts from (the paper: CLIP's ViT). It is trained once, on
 scenes of its own, and frozen; all arms and seeds share it, so that arms differ in the contrastive loss alone.
@@ -41,7 +41,7 @@ class StemSettings:
 
 
 class Stem(nn.Module):
-    """(n, CELLS, 3, 16, 16) float pixels in [-1, 1] -> (n, CELLS, width)."""
+    """Encoder of cells: (n, CELLS, 3, 16, 16) float pixels in [-1, 1] -> (n, CELLS, width)."""
 
     def __init__(self, settings: StemSettings) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class Stem(nn.Module):
 
 
 def cells_of(images: np.ndarray) -> Tensor:
-    """(n, 48, 48, 3) uint8 -> (n, CELLS, 3, 16, 16) float32 in [-1, 1], row by row."""
+    """Cut images into cells: (n, 48, 48, 3) uint8 -> (n, CELLS, 3, 16, 16) float32 in [-1, 1], row by row."""
     n = len(images)
     pixels = torch.from_numpy(images).float().div_(127.5).sub_(1)
     return pixels.view(n, GRID, _CELL, GRID, _CELL, 3).permute(0, 1, 3, 5, 2, 4).reshape(n, CELLS, 3, _CELL, _CELL)
 
 
 def trained_stem(settings: StemSettings, folder: Path) -> Stem:
-    """From `folder` where it has been trained before, else trained and kept there. Under a minute on a core."""
+    """Load the stem from `folder`, or train it (under a minute on a core) and save it there."""
     path = folder / f"stem-{settings.fingerprint}.safetensors"
     stem = Stem(settings)
     if path.exists():
@@ -100,14 +100,14 @@ def trained_stem(settings: StemSettings, folder: Path) -> Stem:
 
 @torch.no_grad()
 def stem_accuracy(stem: Stem, scenes: Scenes) -> list[float]:
-    """Share of cells of which shape, colour, size, texture and background are told right."""
+    """Return the share of cells whose shape, colour, size, texture and background are all predicted right."""
     cells = cells_of(np.stack([scenes.image(i) for i in range(len(scenes))])).flatten(0, 1)
     truth, states = torch.from_numpy(truth_of_cells(scenes)).flatten(0, 1), stem(cells)
     return [float((head(states).argmax(1) == truth[:, which]).float().mean()) for which, head in enumerate(stem.heads)]
 
 
 def truth_of_cells(scenes: Scenes) -> np.ndarray:
-    """(count, CELLS, len(CLASSES)) int64."""
+    """Return the classes of the scenes' cells, (count, CELLS, len(CLASSES)) int64."""
     truth = np.empty((len(scenes), CELLS, len(CLASSES)), np.int64)
     truth[:, :, :4] = np.array(CLASSES[:4]) - 1
     for index in range(len(scenes)):

@@ -1,4 +1,4 @@
-"""The summary of a study as files."""
+"""Summary of a study as files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a plan's trials in several processes, each behind its teacher's; what is done already is not done again."""
+"""Scheduling of a plan's trials over processes, each after its teacher's; finished ones are not run again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Trial = tuple[str, int]  # arm and seed
 
 
 def finished(plan: Plan, folder: Folder) -> dict[Trial, dict[str, Any]]:
-    """Results of the plan's trials that are there. Raises UserError."""
+    """Read the results of the plan's trials. Raises UserError."""
     known = results(folder.trials)
     trials = {(name, seed): plan.fingerprint(name, seed) for name in plan.arms for seed in plan.seeds}
     return {trial: known[fingerprint] for trial, fingerprint in trials.items() if fingerprint in known}
@@ -64,8 +64,10 @@ def run_plan(
 
 
 def _missing(plan: Plan, folder: Folder) -> list[Trial]:
-    """What is to be run, teachers first; arms that are the same under two names once. A teacher whose weights are gone
-    is trained anew where a student waits for it."""
+    """List the trials to run, teachers first; arms that are the same under two names once.
+
+    A teacher whose weights are gone is trained anew where a student waits for it.
+    """
     there = finished(plan, folder)
     missing: list[Trial] = []
     for seed in plan.seeds:
@@ -85,7 +87,7 @@ def _missing(plan: Plan, folder: Folder) -> list[Trial]:
 
 
 def _ready(plan: Plan, folder: Folder, waiting: list[Trial], running: Collection[Trial]) -> list[Trial]:
-    """Those whose teacher is trained, and not being trained anew."""
+    """List the waiting trials whose teacher is trained, and not being trained anew."""
     busy = {plan.fingerprint(*trial) for trial in (*waiting, *running)}
     return [
         (name, seed)
@@ -98,8 +100,10 @@ def _ready(plan: Plan, folder: Folder, waiting: list[Trial], running: Collection
 
 
 def results(trials: Path) -> dict[str, dict[str, Any]]:
-    """By fingerprint. Raises UserError for a line that is none, or not as it was written, but for a last one that was
-    broken off."""
+    """Read results by fingerprint, without a last line that was broken off.
+
+    Raises UserError for a line that is no result, or not as it was written.
+    """
     known = {}
     for number, line in enumerate(trials.read_text().split("\n")[:-1] if trials.exists() else [], 1):
         try:

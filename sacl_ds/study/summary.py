@@ -1,4 +1,4 @@
-"""What a study found: a table over seeds, the verdict that was asked for, and its plots."""
+"""Results of a study: a table over seeds, the verdict that was asked for, and its plots."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SIMILARITY_FREE = ("infonce", "control")
 
 
 @dataclass(frozen=True)
-class Row:
-    """An arm over its seeds; fractions."""
+class ArmSummary:
+    """Mean of an arm over its seeds; fractions."""
 
     name: str
     family: str
@@ -37,8 +37,8 @@ class Row:
         return stdev(self.values[METRIC]) if len(self.values[METRIC]) > 1 else 0.0
 
 
-def rows(plan: Plan, results: Results) -> list[Row]:
-    """Arms of which every seed is there, best first."""
+def rows(plan: Plan, results: Results) -> list[ArmSummary]:
+    """Average the arms of which every seed is there, best first."""
     found = []
     for name, arm in plan.arms.items():
         per_seed = [results[name, seed] for seed in plan.seeds if (name, seed) in results]
@@ -47,12 +47,12 @@ def rows(plan: Plan, results: Results) -> list[Row]:
             for key in ("effective_share", "mass", "shape", "under_0.7"):
                 values[key] = [float(each["weights_at_end"].get(key, float("nan"))) for each in per_seed]
             values["logit_scale"] = [float(each["logit_scale"]) for each in per_seed]
-            found.append(Row(name, arm.family, values, fmean(each["seconds"] for each in per_seed)))
+            found.append(ArmSummary(name, arm.family, values, fmean(each["seconds"] for each in per_seed)))
     return sorted(found, key=lambda row: -row.mean)
 
 
-def table(found: list[Row]) -> str:
-    """Markdown, per cent: mean and spread over seeds of the metric, means of the other figures."""
+def table(found: list[ArmSummary]) -> str:
+    """Format Markdown, per cent: mean and spread over seeds of the metric, means of the other metrics."""
     columns = (
         "arm", METRIC, "spread", "AP of matches", "nDCG@10", "R@1, any", "R@1 t→i / i→t", "negatives under 0.7",
         "effective", "push", "shape",
@@ -75,10 +75,10 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: list[Row]) -> list[str]:
-    """The best regulated arm against the best arm without similarity, and the way to the oracle that it goes."""
+def verdict(found: list[ArmSummary]) -> list[str]:
+    """Compare the best regulated arm with the best without similarity, and both with InfoNCE and the oracle."""
 
-    def best(*families: str) -> Row | None:
+    def best(*families: str) -> ArmSummary | None:
         return next((row for row in found if row.family in families), None)
 
     plain, free, ours, oracle = best("infonce"), best(*SIMILARITY_FREE), best("regulated"), best("oracle")
@@ -94,7 +94,7 @@ def verdict(found: list[Row]) -> list[str]:
     return lines
 
 
-def _against(ours: Row, free: Row) -> str:
+def _against(ours: ArmSummary, free: ArmSummary) -> str:
     paired = [a - b for a, b in zip(ours.values[METRIC], free.values[METRIC], strict=True)]
     gain, spread = fmean(paired), max(ours.spread, free.spread)
     seeds = ", ".join(f"{100 * difference:+.1f}" for difference in paired)
@@ -113,7 +113,7 @@ def _against(ours: Row, free: Row) -> str:
 
 
 def save_csv(plan: Plan, results: Results, path: Path) -> None:
-    """A line a trial."""
+    """Write a line a trial."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "family", "seed", *_SHOWN, "logit_scale", "seconds", "fingerprint"])

@@ -1,4 +1,4 @@
-"""One trial: an arm trained with one seed, and what it reaches on held-out scenes."""
+"""Trial of a study: an arm trained with one seed, and its metrics on held-out scenes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sacl_ds.study.dual_encoder import DualEncoder
 from sacl_ds.study.plan import AVERAGE, Arm, Calibration, Plan
 from sacl_ds.study.pools import MAX_TOKENS, Pool, pool, vocabulary
 from sacl_ds.study.recognition import trained_stem
-from sacl_ds.study.weights import Seen, contrastive, log_weights
+from sacl_ds.study.weights import DirectionSimilarities, contrastive, log_weights
 from sacl_ds.training.false_share import falling_weights
 from sacl_ds.training.schedules import learning_rate_factor
 
@@ -36,7 +36,7 @@ _SEEDS = {"partial": 10, "simple": 200, "detailed": 400}  # plus the trial's: no
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a study keeps its trials and what they share."""
+    """Paths of a study's trials and of what they share."""
 
     root: Path
 
@@ -46,7 +46,7 @@ class Folder:
 
     @property
     def trials(self) -> Path:
-        """A line of JSON for each finished trial."""
+        """File with a line of JSON for each finished trial."""
         return self.root / "trials.jsonl"
 
     def weights(self, fingerprint: str) -> Path:
@@ -93,7 +93,7 @@ def run_trial(plan: Plan, name: str, seed: int, folder: Folder, device: str = "c
 def _train(
     plan: Plan, arm: Arm, seed: int, model: DualEncoder, teacher: DualEncoder | None, data: Pool
 ) -> dict[str, Any]:
-    """Returns figures of the regulation: as calibrated, and as it weighs at the end."""
+    """Train the arm; returns metrics of its regulation, as calibrated and at the end."""
     common = plan.common
     steps = arm.steps or common.steps
     if arm.scale is not None:
@@ -118,7 +118,7 @@ def _train(
         elif teacher is not None:
             with torch.no_grad():
                 teacher_cosine = teacher.image(tokens) @ teacher.text(ids).T
-        seen = Seen(
+        seen = DirectionSimilarities(
             cosine.detach(),
             teacher_cosine,
             _negatives(data, captions),
@@ -146,7 +146,7 @@ def _train(
 
 
 def _calibrated(arm: Arm, taught: tuple[Tensor, Tensor] | None, data: Pool) -> dict[str, float]:
-    """kappa_t, and a constant alpha where weights are to fall. taught: the frozen teacher's features."""
+    """Calibrate kappa_t, and a constant alpha where weights are to fall. taught: the frozen teacher's features."""
     if arm.teacher is None:
         return {}
     scenes = torch.arange(min(_CALIBRATED_ON, len(data.scenes)))
@@ -166,7 +166,7 @@ def _calibrated(arm: Arm, taught: tuple[Tensor, Tensor] | None, data: Pool) -> d
 
 
 def _regulation(arm: Arm, found: dict[str, float], progress: float) -> Regulation:
-    """The arm's settings after that share of the steps."""
+    """Return the arm's regulation after that share of the steps."""
     if arm.teacher is None:
         return Regulation(0.0, arm.sharpness)
     alpha = found.get("alpha")
@@ -177,19 +177,20 @@ def _regulation(arm: Arm, found: dict[str, float], progress: float) -> Regulatio
 
 @torch.no_grad()
 def _features(model: DualEncoder, data: Pool) -> tuple[Tensor, Tensor]:
-    """Of all pictures and all captions, a row each."""
+    """Compute the features of all pictures and all captions, a row each."""
     image = torch.cat([model.image(part) for part in data.tokens.split(_PART)])
     return image, torch.cat([model.text(part) for part in data.ids.split(_PART)])
 
 
 def _negatives(data: Pool, captions: Tensor) -> Tensor:
-    """(n, n) bool: other pairs, but for those with the very same caption, as the package's loader has it."""
+    """Mask (n, n) bool of negatives: other pairs, but for those with the very same caption, as the package's loader has
+    it."""
     same = data.said[captions]
     return same[:, None] != same
 
 
 def _relevance(arm: Arm, data: Pool, scenes: Tensor, captions: Tensor, device: torch.device) -> Tensor:
-    """(images, texts), where an oracle asks for it."""
+    """Compute the relevance (images, texts), where an oracle asks for it."""
     if arm.family != "oracle":
         return torch.zeros(len(scenes), len(scenes), device=device)
     said = [data.captions[i] for i in captions.tolist()]
@@ -197,7 +198,7 @@ def _relevance(arm: Arm, data: Pool, scenes: Tensor, captions: Tensor, device: t
 
 
 def _note(figures: dict[str, list[float]], weights: Tensor, z: Tensor, negatives: Tensor) -> None:
-    """Share of the negatives under 0.7 and 0.2, effective share of them, push (mass) and shape (nats)."""
+    """Note the share of the negatives under 0.7 and 0.2, their effective share, push (mass) and shape (nats)."""
     w, sums = weights[negatives].exp(), AnchorSums.of(z, weights, negatives)
     some = sums.negatives > 0
     new = {

@@ -1,4 +1,4 @@
-"""Weights of the negatives of every arm, and the loss they make: dense, for batches of some hundred pairs."""
+"""Weights of the negatives for every arm, and their loss: dense, for batches of some hundred pairs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sacl_ds.study.plan import Arm
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One direction: anchors in rows. All (n, n); constants for the gradient.
+class DirectionSimilarities:
+    """Similarities of one direction, anchors in rows. All (n, n); constants for the gradient.
 
     cosine: of the model; teacher: of its teacher, or None; negatives: bool; relevance: in [0, 1], how true the caption
     is of the picture.
@@ -27,14 +27,16 @@ class Seen:
     negatives: Tensor
     relevance: Tensor
 
-    def turned(self) -> Seen:
-        """The other direction."""
+    def turned(self) -> DirectionSimilarities:
+        """Transpose to the other direction."""
         teacher = None if self.teacher is None else self.teacher.T
-        return Seen(self.cosine.T, teacher, self.negatives.T, self.relevance.T)
+        return DirectionSimilarities(self.cosine.T, teacher, self.negatives.T, self.relevance.T)
 
 
-def log_weights(arm: Arm, regulation: Regulation, seen: Seen, scale: float, generator: torch.Generator) -> Tensor:
-    """(n, n) log w_ij, -inf where j is no negative of i or is removed.
+def log_weights(
+    arm: Arm, regulation: Regulation, seen: DirectionSimilarities, scale: float, generator: torch.Generator
+) -> Tensor:
+    """Compute (n, n) log w_ij, -inf where j is no negative of i or is removed.
 
     regulation: the arm's at this step; generator: deals out shuffled weights.
     """
@@ -64,7 +66,10 @@ def log_weights(arm: Arm, regulation: Regulation, seen: Seen, scale: float, gene
 
 
 def contrastive(arm: Arm, cosine: Tensor, scale: Tensor, weights: Tensor, negatives: Tensor) -> Tensor:
-    """Losses (n,) of the anchors in rows. cosine (n, n) and scale carry gradient; weights: (n, n) log w_ij."""
+    """Compute the losses (n,) of the anchors in rows.
+
+    cosine (n, n) and scale carry gradient; weights: (n, n) log w_ij.
+    """
     z = scale * cosine
     own = z.diagonal()
     pushed = (z + weights).logsumexp(1)
@@ -75,7 +80,8 @@ def contrastive(arm: Arm, cosine: Tensor, scale: Tensor, weights: Tensor, negati
 
 
 def _hard(arm: Arm, z: Tensor, scale: Tensor, negatives: Tensor) -> Tensor:
-    """log of the negatives' sum of Robinson et al. (2021, Eq. 4); with beta 0 that of Chuang et al. (2020, Eq. 8).
+    """Compute the log of the negatives' sum of Robinson et al. (2021, Eq. 4); with beta 0 of Chuang et al. (2020, Eq.
+    8).
 
     As in their definition the importance weights carry gradient, and the sum is at least n e^(-scale).
     """
@@ -92,13 +98,13 @@ def _hard(arm: Arm, z: Tensor, scale: Tensor, negatives: Tensor) -> Tensor:
     return torch.maximum(rest, floor).log() + shift + count.log()
 
 
-def _mass(weights: Tensor, seen: Seen, scale: float) -> Tensor:
-    """(n, 1): what the weights add to the log-sum of the negatives."""
+def _mass(weights: Tensor, seen: DirectionSimilarities, scale: float) -> Tensor:
+    """Return (n, 1): how much the weights add to the log-sum of the negatives."""
     return AnchorSums.of(scale * seen.cosine, weights, seen.negatives).mass[:, None].to(weights.dtype)
 
 
 def _shuffled(weights: Tensor, negatives: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row's weights in random order, on the places of its negatives."""
+    """Permute each row's weights among its negatives."""
     noise = torch.rand(weights.shape, generator=generator, device="cpu").to(weights.device)
     places = noise.masked_fill(~negatives, 2.0).argsort(1)  # negatives first, in random order
     source = (~negatives).to(torch.int8).argsort(dim=1, stable=True)  # negatives first, as they stand

@@ -1,4 +1,4 @@
-"""The best weights of a run, kept as its model.safetensors, and what they reached."""
+"""Best weights of a run, kept as its model.safetensors, and their metric."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ FILE = "best.json"
 
 
 class Best:
-    """The same on all ranks, since the figures are."""
+    """Keeper of the best weights. Its state is the same on all ranks, since the metrics are."""
 
     def __init__(self, folder: Path, main: str, resumed_at: int | None) -> None:
-        """resumed_at: go on from what the folder holds, if it is not of a later step (that one will come again).
+        """Begin anew, or go on from the folder's best.
 
-        Raises UserError where best.json cannot be read.
+        resumed_at: steps done by the resumed run; a later best is not taken over, since it will come again. Raises
+        UserError where best.json cannot be read.
         """
         self.folder, self.main = folder, main
         self.step, self.value = 0, -math.inf
@@ -44,7 +45,7 @@ class Best:
             self.step, self.value = step, value
 
     def offer(self, step: int, figures: Figures, state: Callable[[], dict[str, Tensor]]) -> bool:
-        """Keep the weights if `figures` are the best so far; every rank calls it.
+        """Keep the weights if `figures` are the best so far; every rank calls it. Returns whether they are.
 
         state: collective, whole on rank 0.
         """

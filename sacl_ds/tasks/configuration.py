@@ -1,4 +1,4 @@
-"""The configuration of a task: its defaults, what the checkpoint's run says, the YAML file, the arguments."""
+"""Configuration of a task: its defaults, the settings of the checkpoint's run, the YAML file, the arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ORIGIN: dict[str, Any] = {"start": None, "image_weights": None, "image_pretrain
 
 
 def finetune_config(task: str | None, file: str | None, overrides: list[str]) -> FinetuneConfig:
-    """task: what --task says. Raises UserError."""
+    """Resolve the configuration of a fine-tuning. task: what --task says. Raises UserError."""
     given = read_layers(file, overrides)
     said = merged(given)
     name = _task(task, said.get("task"))
@@ -30,8 +30,10 @@ def finetune_config(task: str | None, file: str | None, overrides: list[str]) ->
 
 
 def evaluation_config(task: str | None, file: str | None, overrides: list[str]) -> FinetuneConfig:
-    """Of what is to be evaluated: a fine-tuned run with its own settings underneath, or a pre-training run for
-    retrieval. Raises UserError."""
+    """Resolve the configuration of an evaluation. Raises UserError.
+
+    A fine-tuned run brings its own settings as defaults; a pre-training run can be evaluated on retrieval.
+    """
     given = read_layers(file, overrides)
     said = merged(given)
     if said.get("checkpoint") is None:
@@ -67,7 +69,7 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
 
 
 def run_of(checkpoint: str) -> Path:
-    """The run that `checkpoint` is, or is one of. Raises UserError."""
+    """Return the run directory that `checkpoint` is, or lies in. Raises UserError."""
     try:
         path = user_path(checkpoint)
         there = path.exists()
@@ -94,7 +96,7 @@ def _defaults(task: str, said: dict[str, Any]) -> list[Layer]:
 
 
 def _model_of(folder: Path) -> Layer:
-    """The model of a run, to start from."""
+    """Return the model settings of a run, to start from."""
     theirs = read_yaml(folder / CONFIG).get("model")
     if not isinstance(theirs, dict):
         raise UserError(f"{folder / CONFIG} has no room 'model'; give the directory of a run")

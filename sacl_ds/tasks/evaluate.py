@@ -23,7 +23,7 @@ from sacl_ds.model.sacl import autocast
 from sacl_ds.model.saved import TOKENIZER
 from sacl_ds.tasks.configuration import run_of
 from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
 from sacl_ds.tasks.weights import saved_state, trained_model
 from sacl_ds.telemetry.progress import RunProgress, counting_stages, duration
 
@@ -31,7 +31,7 @@ RESULTS = "results.json"
 
 
 def evaluate(run: FinetuneConfig, device: torch.device) -> Path:
-    """Look at run.checkpoint; returns the directory of the results. Raises UserError, the same on every rank."""
+    """Evaluate run.checkpoint; returns the directory of the results. Raises UserError, the same on every rank."""
     assert run.checkpoint is not None
     theirs = run_of(run.checkpoint)
     progress = RunProgress(run.task, 0, 0, enabled=rank() == 0)
@@ -60,22 +60,22 @@ def evaluate(run: FinetuneConfig, device: torch.device) -> Path:
 
 
 def evaluated(task: Task, model: Any, tokenizer: Tokenizer, split: str, device: torch.device) -> tuple[Outcome, float]:
-    """The whole split, with a bar on the first rank, and the seconds it took; every rank calls it."""
+    """Evaluate the whole split, with a bar on the first rank; returns the seconds too. Every rank calls it."""
     begin = time.monotonic()
     model = model.eval().to(device)
     with counting_stages(enabled=rank() == 0) as done:
-        outcome = judged(task, model, split, Seen(tokenizer, device, done=done))
+        outcome = judged(task, model, split, EvaluationContext(tokenizer, device, done=done))
     return outcome, time.monotonic() - begin
 
 
-def judged(task: Task, model: Any, split: str, seen: Seen) -> Outcome:
-    """In the precision of training; every rank calls it."""
+def judged(task: Task, model: Any, split: str, seen: EvaluationContext) -> Outcome:
+    """Evaluate a task in the precision of training; every rank calls it."""
     with autocast(seen.device, task.run.train.precision):
         return task.evaluate(model, split, seen)
 
 
 def report(task: Task, outcome: Outcome, folder: Path, split: str, about: Mapping[str, Any]) -> Group:
-    """Write results.json and the task's files; what to show. For rank 0."""
+    """Write results.json and the task's files; returns what to show. Only rank 0 calls it."""
     files = outcome.write(folder)
     figures = {name: {"value": value, "chance": chance} for name, (value, chance) in outcome.figures.items()}
     values = {"task": task.run.task, "split": split, **about, "figures": figures, "notes": outcome.notes}
@@ -88,7 +88,7 @@ def report(task: Task, outcome: Outcome, folder: Path, split: str, about: Mappin
 
 
 def figure_table(title: str, figures: Mapping[str, tuple[float, float]]) -> Table:
-    """In per cent, beside chance or what knows no picture."""
+    """Make a table of metrics in per cent, beside the score of chance or of a model that sees no picture."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("%", justify="right")
@@ -100,7 +100,8 @@ def figure_table(title: str, figures: Mapping[str, tuple[float, float]]) -> Tabl
 
 
 def _split(task: Task) -> str:
-    """The one that is asked for, or val where a task has no test files. Raises UserError where there is nothing."""
+    """Return the split that is asked for, or val where a task has no test files. Raises UserError where there is
+    nothing."""
     asked = task.run.evaluation.split
     for split in (asked, "val") if asked == "test" else (asked,):
         if task.count(split):

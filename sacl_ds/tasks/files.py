@@ -1,4 +1,4 @@
-"""What the tasks make of the paths and splits in their configuration."""
+"""Resolution of the paths and splits in a task's configuration."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SEEDS = {"train": 0, "val": HELD_OUT, "test": 2 * HELD_OUT}
 
 
 def scenes_of(run: FinetuneConfig, split: str) -> Scenes:
-    """Scenes of a split: those of val are the ones that a pre-training run of this seed holds out."""
+    """Return the scenes of a split: those of val are the ones that a pre-training run of this seed holds out."""
     scenes = run.data.scenes
     count = scenes.count if split == "train" else scenes.eval_count
     return Scenes(count, scenes.seed + _SEEDS[split], scene_size(run.model.image_size), scenes.detail)
 
 
 def images_folder(run: FinetuneConfig, folder: str | None = None, key: str = "data.images") -> Path:
-    """data.images, or `folder` of the setting `key`. Raises UserError where it is not given, or no folder."""
+    """Return data.images, or `folder` of the setting `key`. Raises UserError where it is not given, or no folder."""
     named = folder if folder is not None else run.data.images
     if named is None:
         raise UserError("data.images is missing: the folder of the images that the files name")

@@ -26,7 +26,7 @@ from sacl_ds.tasks.best import FILE as BEST
 from sacl_ds.tasks.best import Best
 from sacl_ds.tasks.evaluate import evaluated, judged, report
 from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.task import Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Task
 from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer, trained_model
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
@@ -40,9 +40,11 @@ from sacl_ds.training.task import Figures, Training, TrainingTask
 
 
 class FineTuning(TrainingTask):
-    """Steps of a downstream task; the best weights by its validation figures are left in the run's directory."""
+    """Training steps of a downstream task; the best weights by its validation metrics stay in the run's directory."""
 
-    def __init__(self, task: Task, model: nn.Module, seen: Seen, folder: Path, progress: RunProgress) -> None:
+    def __init__(
+        self, task: Task, model: nn.Module, seen: EvaluationContext, folder: Path, progress: RunProgress
+    ) -> None:
         self.task, self.model, self.seen = task, model, seen
         self.folder, self.progress = folder, progress
         self.rows = task.rows
@@ -118,8 +120,8 @@ def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
 
 
 def _with_steps(run: FinetuneConfig, task: Task) -> FinetuneConfig:
-    """train.steps, eval_every and save_every as numbers, from the epochs. Raises UserError where nothing is to train
-    on."""
+    """Set train.steps, eval_every and save_every as numbers, from the epochs. Raises UserError where nothing is to
+    train on."""
     count, train = task.count("train"), run.train
     if not count:
         raise UserError(f"nothing to train on: data.source=files, and the room {run.task} names no training files")
@@ -159,7 +161,7 @@ def _keep_tokenizer(task: Task, folder: Path, resume: bool) -> None:
 
 
 def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: RunProgress, resume: bool) -> Training:
-    """All parts of the training."""
+    """Build all parts of the training."""
     run = task.run
     with same_error():
         engine_config = job.engine_config(run, folder)
@@ -175,7 +177,7 @@ def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: R
             run.model_copy(update={"output_dir": str(folder)}).save(folder / CONFIG)
     prepare_model(model, run, engine_config)
     order = example_order(source, run.train.global_batch_size, run.seed)
-    seen = Seen(tokenizer, job.device, run.data.eval_count)
+    seen = EvaluationContext(tokenizer, job.device, run.data.eval_count)
     return Training(
         run,
         folder,
@@ -192,14 +194,14 @@ def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: R
 
 
 def _announce(run: FinetuneConfig, folder: Path, model: nn.Module, progress: RunProgress) -> None:
-    """Room on the disk; for rank 0."""
+    """Check the room on the disk; only rank 0 calls it."""
     parameters = sum(p.numel() for p in model.parameters())
     if warning := check_space(folder, parameters, 2):  # a new checkpoint is written before the old one goes
         progress.print(f"warning: {warning}")
 
 
 def _data_fingerprint(order: GlobalOrder, run: FinetuneConfig) -> str:
-    """Equal for two runs to which the same steps bring the same examples."""
+    """Return a digest that is equal for two runs to which the same steps bring the same examples."""
     rooms = run.model_dump(mode="json")
     said = [order.fingerprint, run.task, rooms["data"]["source"], rooms["data"]["scenes"], rooms[run.task]]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The tasks there are, by name."""
+"""Downstream tasks by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sacl_ds.tasks.task import Task
 
 
 def task_of(run: FinetuneConfig) -> Task:
-    """The configuration's own; the others are not imported."""
+    """Make the task that the configuration names; the others are not imported."""
     if run.task == "retrieval":
         from sacl_ds.tasks.retrieval import RetrievalTask
 

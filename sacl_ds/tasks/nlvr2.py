@@ -1,4 +1,4 @@
-"""NLVR2: is a statement about two images true?"""
+"""NLVR2 task: is a statement about two images true?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sacl_ds.evaluation.nlvr2 import Nlvr2Result, evaluate_statements
 from sacl_ds.model.nlvr2 import Nlvr2Model
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.tasks.files import images_folder, scenes_of
-from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
 from sacl_ds.training.nlvr2 import Nlvr2Objective
 
 
@@ -72,7 +72,7 @@ class Nlvr2Task(Task):
     def objective(self, model: Nlvr2Model) -> nn.Module:
         return Nlvr2Objective(model)
 
-    def evaluate(self, model: Nlvr2Model, split: str, seen: Seen) -> Outcome:
+    def evaluate(self, model: Nlvr2Model, split: str, seen: EvaluationContext) -> Outcome:
         statements = self._statements(split)[: seen.limit]
         result = evaluate_statements(
             model,

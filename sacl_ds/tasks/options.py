@@ -1,4 +1,4 @@
-"""The command lines of the tasks."""
+"""Command lines of the tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from sacl_ds.tasks.configuration import evaluation_config, finetune_config
 
 
 def read_finetune_options(purpose: str, example: str) -> tuple[argparse.Namespace, FinetuneConfig | None]:
-    """None where the command line only asked something, now answered. Raises UserError."""
+    """Read the options of launch/finetune.py; None where the command line only asked something, now answered. Raises
+    UserError."""
 
     def resolved(options: argparse.Namespace) -> FinetuneConfig:
         return finetune_config(options.task, options.config, options.overrides)
@@ -19,7 +20,8 @@ def read_finetune_options(purpose: str, example: str) -> tuple[argparse.Namespac
 
 
 def read_evaluation_options(purpose: str, example: str) -> FinetuneConfig | None:
-    """None where the command line only asked something, now answered. Raises UserError."""
+    """Read the options of launch/evaluate.py; None where the command line only asked something, now answered. Raises
+    UserError."""
 
     def resolved(options: argparse.Namespace) -> FinetuneConfig:
         return evaluation_config(options.task, options.config, options.overrides)

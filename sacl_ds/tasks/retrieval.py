@@ -28,13 +28,13 @@ from sacl_ds.evaluation.retrieval.data import CocoIds, RetrievalSet, pictures_of
 from sacl_ds.evaluation.retrieval.evaluate import RetrievalResult, evaluate_retrieval
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.tasks.files import images_folder, scenes_of
-from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
 from sacl_ds.training.objective import PretrainObjective
 from sacl_ds.training.step import Losses, Step, contrastive_step
 
 
 class RetrievalOutcome:
-    """figures, notes, and what is written: rankings.jsonl, and gallery.png."""
+    """Outcome of a retrieval: metrics, notes, and files to write: rankings.jsonl and gallery.png."""
 
     def __init__(self, result: RetrievalResult, data: RetrievalSet, gallery: int) -> None:
         self.figures, self.notes = result.figures, result.notes
@@ -75,7 +75,7 @@ class RetrievalTask(Task):
         return len(TrainingPairs(self._images(split))) if split == "train" else len(self._images(split))
 
     def _read(self, split: str) -> Sequence[CaptionedImage]:
-        """Of the Karpathy JSON; none where val or test is a split that it lacks."""
+        """Read a split of the Karpathy JSON; empty where it lacks the val or test split."""
         settings = self.run.retrieval
         name = {"train": settings.train_split, "val": settings.val_split, "test": settings.test_split}[split]
         assert settings.annotations is not None
@@ -105,10 +105,10 @@ class RetrievalTask(Task):
         return PretrainObjective(model, self.run.loss)
 
     def forward_backward(self, engine: Any, batch: Batch, step: Step) -> Losses:
-        """No teacher: the model's own similarity regulates (the paper's fine-tuning)."""
+        """Run a step without a teacher: the model's own similarity regulates (the paper's fine-tuning)."""
         return contrastive_step(engine, batch, replace(step, statistics=step.logged))[0]
 
-    def evaluate(self, model: SaclModel, split: str, seen: Seen) -> Outcome:
+    def evaluate(self, model: SaclModel, split: str, seen: EvaluationContext) -> Outcome:
         data = self._set(split, seen.limit)
         view = View(self.held_out_view(), seen.tokenizer)
         settings = self.run.retrieval
@@ -132,7 +132,7 @@ class RetrievalTask(Task):
 def retrieval_set(
     images: Sequence[CaptionedImage], max_bad_share: float, setting: str = "data.max_bad_share"
 ) -> RetrievalSet:
-    """The retrieval set of a list of image files; with COCO's names where all of them have some."""
+    """Make the retrieval set of a list of image files; with COCO's names where all of them have some."""
     sentids = [each.sentids for each in images]
     cocoids = [each.cocoid for each in images if each.cocoid is not None]
     coco = None

@@ -1,4 +1,4 @@
-"""What a downstream task is: examples, a model, an objective, and what it is judged by."""
+"""Interface of a downstream task: examples, a model, an objective, and its evaluation."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Done = Callable[[str, int, int], None]  # (stage, done of it, all of it) on this
 
 
 class Outcome(Protocol):
-    """What came out of an evaluation; the same on every rank."""
+    """Outcome of an evaluation; the same on every rank."""
 
     figures: Figures
     notes: list[str]
 
     def write(self, folder: Path) -> list[Path]:
-        """Predictions and pictures, in the task's own formats."""
+        """Write predictions and pictures, in the task's own formats."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What an evaluation needs beside the model. limit: at most so many examples."""
+class EvaluationContext:
+    """Inputs of an evaluation beside the model. limit: at most so many examples."""
 
     tokenizer: Tokenizer
     device: torch.device
@@ -45,7 +45,7 @@ class Seen:
     done: Done = lambda stage, count, total: None
 
     def counted(self, stage: str, count: int) -> Callable[[int], None]:
-        """For an evaluation of `count` examples over all ranks that tells how many more are done on this one."""
+        """Return a callback that counts the examples done on this rank, of an evaluation of `count` over all ranks."""
         total, so_far = len(range(rank(), count, world_size())), 0
 
         def more(examples: int) -> None:
@@ -57,7 +57,8 @@ class Seen:
 
 
 class Task(ABC):
-    """Annotation files are read when a split is first asked for. Raises UserError, with file and place."""
+    """Downstream task. Annotation files are read when a split is first asked for. Raises UserError, with file and
+    place."""
 
     rows: str  # what a row of a batch is called
     kept: tuple[str, ...] = ()  # files in the run's directory that `keep` writes
@@ -69,56 +70,56 @@ class Task(ABC):
     @property
     @abstractmethod
     def main(self) -> str:
-        """The figure that decides which weights are kept; larger is better."""
+        """Name of the metric that decides which weights are kept; larger is better."""
 
     @abstractmethod
     def count(self, split: str) -> int:
-        """Examples of a split; 0 where the configuration names none."""
+        """Count the examples of a split; 0 where the configuration names none."""
 
     def labelled(self, split: str) -> bool:
-        """Whether anything in that split can be judged."""
+        """Return whether anything in that split has labels."""
         return True
 
     @abstractmethod
     def texts(self) -> Iterator[str]:
-        """Of the training examples: what a vocabulary is trained on where nothing brings one."""
+        """Yield the training examples' texts, on which a vocabulary is trained where none is given."""
 
     def tokenizer(self, begin: Tokenizer) -> Tokenizer:
-        """What the run reads and writes texts with, from that of what it starts from."""
+        """Return the run's tokenizer, made from that of the model it starts from."""
         return begin
 
     @abstractmethod
     def training(self, tokenizer: Tokenizer) -> tuple[ExampleSource, Collates[Any]]: ...
 
     def training_view(self) -> FinetuneView:
-        """How training pictures are seen; `for_text` says which of them are mirrored."""
+        """Return the transform of training pictures; `for_text` leaves out mirroring where a text forbids it."""
         augment = self.run.augment
         return FinetuneView(
             self.run.model.image_size, augment.crop_scale, augment.flip, augment.operations, augment.magnitude
         )
 
     def held_out_view(self) -> CanonicalView:
-        """How pictures are seen that are not trained on."""
+        """Return the transform of pictures that are not trained on."""
         return CanonicalView(self.run.model.image_size)
 
     @abstractmethod
     def model(self, start: SaclModel, tokenizer: Tokenizer) -> nn.Module:
-        """The task's model out of a pre-trained one; what is new in it comes from torch's random state."""
+        """Build the task's model from a pre-trained one; what is new in it comes from torch's random state."""
 
     @abstractmethod
     def objective(self, model: Any) -> nn.Module:
-        """A batch in, a dict of losses out; `model` lies in its attribute of that name."""
+        """Return a module from a batch to a dict of losses; `model` lies in its attribute of that name."""
 
     def forward_backward(self, engine: Any, batch: Any, step: Step) -> Losses:
-        """Forward and backward of a step."""
+        """Run forward and backward of a step."""
         return summed_step(engine, batch, step)
 
     @abstractmethod
-    def evaluate(self, model: Any, split: str, seen: Seen) -> Outcome:
-        """Every rank calls it, and gets the same."""
+    def evaluate(self, model: Any, split: str, seen: EvaluationContext) -> Outcome:
+        """Evaluate the model on a split; every rank calls it, and gets the same."""
 
     def keep(self, folder: Path) -> None:  # noqa: B027 - most tasks need nothing
-        """Leave in the run directory what an evaluation needs of the training examples."""
+        """Save in the run directory what an evaluation needs of the training examples."""
 
     def take(self, folder: Path) -> None:  # noqa: B027
-        """What `keep` left."""
+        """Load what `keep` saved."""

@@ -1,4 +1,4 @@
-"""Visual question answering: a decoder ranks a closed list of answers (ALBEF), judged as VQA v2 is."""
+"""Visual question answering: a decoder ranks a closed list of answers (ALBEF), scored as VQA v2 does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sacl_ds.evaluation.vqa import majority_answers
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.vqa import VqaModel
 from sacl_ds.tasks.files import images_folder, scenes_of
-from sacl_ds.tasks.task import Outcome, Seen, Task
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
 from sacl_ds.training.vqa import VqaObjective
 
 ANSWERS = "answers.json"
@@ -94,7 +94,7 @@ class VqaTask(Task):
         return vqa_questions(Path(questions), labels, images_folder(self.run))
 
     def _known(self) -> Sequence[Question]:
-        """The training questions, as far as their answers are looked at."""
+        """List the training questions, at most as many as are read for their answers."""
         if self.run.data.source == "files":
             return self._questions("train")
         scenes = self.run.data.scenes
@@ -102,7 +102,8 @@ class VqaTask(Task):
 
     @property
     def answers(self) -> list[str]:
-        """To choose from. Raises UserError where none is frequent enough, or the file is no list of texts."""
+        """Return the closed list of answers. Raises UserError where none is frequent enough, or the file is no list of
+        texts."""
         if self._answers is None:
             named = self.run.vqa.answers
             self._answers = answer_list(self._known(), self.run.vqa.answers_at_least) if named is None else _read(named)
@@ -115,7 +116,7 @@ class VqaTask(Task):
 
     @property
     def baseline(self) -> dict[str, str]:
-        """The most frequent answer to each type of question."""
+        """Return the most frequent answer to each type of question."""
         if self._baseline is None:
             self._baseline = majority_answers(self._known())
         return self._baseline
@@ -141,7 +142,7 @@ class VqaTask(Task):
         yield from self.answers
 
     def tokenizer(self, begin: Tokenizer) -> Tokenizer:
-        """It can spell all answers, which the decoder would otherwise not tell apart."""
+        """Extend the tokenizer so that it spells all answers, which the decoder would otherwise not tell apart."""
         return with_words(begin, self.answers)
 
     def training(self, tokenizer: Tokenizer) -> tuple[ExampleSource, QuestionCollator]:
@@ -154,7 +155,7 @@ class VqaTask(Task):
     def objective(self, model: VqaModel) -> nn.Module:
         return VqaObjective(model)
 
-    def evaluate(self, model: VqaModel, split: str, seen: Seen) -> Outcome:
+    def evaluate(self, model: VqaModel, split: str, seen: EvaluationContext) -> Outcome:
         questions = self._questions(split)[: seen.limit]
         result = evaluate_questions(
             model,

@@ -1,4 +1,4 @@
-"""From a checkpoint to weights, for training on and for evaluation."""
+"""Read a checkpoint's weights, for training on and for evaluation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sacl_ds.training.saved_checkpoint import read_checkpoint
 
 
 def saved_state(checkpoint: str) -> tuple[dict[str, Tensor], int | None]:
-    """Weights of a finished run (the best that it kept) or of its checkpoints/step_N, and of which step, where that is
-    told. Raises UserError."""
+    """Read the weights of a finished run (the best it kept) or of its checkpoints/step_N, and their step if it is told.
+    Raises UserError."""
     path, folder = user_path(checkpoint), run_of(checkpoint)
     if path != folder:
         state, stood = read_checkpoint(path)
@@ -35,7 +35,7 @@ def saved_state(checkpoint: str) -> tuple[dict[str, Tensor], int | None]:
 
 
 def task_tokenizer(run: FinetuneConfig) -> Tokenizer | None:
-    """Of what the model starts from; None where one is to be trained. Raises UserError."""
+    """Load the tokenizer of the model that the task starts from; None where one is to be trained. Raises UserError."""
     if run.checkpoint:
         return Tokenizer.load(run_of(run.checkpoint) / TOKENIZER, run.model.max_tokens, "checkpoint")
     source = tokenizer_source(run.model)
@@ -43,7 +43,7 @@ def task_tokenizer(run: FinetuneConfig) -> Tokenizer | None:
 
 
 def starting_model(run: FinetuneConfig, tokenizer: Tokenizer, resume: bool) -> tuple[SaclModel, StartReport | None]:
-    """The pre-trained model that the task's is made of, the same on every rank.
+    """Build the pre-trained model that the task's is made of, the same on every rank.
 
     tokenizer: the task's; the model that it starts from may know fewer words. resume: all weights follow.
     """
@@ -60,7 +60,7 @@ def starting_model(run: FinetuneConfig, tokenizer: Tokenizer, resume: bool) -> t
 
 
 def trained_model(task: Task, tokenizer: Tokenizer, state: dict[str, Tensor], label: str) -> nn.Module:
-    """The task's model with all of its weights from `state`. Raises UserError where they are not its own."""
+    """Build the task's model with all of its weights from `state`. Raises UserError where they are not its own."""
     run = task.run
     model: Any = task.model(SaclModel(run.model, tokenizer.size, pretrained=False), tokenizer)
     fill(model, state, label, f": its weights are not of a model for {run.task} with these settings")

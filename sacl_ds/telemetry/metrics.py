@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, appended as the run goes, cut back to the checkpoint on resume."""
+"""Metric log metrics.jsonl: one JSON object a line, appended as the run goes, cut back to the checkpoint on resume."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ METRICS = "metrics.jsonl"
 
 
 class MetricLog:
-    """The file of one run. An object holds `step` (steps done) and either training figures or `evaluation`."""
+    """Metric log of one run. An object holds `step` (steps done) and either training metrics or `evaluation`."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """resume_step: keep the lines up to this step and go on; None: start anew. Raises UserError where it cannot be
-        written."""
+        """Open the file. resume_step: keep the lines up to this step and go on; None: start anew. Raises UserError
+        where it cannot be written."""
         self._path = path
         kept = [] if resume_step is None else [line for line in read(path) if line["step"] <= resume_step]
         temporary = path.with_name(f".{path.name}.writing")
@@ -47,7 +47,7 @@ class MetricLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line that a kill cut short is left out.
+    """Read all complete lines; a last line that a kill cut short is left out.
 
     Raises UserError for a file that is no text, or not as its finished run left it, and for a line that is JSON but no
     object with a whole number `step`. While a run goes on, a changed digit cannot be told from a written one.
@@ -72,7 +72,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Floats to nine digits, which is all of a float32; what JSON has no number for as text."""
+    """Round floats to nine digits, which is all of a float32; values that JSON lacks become text."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, float):

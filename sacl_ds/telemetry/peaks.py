@@ -1,4 +1,4 @@
-"""What devices can do at most: dense matrix products, by the vendors' data sheets.
+"""Peak rates of devices: dense matrix products, by the vendors' data sheets.
 
 FLOP/s of tensor cores without sparsity, accumulating in fp32; fp32 itself without tensor cores. Sources: NVIDIA's data
 sheets of B200 (HGX), H200, H100, A100, A40, A30, A10, L40S, L40, L4, V100, V100S, T4; its white papers on GA102 (RTX
@@ -42,7 +42,7 @@ _PEAKS: dict[str, tuple[float | None, float | None, float | None, float]] = {
 
 
 def dense_peak(device: str, precision: str) -> float | None:
-    """FLOP/s of one device, by its name as `torch.cuda.get_device_name` gives it, at bf16, fp16, tf32 or fp32.
+    """Return a device's peak FLOP/s at bf16, fp16, tf32 or fp32, by its name from `torch.cuda.get_device_name`.
 
     None where it is not known, or the device has no such arithmetic.
     """

@@ -78,9 +78,9 @@ def _held_out(lines: list[dict[str, Any]], path: Path) -> Path:
 
 
 def _panels(count: int, width: float, height: float, beside: float) -> tuple[Figure, list[Axes]]:
-    """Panels of `width` by `height` inches in a row, with room `beside` the last one for its legend.
+    """Make panels of `width` by `height` inches in a row, with room `beside` the last one for its legend.
 
-    The places are given: to find them, a layout engine draws all of it several times.
+    Their positions are given: a layout engine would draw all of it several times to find them.
     """
     left, right, bottom, top = 0.6, 0.1, 0.5, 0.35
     pitch = left + width + right
@@ -92,7 +92,7 @@ def _panels(count: int, width: float, height: float, beside: float) -> tuple[Fig
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:
-    """Centred running mean over a share of the curve."""
+    """Average over a centred window, a share of the curve."""
     half = int(len(values) * share / 2)
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live bar on a terminal, a line now and then where there is none; tables."""
+"""Progress of a run for people: a live bar on a terminal, a line now and then elsewhere; tables."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RunProgress:
 
 @contextmanager
 def counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that appears with the first call of done(count, total)."""
+    """Make a bar that appears with the first call of done(count, total)."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as bar:
         tasks: list[TaskID] = []
@@ -79,7 +79,7 @@ def counting(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def counting_stages(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage, which appears with its first call of done(stage, count, total)."""
+    """Make a bar for each stage, which appears with its first call of done(stage, count, total)."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not enabled) as bar:
         tasks: dict[str, TaskID] = {}
@@ -125,7 +125,7 @@ _NAMES = {
 
 
 def retrieval_table(title: str, figures: Mapping[str, tuple[float, float]]) -> Table:
-    """Value beside chance, in per cent."""
+    """Make a table of values beside chance, in per cent."""
     table = Table(title=title, title_justify="left")
     table.add_column("held-out retrieval")
     table.add_column("%", justify="right")

@@ -1,4 +1,4 @@
-"""Rows of pictures with text below them as one PNG, for papers and slides: the page itself has them as HTML."""
+"""Sheets of pictures with text below them as one PNG, for papers and slides; the report page has them as HTML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tile:
 
 
 def draw_rows(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path) -> None:
-    """A PNG of rows, each with a heading above."""
+    """Write a PNG of rows, each with a heading above."""
     text, small = _font(13), _font(12)
     columns = max((len(tiles) for _, tiles in rows), default=1)
     heights = [_row_height(tiles, text.getlength) for _, tiles in rows]
@@ -49,7 +49,7 @@ def draw_rows(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path) -> None:
 def draw_matrix(
     tiles: Sequence[Tile], cells: Sequence[Sequence[tuple[str, tuple[int, int, int] | None]]], path: Path
 ) -> None:
-    """A PNG of a table: row i headed by the picture of tile i, column j by the caption of tile j; (text, colour)."""
+    """Write a PNG of a table of (text, colour): row i headed by tile i's picture, column j by tile j's caption."""
     text, small, side, head = _font(15), _font(12), 104, 92
     size = side + len(tiles) * side + _GAP
     sheet = Image.new("RGB", (size, head + len(tiles) * side + _GAP), _PAPER)
@@ -77,7 +77,7 @@ def draw_matrix(
 
 
 def wrapped(text: str, width: float, width_of: Callable[[str], float], lines: int) -> list[str]:
-    """At most so many lines, broken between words where that is possible; what does not fit ends in '…'."""
+    """Break a text into at most `lines` lines, between words where possible; a text that does not fit ends in '…'."""
     result: list[str] = []
     rest = text
     while rest and len(result) < lines:
@@ -94,14 +94,14 @@ def wrapped(text: str, width: float, width_of: Callable[[str], float], lines: in
 
 
 def fitted(text: str, width: float, width_of: Callable[[str], float]) -> str:
-    """The text, or its beginning with '…' behind it."""
+    """Return the text, or its beginning followed by '…'."""
     if width_of(text) <= width:
         return text
     return f"{text[: _fits(text, width - width_of('…'), width_of)].rstrip()}…"
 
 
 def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """As large as fits; small pictures in whole multiples of their size, so that their pixels stay sharp."""
+    """Scale a picture to the largest size that fits; small ones by whole factors, so that their pixels stay sharp."""
     scale = min(width / picture.width, height / picture.height)
     if scale >= 2:
         return picture.resize((picture.width * int(scale), picture.height * int(scale)), Image.Resampling.NEAREST)
@@ -110,7 +110,7 @@ def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _fits(text: str, width: float, width_of: Callable[[str], float]) -> int:
-    """How many characters of the text fit, at least one."""
+    """Return how many characters of the text fit, at least one."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""How fast training runs and how much of the device it uses: figures of every logged step, and of the run.
+"""Speed of training and use of the device: metrics of every logged step, and of the run.
 
 FLOPs are the model's: forward and backward of what the run trains, for tokens that are there, once. What is computed
 besides (a frozen teacher, an average, padding, activations or features a second time) takes time and adds none, so that
@@ -23,7 +23,7 @@ _LENGTHS = (8, 16, 24)
 
 
 class RowFlops(NamedTuple):
-    """Training FLOPs of a row whose text has t tokens: fixed + linear t + square t^2, as transformers have it."""
+    """Training FLOPs of a row whose text has t tokens: fixed + linear t + square t^2, as for transformers."""
 
     fixed: float
     linear: float
@@ -31,20 +31,20 @@ class RowFlops(NamedTuple):
 
     @classmethod
     def through(cls, flops: Callable[[int], float]) -> RowFlops:
-        """From the FLOPs at three lengths."""
+        """Fit the polynomial in the text's length to the FLOPs at three lengths."""
         (a, b, c), step = (flops(tokens) for tokens in _LENGTHS), _LENGTHS[1] - _LENGTHS[0]
         square = (c - 2 * b + a) / (2 * step**2)
         linear = (b - a) / step - square * (_LENGTHS[0] + _LENGTHS[1])
         return cls(a - linear * _LENGTHS[0] - square * _LENGTHS[0] ** 2, linear, square)
 
     def of(self, rows: float, tokens: float, squares: float) -> float:
-        """Of so many rows, with the sum over them of their tokens and of the squares of those."""
+        """FLOPs of `rows` rows, given the sum of their token counts and of the squares of those."""
         return self.fixed * rows + self.linear * tokens + self.square * squares
 
 
 @dataclass
 class Throughput:
-    """Of one training. rows: what a row of its batches is called. flops: None where a row's are not known."""
+    """Speed and FLOPs of one training. rows: what a row of its batches is called. flops: None where not known."""
 
     rows: str
     device: torch.device
@@ -58,20 +58,23 @@ class Throughput:
         self._lengths = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def add(self, attention_mask: Tensor) -> None:
-        """The (b, L) mask of a step's texts on this rank. Nothing waits for the device."""
+        """Add the (b, L) mask of a step's texts on this rank. Nothing waits for the device."""
         if self.flops is not None:
             tokens = attention_mask.sum(1).double()
             found = torch.stack([torch.ones_like(tokens).sum(), tokens.sum(), tokens.square().sum()])
             self._lengths += found.to(self.device, non_blocking=True)
 
     def lengths(self) -> Tensor:
-        """(3,) float64 of the steps since the last call, on this rank: rows, their tokens, the squares of those."""
+        """Return and reset the sums since the last call, on this rank: (3,) float64 rows, tokens, squares of tokens a
+        row."""
         found, self._lengths = self._lengths, torch.zeros_like(self._lengths)
         return found
 
     def settle(self, done: int, steps: int, seconds: float, batch: int, lengths: Tensor) -> dict[str, float]:
-        """Figures of the last `steps` steps, `done` in all, which took so many seconds; batch: rows a step, of all
-        ranks. lengths: `lengths` of all ranks, added up."""
+        """Compute metrics of the last `steps` steps, `done` in all, which took so many seconds.
+
+        batch: rows a step, of all ranks. lengths: `lengths` of all ranks, added up.
+        """
         per_second = batch * steps / seconds
         figures = {
             "step_seconds": seconds / steps,
@@ -88,13 +91,14 @@ class Throughput:
         return figures
 
     def more(self, figures: dict[str, float]) -> None:
-        """What else is known of the steps that were settled last."""
+        """Add further metrics of the steps that were settled last."""
         self._logged[-1][1].update(figures)
 
     def medians(self) -> dict[str, float]:
-        """Over the logged steps behind the first WARM_UP steps of this process, or over all where there are no such.
+        """Return medians over the logged steps after this process's first WARM_UP steps, or over all where there are
+        none.
 
-        Of memory it is the most.
+        Memory is the maximum.
         """
         if not self._logged:
             return {}
@@ -104,7 +108,7 @@ class Throughput:
         return {name: (max if name == _PEAK else statistics.median)(each[name] for each in used) for name in used[0]}
 
     def summary(self) -> str | None:
-        """The medians as a line; None where nothing was logged."""
+        """Format the medians as a line; None where nothing was logged."""
         found = self.medians()
         if not found:
             return None
@@ -125,14 +129,14 @@ class Throughput:
 
 
 def flops_text(flops: float) -> str:
-    """'41.2 GFLOP', in the unit that suits."""
+    """Format FLOPs in the unit that suits: '41.2 GFLOP'."""
     units = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
     name, unit = next(((name, unit) for name, unit in units.items() if flops >= unit), ("M", 1e6))
     return f"{flops / unit:.3g} {name}FLOP"
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """Dense FLOP/s of this device as a run of that precision (fp32, bf16 or fp16) uses it; None where it is not known.
+    """Return the device's dense FLOP/s as a run of that precision (fp32, bf16, fp16) uses it; None where unknown.
 
     fp32 counts as tf32 where PyTorch may use that for matrix products.
     """
@@ -146,7 +150,7 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 def take_memory_peak(device: torch.device) -> int:
-    """Bytes at the peak: of tensors on a GPU since the last call, else the most that this process ever had resident."""
+    """Return the peak bytes: of tensors on a GPU since the last call, else the process's greatest resident size."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

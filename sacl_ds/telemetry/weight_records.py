@@ -1,4 +1,4 @@
-"""What the negatives of a run weighed: RUN/weights/, two parquet files a recorded step, written atomically.
+"""Records of the negatives' weights: RUN/weights/, two parquet files a recorded step, written atomically.
 
 figures_NNNNNNNN.parquet holds a row a direction, lowest_NNNNNNNN.parquet the pairs of least weight; NNNNNNNN is the
 number of steps done, as `step` in metrics.jsonl. docs/tools.md says what every column means.
@@ -69,10 +69,11 @@ _SCHEMAS = {"figures": FIGURES, "lowest": LOWEST}
 
 
 class WeightRecords:
-    """Writes the records of one run."""
+    """Writer of one run's records."""
 
     def __init__(self, run_folder: Path, resume_step: int | None = None) -> None:
-        """resume_step: keep the records up to this step; None: start anew. Raises UserError where that fails."""
+        """Open the records. resume_step: keep those up to this step; None: start anew. Raises UserError where that
+        fails."""
         self.folder = run_folder / FOLDER
         try:
             for step, path in _files(run_folder, "*"):
@@ -82,21 +83,23 @@ class WeightRecords:
             raise _cannot_write(self.folder, error) from None
 
     def write(self, step: int, figures: Sequence[Row], lowest: Sequence[Row]) -> None:
-        """Rows with the columns of FIGURES and LOWEST but `step`. Raises UserError where they cannot be written."""
+        """Write rows with FIGURES' and LOWEST's columns but `step`. Raises UserError where they cannot be written."""
         for name, rows in (("lowest", lowest), ("figures", figures)):
             _write(self.folder / f"{name}_{step:08d}.parquet", [{"step": step, **row} for row in rows], _SCHEMAS[name])
 
 
 def read_figures(run_folder: Path) -> list[dict[str, Any]]:
-    """All rows of FIGURES, by step and direction. Raises UserError where there are none."""
+    """Read all rows of FIGURES, by step and direction. Raises UserError where there are none."""
     files = _whole(run_folder, "figures")
     rows = [row for _, path in files for row in _read(path, FIGURES)]
     return sorted(rows, key=lambda row: (row["step"], row["direction"]))
 
 
 def read_lowest(run_folder: Path, step: int | None = None) -> list[dict[str, Any]]:
-    """The rows of LOWEST of one recorded step, the last for None, by direction and place; none where all negatives
-    weighed the same. Raises UserError where that step was not recorded."""
+    """Read one recorded step's rows of LOWEST (None: the last step), by direction and position.
+
+    There are none where all negatives weighed the same. Raises UserError where that step was not recorded.
+    """
     files = dict(_whole(run_folder, "lowest"))
     if step is None:
         step = max(files)
@@ -116,7 +119,7 @@ def _whole(run_folder: Path, name: str) -> list[tuple[int, Path]]:
 
 
 def _files(run_folder: Path, name: str) -> list[tuple[int, Path]]:
-    """By step."""
+    """List the run's files of that name, sorted by step."""
     found = []
     for path in (run_folder / FOLDER).glob(f"{name}_*.parquet"):
         if match := re.fullmatch(r"(?:figures|lowest)_(\d+)\.parquet", path.name):
@@ -138,12 +141,13 @@ def _write(path: Path, rows: Sequence[Row], schema: arrow.Schema) -> None:
 
 
 def _encodable(row: Row) -> dict[str, Any]:
-    """JSON can spell half a surrogate pair into a caption, which UTF-8 has no bytes for."""
+    """Replace what UTF-8 has no bytes for: JSON can spell half a surrogate pair into a caption."""
     return {name: x.encode("utf-8", "replace").decode() if isinstance(x, str) else x for name, x in row.items()}
 
 
 def _read(path: Path, schema: arrow.Schema) -> list[dict[str, Any]]:
-    """Rows with the columns and types of `schema`. Raises UserError for a file that is damaged or of something else."""
+    """Read rows with the columns and types of `schema`. Raises UserError for a file that is damaged or of something
+    else."""
     try:
         table = parquet.ParquetFile(path).read()
         if sorted(table.schema.names) != sorted(schema.names):

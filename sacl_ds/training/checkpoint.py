@@ -1,4 +1,4 @@
-"""Saving and resuming a run whose engine is at hand; how a checkpoint lies on the disk: `checkpoint_folder`.
+"""Saving and resuming of a run whose engine is at hand; `checkpoint_folder` describes a checkpoint on the disk.
 
 Every rank writes what it owns, at any ZeRO stage, and reads what it will own, at any other: other numbers of ranks and
 other stages need no conversion. DeepSpeed's own files are neither written nor read: they are pickles, fit one number of
@@ -60,7 +60,7 @@ _KEEP_ALL = Retention()
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to. vocabulary: the tokenizer's fingerprint; data: the global order's."""
+    """Identity of a checkpoint's run. vocabulary: the tokenizer's fingerprint; data: the global order's."""
 
     vocabulary: str
     data: str
@@ -69,7 +69,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Standing:
-    """What is said of a run beside its state: schedules as they stand, held-out figures of this step."""
+    """Values saved beside a run's state: schedules as they stand, held-out metrics of this step."""
 
     schedules: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The state of the checkpoint that was loaded, and notes on what is otherwise than its user may think."""
+    """State of the loaded checkpoint, and notes on what differs from what its user may think."""
 
     state: RunState
     notes: list[str]
@@ -133,7 +133,7 @@ def save(
 
 
 def _untrained(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """Parameters that are not trained, and buffers that belong to the model's state; on the first rank."""
+    """Collect parameters that are not trained, and buffers of the model's state, on rank 0; every rank calls it."""
     found = {}
     for name, value in whole_parameters(engine, engine.module, trained=False):  # all ranks take part in gathering
         if rank() == 0:
@@ -146,7 +146,7 @@ def _untrained(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def _beside(writing: Path, run_folder: Path, state: RunState, frozen: dict[str, Tensor]) -> dict[str, Written]:
-    """What lies beside the ranks' files."""
+    """Write the files of a checkpoint that belong to no rank; returns their checksums."""
     written = {}
     if frozen:
         written[FROZEN] = write_entries(writing / FROZEN, (Entry.of(n, t) for n, t in frozen.items()))
@@ -166,7 +166,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _name(writing: Path, folder: Path, keep: Retention) -> None:
-    """The checkpoint gets its name, then `latest` names it, then those that it supersedes go."""
+    """Give the checkpoint its name, then point `latest` to it, then remove those that it supersedes."""
     checkpoints = folder.parent
     if folder.exists():  # written before a kill that came ahead of `latest`, or of a run that was set back
         remove(folder)
@@ -180,7 +180,7 @@ def _name(writing: Path, folder: Path, keep: Retention) -> None:
 
 
 def _readable(checkpoints: Path) -> Iterator[RunState]:
-    """Of a damaged one nothing is known, and it stays."""
+    """Yield the states of complete checkpoints; damaged ones are skipped, so that they stay."""
     for path in complete(checkpoints):
         with suppress(UserError, FileNotFoundError):
             yield read_state(path)
@@ -188,7 +188,7 @@ def _readable(checkpoints: Path) -> Iterator[RunState]:
 
 @contextmanager
 def _room(run_folder: Path, step: int) -> Iterator[None]:
-    """A full disk, and whatever else the system refuses, as one line."""
+    """Convert a full disk, and whatever else the system refuses, to one line."""
     try:
         yield
     except OSError as error:
@@ -258,7 +258,7 @@ def _require_same(saved: dict[str, tuple[int, ...]], now: dict[str, tuple[int, .
 
 
 def _fill_untrained(engine: DeepSpeedEngine, saved: dict[str, Tensor]) -> None:
-    """Parameters by way of the engine, which may have sharded them; buffers in place."""
+    """Load parameters by way of the engine, which may have sharded them, and buffers in place."""
     buffers = dict(engine.module.named_buffers())
     for name, buffer in buffers.items():
         if name in saved:

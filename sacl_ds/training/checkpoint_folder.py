@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on the disk, without an engine: what it holds, that it is whole, which is the newest.
+"""Checkpoint on the disk, without an engine: its content, its integrity, and which is the newest.
 
 `RUN/checkpoints/step_N` holds no pickle: JSON, YAML and safetensors. It gets its name when all of it is written, so a
 folder of that name is complete; `latest` names the one that --resume takes.
@@ -32,7 +32,7 @@ _TAG = re.compile(r"step_([0-9]{8,})")
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands. The step is also the position in the data, in every schedule, and of all random numbers."""
+    """State of a run. The step is also the position in the data, in every schedule, and of all random numbers."""
 
     step: int
     world: int
@@ -51,7 +51,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: of the checkpoint, but this one, which has its own checksum in it. shapes: of the trained parameters."""
+    """Manifest of a checkpoint. files: of the checkpoint, but this one, which has its own checksum in it. shapes: of
+    the trained parameters."""
 
     files: dict[str, Written]
     shapes: dict[str, tuple[int, ...]]
@@ -65,7 +66,7 @@ def tag_of(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """By its name. Raises UserError for another."""
+    """Parse the step from a checkpoint folder's name. Raises UserError for another name."""
     match = _TAG.fullmatch(folder.name)
     if match is None:
         raise UserError(f"{folder} is no checkpoint; give RUN/checkpoints/step_N, or RUN")
@@ -73,7 +74,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_state(folder: Path) -> RunState:
-    """Of RUN/checkpoints/step_N. Raises FileNotFoundError where it holds none, UserError where it cannot be used."""
+    """Read RUN/checkpoints/step_N's state. Raises FileNotFoundError if there is none, UserError if it is unusable."""
     try:
         values = json.loads((folder / STATE).read_text())
         if values.get("format", 1) != FORMAT:
@@ -123,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
-    """That those files are as they were written. Raises UserError, naming the first that is not."""
+    """Check that those files are as they were written. Raises UserError, naming the first that is not."""
     if changed := first_changed(folder, {name: manifest.files[name] for name in names}):
         raise UserError(
             f"the checkpoint {folder} is damaged: {': '.join(changed)}; remove this folder, and --resume takes the one "
@@ -136,12 +137,12 @@ def rank_files(folder: Path, manifest: Manifest) -> list[Path]:
 
 
 def trained_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """All trained parameters, fp32, on the CPU, as the engine's module names them. Raises UserError."""
+    """Read all trained parameters, fp32, on the CPU, as the engine's module names them. Raises UserError."""
     return Fragments(rank_files(folder, manifest)).whole("weight", manifest.shapes)
 
 
 def frozen_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Parameters that are not trained, and buffers; {} where there are none. Raises UserError."""
+    """Read parameters that are not trained, and buffers; {} where there are none. Raises UserError."""
     return read_tensors(folder / FROZEN) if FROZEN in manifest.files else {}
 
 
@@ -151,14 +152,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def complete(checkpoints: Path) -> list[Path]:
-    """Checkpoints, the oldest first."""
+    """List the complete checkpoints, the oldest first."""
     found = [(int(m[1]), path) for path in checkpoints.glob("step_*") if (m := _TAG.fullmatch(path.name))]
     named = [path for step, path in sorted(found) if path.name == tag_of(step)]
     return [path for path in named if (path / MANIFEST).exists() and (path / STATE).exists()]
 
 
 def incomplete(checkpoints: Path, taken: int) -> list[str]:
-    """A line for each checkpoint after the one of step `taken` that lacks a file, so that it was not taken."""
+    """Return a line for each checkpoint after step `taken` that was not taken since it lacks a file."""
     lines = []
     for path in sorted(checkpoints.glob("step_*")):
         missing = [name for name in (STATE, MANIFEST) if not (path / name).exists()]
@@ -168,7 +169,7 @@ def incomplete(checkpoints: Path, taken: int) -> list[str]:
 
 
 def latest(run_folder: Path) -> RunState | None:
-    """The state of the checkpoint that --resume takes, or None. Raises UserError where it cannot be read.
+    """Return the state of the checkpoint that --resume takes, or None.
 
     That is the one that `latest` names. Where that was removed by hand, or a kill came before it was ever written: the
     newest that is there.
@@ -185,7 +186,7 @@ def latest(run_folder: Path) -> RunState | None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Out of sight first: a folder that bears its name is always complete."""
+    """Remove a checkpoint, renamed first: a folder that bears its name is always complete."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removing")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)  # what is left of it the next `sweep` removes
@@ -198,7 +199,7 @@ def sweep(checkpoints: Path) -> None:
 
 
 def figures_of(named: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Of an evaluation, without chance."""
+    """Return an evaluation's metrics without their chance levels."""
     return {name: float(value) for name, (value, _) in named.items()}
 
 

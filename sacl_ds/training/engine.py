@@ -1,4 +1,4 @@
-"""Processes, devices and the DeepSpeed engine. Only this room, `training`, knows DeepSpeed."""
+"""Processes, devices and the DeepSpeed engine. Only the package `training` knows DeepSpeed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _GATHERED_AT_ONCE = 32_000_000  # parameters of ZeRO 3, 128 MB
 
 
 def start_process() -> tuple[torch.device, Machine]:
-    """Join the job that the launcher started (or be a job of one): this rank's device, and what the machine can do."""
+    """Join the launcher's job (or be a job of one); returns this rank's device and what the machine can do."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # a script started by its interpreter's path lacks what activation adds: ninja, for what DeepSpeed compiles
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -72,13 +72,15 @@ def start_process() -> tuple[torch.device, Machine]:
 
 
 def _local_rank() -> int:
-    """This rank's number on its node."""
+    """Return this rank's number on its node."""
     return int(os.environ.get(_OWN_NUMBER) or os.environ.get("LOCAL_RANK", "0"))
 
 
 def _device_number(local_rank: int, devices: int) -> int:
-    """The one device that is visible (srun --gpus-per-task=1), or that of the rank's number on its node. DeepSpeed
-    takes it from LOCAL_RANK, and wants the same of mpirun."""
+    """Return the number of the only visible device (srun --gpus-per-task=1), or that of the rank on its node.
+
+    DeepSpeed takes it from LOCAL_RANK, and wants the same of mpirun.
+    """
     if devices == 1 and local_rank:
         os.environ |= {_OWN_NUMBER: str(local_rank), "LOCAL_RANK": "0"}
         os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
@@ -92,24 +94,24 @@ def _device_number(local_rank: int, devices: int) -> int:
 
 
 def local_ranks() -> int:
-    """Ranks of this job on this machine."""
+    """Return the number of the job's ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def ranks() -> Ranks:
-    """This process among those of its job."""
+    """Return this rank's place in its job, for the guard."""
     local = _local_rank()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     return Ranks(rank(), world_size(), local, address, broadcast_object, barrier)
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Image encoder and the rest, each with its learning rate; weight decay on matrices only.
+    """Group parameters: image encoder and the rest, each with its learning rate; weight decay on matrices only.
 
     Order and membership depend on the module alone, so that a checkpoint's groups fit again.
     """
@@ -132,10 +134,9 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
 
 
 def prepare_model(model: Any, run: TrainingConfig, config: EngineConfig) -> None:
-    """Fused norms, activation checkpointing, compilation: what of these the configurations ask for. In place, before
-    the engine takes the model.
+    """Apply the configured fused norms, activation checkpointing and compilation, before the engine takes the model.
 
-    model: a SaclModel or a task's model, with `checkpoint_activations` and `compile_layers`.
+    model: a SaclModel or a task's model, with `checkpoint_activations` and `compile_layers`; changed in place.
     """
     if config.fused_norm:
         use_fused_layer_norm(model)
@@ -190,7 +191,7 @@ def forget_order(engine: DeepSpeedEngine) -> None:
 def whole_parameters(
     engine: DeepSpeedEngine, module: nn.Module, trained: bool | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and current value of every parameter of `module` (a part of the engine's), on every rank.
+    """Yield name and current value of every parameter of `module` (a part of the engine's), on every rank.
 
     trained: only those that are, or that are not. Every rank must go through all of them: under ZeRO 3 the shards are
     gathered, some at a time, and a value is good only until the next one is asked for.
@@ -206,7 +207,7 @@ def whole_parameters(
 
 
 def _batched(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Parameters of ZeRO 3 that are gathered together: one collective for many small ones."""
+    """Batch parameters of ZeRO 3 that are gathered together: one collective for many small ones."""
     some: list[tuple[str, nn.Parameter]] = []
     numbers = 0
     for name, parameter in named:
@@ -221,7 +222,7 @@ def _batched(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, 
 
 
 def fill_parameters(engine: DeepSpeedEngine, values: dict[str, Tensor]) -> None:
-    """Write whole tensors into parameters that are not trained, by name in the engine's module; every rank calls it.
+    """Write whole tensors into untrained parameters, by name in the engine's module; every rank calls it.
 
     Raises KeyError where the module has no such parameter.
     """
@@ -234,7 +235,7 @@ def fill_parameters(engine: DeepSpeedEngine, values: dict[str, Tensor]) -> None:
 
 
 def whole_state(engine: DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]:
-    """All weights of `module` (a part of the engine's) in fp32 on the CPU, on rank 0; elsewhere an empty dict.
+    """Gather all weights of `module` (a part of the engine's) in fp32 on the CPU, on rank 0; elsewhere an empty dict.
 
     Every rank must call it: under ZeRO 3 the shards are gathered.
     """

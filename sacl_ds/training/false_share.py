@@ -1,4 +1,4 @@
-"""loss.false_share: from a share of the pairs to settings of the regulation, by the teacher and the first batches."""
+"""Calibration for loss.false_share: from a share of the pairs to settings of the regulation, by the first batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FALLING_SHARPNESS = 30.0
 
 
 def falling_weights(cosines: np.ndarray, share: float, teacher_sharpness: float) -> tuple[float, float]:
-    """(c0, alpha) of weights that are flat below a teacher's cosine c0 and fall above it.
+    """Return (c0, alpha) of weights that are flat below a teacher's cosine c0 and fall above it.
 
     With the model's sharpness at 0 the similarity is s = alpha e^(kappa_t c) + (1 - alpha). c0 is the cosine that
     `share` of the cosines exceeds, and alpha the constant share of the teacher with alpha e^(kappa_t c0) = 1 - alpha:
@@ -39,11 +39,11 @@ def falling_weights(cosines: np.ndarray, share: float, teacher_sharpness: float)
 def with_falling_weights(
     run: RunConfig, batches: Iterator[Batch], teacher: Teacher, device: torch.device
 ) -> tuple[RunConfig, str]:
-    """The run with sharpness, teacher_sharpness and a constant alpha such that loss.false_share of the negatives have a
-    teacher's cosine above the one where weights fall, and a line that says so.
+    """Calibrate the regulation so that weights fall for loss.false_share of the negatives, by the teacher's cosine.
 
-    batches: this rank's, from the first step on; every rank calls it. They alone decide, so a resumed run finds the
-    same. Raises UserError where alpha cannot be told from 0 or 1.
+    Returns the run with sharpness, teacher_sharpness and a constant alpha, and a line that says so. batches: this
+    rank's, from the first step on; every rank calls it. They alone decide, so a resumed run finds the same. Raises
+    UserError where alpha cannot be told from 0 or 1.
     """
     share = run.loss.false_share
     assert share is not None

@@ -1,4 +1,4 @@
-"""What a rank owns of parameters and optimizer state, under ZeRO 0 to 3: read for a checkpoint, and filled from one.
+"""Fragments of parameters and optimizer state that a rank owns, under ZeRO 0 to 3, for checkpoints.
 
 DeepSpeed splits either the parameters laid end to end (stages 1 and 2) or each of them (stage 3). Said in places of the
 parameter itself, row by row, both are ranges, which any other number of ranks at any stage can read its own from.
@@ -28,7 +28,7 @@ WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Numbers `start` to `start + count` of a parameter, which this rank owns. get, put: by kind, (count,) fp32."""
+    """Elements `start` to `start + count` of a parameter, which this rank owns. get, put: by kind, (count,) fp32."""
 
     name: str
     start: int
@@ -42,12 +42,12 @@ def trained_parameters(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parame
 
 
 def shapes(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
-    """Of all trained parameters, whole."""
+    """Return the full shapes of all trained parameters."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(engine)}
 
 
 def optimizer_step(engine: DeepSpeedEngine) -> int:
-    """How often the optimizer has stepped, which its bias correction goes by: skipped steps are not among them."""
+    """Return how often the optimizer has stepped, by which it corrects its bias: skipped steps do not count."""
     inner = _inner(engine)
     counts = [int(state["step"]) for state in inner.state.values() if "step" in state]
     counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
@@ -55,7 +55,7 @@ def optimizer_step(engine: DeepSpeedEngine) -> int:
 
 
 def entries(engine: DeepSpeedEngine) -> Iterator[Entry]:
-    """What this rank writes; every rank calls it. At stage 0, where all ranks hold all, the first one."""
+    """Yield what this rank writes; every rank calls it. At stage 0, where all ranks hold all, only the first writes."""
     if zero_stage(engine.config) == 0 and engine.global_rank:
         return
     kinds = (WEIGHT, *MOMENTS) if optimizer_step(engine) else (WEIGHT,)
@@ -66,7 +66,7 @@ def entries(engine: DeepSpeedEngine) -> Iterator[Entry]:
 
 
 def fill(engine: DeepSpeedEngine, saved: Fragments, step: int) -> None:
-    """Put what was saved into the engine; every rank calls it. step: what `optimizer_step` was.
+    """Load what was saved into the engine; every rank calls it. step: what `optimizer_step` was.
 
     Raises UserError where something is missing.
     """
@@ -166,7 +166,7 @@ def _reader(fragment: Fragment, kind: str) -> Callable[[], Tensor]:
 
 
 def _make_states(engine: DeepSpeedEngine) -> None:
-    """Let the optimizer make its state, whichever it is: by a step that moves nothing, with no gradient and no rate."""
+    """Make the optimizer create its state, whichever it is: by a step with no gradient and no rate."""
     inner = _inner(engine)
     if inner.state:
         return

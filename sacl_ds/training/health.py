@@ -1,5 +1,4 @@
-"""What a run notices of itself while it goes on: steps that are not finite, samples that cannot be used, requests to
-stop, and signs of a sharpness that is too large.
+"""Health of a run: steps that are not finite, unusable samples, requests to stop, signs of a sharpness too large.
 
 Cautions about the regulation concern the student's own term of the similarity, (1 - alpha) e^(kappa c), in which the
 model judges itself. A frozen teacher's term has no such feedback. At equal cosines near 1 the student's term is the
@@ -21,7 +20,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.distributed import (
     broadcast_object,
     gather_objects,
@@ -39,7 +38,7 @@ _KEYS_SHOWN = 3  # keys in a line for the terminal
 
 
 def optimizer_step(engine: DeepSpeedEngine, loss: Tensor) -> bool:
-    """The engine's step; whether it was made. Every rank calls it, and has the same answer.
+    """Take the engine's step; returns whether it was made, the same on every rank. Every rank calls it.
 
     Under ZeRO, DeepSpeed finds the norm of all gradients and leaves out a step where that is not finite. Without, the
     loss is looked at here; an infinite gradient under fp16's loss scale is no fault.
@@ -58,10 +57,13 @@ def optimizer_step(engine: DeepSpeedEngine, loss: Tensor) -> bool:
 
 
 class BadSteps:
-    """The same on all ranks but for the file, which the first one writes."""
+    """Log of steps with loss or gradient that is not finite, and the limit on them.
+
+    Equal on all ranks; the first one writes the file.
+    """
 
     def __init__(self, folder: Path, limit: int, resumed_at: int | None) -> None:
-        """resumed_at: keep what the file holds up to this step; None: start anew."""
+        """Open the log. resumed_at: keep what the file holds up to this step; None: start anew."""
         self._file, self._limit = folder / BAD_STEPS, limit
         self._steps: deque[int] = deque()
         self.count = 0
@@ -113,7 +115,7 @@ class BadSteps:
 
 
 def read_bad_steps(path: Path) -> list[dict[str, Any]]:
-    """All complete lines."""
+    """Read all complete lines."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -139,7 +141,7 @@ _SHOWN = 5  # that are shown on the terminal
 
 @dataclass
 class Settled:
-    """What `Ledger.settle` found, equal on all ranks."""
+    """Result of `Ledger.settle`, equal on all ranks."""
 
     figures: dict[str, int]  # since the start of this process
     faults: list[dict[str, Any]]  # new ones: kind, shard, key, reason, count; the most frequent first
@@ -149,25 +151,25 @@ class Settled:
 class Ledger:
     def __init__(self, global_batch_size: int, max_bad_share: float, device: torch.device) -> None:
         self._batch, self._share, self._device = global_batch_size, max_bad_share, device
-        self._new: Counter[Fault] = Counter()
+        self._new: Counter[SampleFault] = Counter()
         self._totals = {"bad": 0, "filtered": 0}
         self._seen = 0
-        self._shown: set[Fault] = set()
-        self._first: Fault | None = None
+        self._shown: set[SampleFault] = set()
+        self._first: SampleFault | None = None
 
-    def add(self, faults: Iterable[Fault]) -> None:
-        """Of one step on this rank."""
+    def add(self, faults: Iterable[SampleFault]) -> None:
+        """Record the faults of one step on this rank."""
         self._new.update(faults)
         self._seen += self._batch
 
     def settle(self) -> Settled:
-        """Put the ranks' counts together; every rank calls it. Raises SharedError, on all, where too many are bad."""
+        """Add up the ranks' counts; every rank calls it. Raises SharedError, on all, where too many are bad."""
         kinds = list(self._totals)
         mine = [sum(count for fault, count in self._new.items() if fault.kind == kind) for kind in kinds]
         new = sum_over_ranks(torch.tensor(mine, device=self._device)).tolist()
         for kind, count in zip(kinds, new, strict=True):
             self._totals[kind] += count
-        merged: Counter[Fault] = Counter()
+        merged: Counter[SampleFault] = Counter()
         if any(new):
             for part in gather_objects(self._new):
                 merged.update(part)
@@ -185,8 +187,8 @@ class Ledger:
         ]
         return Settled({f"{kind}_samples": total for kind, total in self._totals.items()}, listed, self._notes(bad))
 
-    def _notes(self, bad: list[Fault]) -> list[str]:
-        """A line for each fault that was not shown before, until there are too many."""
+    def _notes(self, bad: list[SampleFault]) -> list[str]:
+        """List a line for each fault that was not shown before, until there are too many."""
         if len(self._shown) > _SHOWN:
             return []
         new = [fault for fault in bad if fault not in self._shown]
@@ -199,17 +201,18 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Stops:
-    """Ranks look together, about once a second: one number over the wire, and a wait for the device."""
+    """Agreement of ranks on requests to stop, about once a second: one number over the wire, and a device sync."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._every = device, 1
 
     def pace(self, step_seconds: float) -> None:
-        """At a logged step, on every rank: how long steps take by now."""
+        """Set how often ranks look for requests to stop, by the seconds a step takes; a collective, called when
+        logging."""
         self._every = broadcast_object(max(1, int(_SECONDS_BETWEEN_LOOKS / max(step_seconds, 1e-3))))
 
     def agreed(self, done: int, asked: bool) -> bool:
-        """Whether any rank was asked to stop; True on all ranks, or on none."""
+        """Return whether any rank was asked to stop; True on all ranks, or on none."""
         if world_size() == 1:
             return asked
         if done % self._every:
@@ -230,7 +233,7 @@ _LEAST_OF_STUDENT = 0.1
 
 
 class Cautions:
-    """The same on all ranks, since the figures are. Each function gives the line to say, or None."""
+    """Warnings about the metrics, the same on all ranks since the metrics are. Each method returns a line, or None."""
 
     def __init__(self, run: RunConfig) -> None:
         loss, optim, steps = run.loss, run.optim, run.train.steps
@@ -242,7 +245,7 @@ class Cautions:
         self._said: set[str] = set()
 
     def of_scale(self, done: int, alpha: float, logit_scale: float) -> str | None:
-        """After `done` steps: the sharpness passes half of the logit scale.
+        """Warn, after `done` steps, where the sharpness passes half of the logit scale.
 
         The push on a negative goes as e^((logit_scale - kappa) c): at half, it rises half as fast with similarity as
         InfoNCE's, beyond the scale it falls. The scale is learned and rises at first, so that half of it counts after
@@ -259,8 +262,10 @@ class Cautions:
         )
 
     def of_weights(self, done: int, alpha: float, figures: Sequence[Mapping[str, Any]]) -> str | None:
-        """After `done` steps: the rows recorded then (both directions) look like the collapse at too large a sharpness;
-        see LEAST_SHARE."""
+        """Warn, after `done` steps, where the weights recorded then look like the collapse at too large a sharpness.
+
+        figures: rows of both directions; see LEAST_SHARE.
+        """
         share = sum(row["effective_share"] for row in figures) / len(figures)
         if done <= self._settled_after or not share < LEAST_SHARE or not self._judges(alpha):
             return None
@@ -273,7 +278,7 @@ class Cautions:
         )
 
     def _judges(self, alpha: float) -> bool:
-        """Whether the student's term counts."""
+        """Return whether the student's term counts."""
         if not self._regulated or alpha >= 1:
             return False
         if alpha <= 0:

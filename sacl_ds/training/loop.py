@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, and what is logged, evaluated and saved between them."""
+"""Training loop: batches in, steps, and the logs, evaluations and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sacl_ds.training.task import Figures, Training
 
 @dataclass
 class Loop:
-    """The steps of one training. `log` is None on every rank but the first."""
+    """Loop over the steps of one training. `log` is None on every rank but the first."""
 
     training: Training
     engine: DeepSpeedEngine
@@ -51,7 +51,7 @@ class Loop:
         self.rows, self.passes = self.run.micro_batches(world_size())
 
     def train(self, start: int) -> Figures:
-        """Steps `start` to train.steps, then a checkpoint; returns the last evaluation ({} where there is none).
+        """Train from step `start` to train.steps, then save; returns the last evaluation ({} where there is none).
 
         Raises Stopped after a checkpoint where this rank or another was asked to stop.
         """
@@ -110,14 +110,14 @@ class Loop:
         return result
 
     def schedules(self, done: int) -> dict[str, float]:
-        """Where they stood in the last of so many steps."""
+        """Return the schedules' values in the last of `done` steps."""
         optim = self.run.optim
         factor = learning_rate_factor(done - 1, self.run.train.steps, optim)
         rates = {"lr_image": factor * optim.lr_image, "lr_text": factor * optim.lr_text}
         return rates | self.task.schedules(done - 1)
 
     def _save(self, done: int, judged: Figures, keep: Retention | None = None) -> None:
-        """judged: held-out figures of this step. keep: None: as the run has it."""
+        """Save a checkpoint. judged: held-out metrics of this step. keep: None: as the run has it."""
         keep = keep or Retention.of(self.run.train)
         if judged and keep.best and keep.best not in judged:
             like = nearest(keep.best, judged) or next(iter(judged))
@@ -129,7 +129,7 @@ class Loop:
         self.guard.saved(done)
 
     def _arriving(self) -> Iterator[Any]:
-        """Batches on the device; of those that go through the model in several parts only who their rows are."""
+        """Yield batches on the device; of those with several micro-batches only the rows' ids are."""
         if self.passes == 1:
             return ahead(self.batches, self.device)
         return (replace(batch, pair_ids=batch.pair_ids.to(self.device)) for batch in self.batches)  # type: ignore[type-var]
@@ -170,7 +170,7 @@ class Loop:
                 self.log.write({"step": done, "caution": line})
 
     def _account(self, done: int, batch: Loadable, ledger: Ledger) -> dict[str, int | str]:
-        """What the data of this step and of those since the last one were like; the same on all ranks.
+        """Describe the data of this step and of those since the last logged one; the same on all ranks.
 
         `batch_digest` is equal for equal global batches: of runs that were resumed, or had other ranks or workers.
         """
@@ -184,7 +184,7 @@ class Loop:
         return {**settled.figures, f"duplicate_{self.task.rows}": duplicates(ids), "batch_digest": digest}
 
     def _speed(self, done: int, steps: int, clock: float, waited: float) -> dict[str, float]:
-        """Of the steps since the last logged one, which began at `clock`; the same on all ranks, but for the time."""
+        """Measure the steps since the last logged one, begun at `clock`; all but the time is the same on all ranks."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # else the clock stops while steps are still queued
         seconds = max(time.perf_counter() - clock, 1e-9)
@@ -196,7 +196,7 @@ class Loop:
         return figures
 
     def _record(self, done: int, losses: Losses, data: dict[str, int | str], speed: dict[str, float]) -> None:
-        """Means over ranks of the step's losses, and where the run stands."""
+        """Average the step's losses over ranks, and add where the run stands."""
         names = list(losses)
         means = sum_over_ranks(torch.stack([losses[name].detach().double() for name in names])) / world_size()
         run = self.run
@@ -228,7 +228,7 @@ class Loop:
         return figures
 
     def _monitor(self, room: str, figures: dict[str, Any], done: int) -> None:
-        """To DeepSpeed's monitors (TensorBoard, wandb, CSV), where its configuration enables one."""
+        """Send metrics to DeepSpeed's monitors (TensorBoard, wandb, CSV), where its configuration enables one."""
         if self.engine.monitor.enabled:
             numbers = [(name, value) for name, value in figures.items() if isinstance(value, float)]
             self.engine.monitor.write_events([(f"{room}/{name}", value, done) for name, value in numbers])
@@ -237,7 +237,7 @@ class Loop:
 def out_of_memory(
     run: TrainingConfig, step: int, count: int, world: int, error: BaseException, rows: str = "pairs"
 ) -> str:
-    """What ran out, where, and what lowers it, as one line."""
+    """Return one line that says what ran out, where, and what lowers it."""
     fitting = [size for size in range(2, count // 2 + 1) if count % size == 0]
     advice = [f"train.micro_batch_size={size}, which keeps the batch as it is" for size in fitting[-1:]]
     if run.train.precision == "fp32":
@@ -252,5 +252,5 @@ def _due(done: int, every: int | None) -> bool:
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
-    """Different for every (seed, step, rank) a run can have, and below 2^63."""
+    """Return a seed below 2^63 that differs for every (seed, step, rank) of a run."""
     return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)

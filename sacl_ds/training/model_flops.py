@@ -1,4 +1,4 @@
-"""FLOPs of the model that a run trains, by its configuration."""
+"""FLOPs of a run's model, by its configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPECIAL = 2  # [CLS] and [SEP], which MLM never predicts
 
 
 def pair_flops(run: RunConfig, vocab_size: int) -> RowFlops | None:
-    """Forward and backward of a pair, by the length of its caption; None for an image encoder of unknown cost."""
+    """Return FLOPs of forward and backward a pair, by its caption's length; None if the image encoder's are unknown."""
 
     try:
         cost = ModelCost(run.model, vocab_size=vocab_size)

@@ -1,4 +1,4 @@
-"""What pre-training minimises: ITC, ITM and MLM of a batch (ALBEF's three losses). It computes; it updates nothing."""
+"""Objective of pre-training: ITC, ITM and MLM of a batch (ALBEF's three losses). It computes; it updates nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Features = tuple[Tensor, Tensor]  # (b, d) of images and of texts
 
 @dataclass(frozen=True)
 class Targets:
-    """What the losses of a batch of b pairs take from outside the model.
+    """Targets of a batch of b pairs, from outside the model.
 
     teacher: (image, text) unit features (b, d_t) of the frozen teacher, or None; alpha: its share of the similarity.
     generator: draws ITM's negatives. statistics: return figures on mutual information as well. even: every rank holds
@@ -56,7 +56,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class CachedGradients:
-    """What a micro-batch of b pairs takes from the contrastive loss of all of them (`sacl_ds.training.step`).
+    """Gradients that a micro-batch of b pairs takes from the contrastive loss of all (`sacl_ds.training.step`).
 
     image, text: (b, d) gradient of the weighted contrastive loss in its features; logit_scale: 0-dim, its share of the
     gradient in the logit scale. negatives: ITM's, None without ITM. pairings, tokens: 0-dim, how many pairings and
@@ -74,7 +74,7 @@ class CachedGradients:
 
 
 def step_regulation(loss: LossConfig, targets: Targets) -> tuple[Regulation, Features | None]:
-    """How negatives are weighted at a step, and by which teacher's features."""
+    """Return the regulation at a step, and the teacher's features where it needs them."""
     if loss.contrastive == "infonce":
         return Regulation(sharpness=0.0, negative_mass=loss.negative_mass), None
     of_teacher = loss.sharpness if loss.teacher_sharpness is None else loss.teacher_sharpness
@@ -96,7 +96,7 @@ class PretrainObjective(nn.Module):
         model.train_for(matching=loss.matching_weight > 0, words=loss.mlm_weight > 0)
 
     def forward(self, batch: Batch, targets: Targets | CachedGradients | None) -> dict[str, Tensor]:
-        """Features and losses of a batch of b pairs, by name.
+        """Compute features and losses of a batch of b pairs, by name.
 
         With Targets: `loss`, 0-dim, to be minimised; the terms it sums, `itc`, `itm` and `mlm`, and further 0-dim
         figures, detached; `logit_scale`, and `image`, `text`: (b, d) unit features that ITC compared, detached. Each
@@ -132,7 +132,7 @@ class PretrainObjective(nn.Module):
         return {"loss": self.weighted(losses), **losses, **features}
 
     def weighted(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum, 0-dim, of those of ITC, ITM and MLM that `losses` holds."""
+        """Return the weighted sum, 0-dim, of those of ITC, ITM and MLM that `losses` holds."""
         settings = self.settings
         weights = {"itc": settings.contrastive_weight, "itm": settings.matching_weight, "mlm": settings.mlm_weight}
         terms = [weight * losses[name] for name, weight in weights.items() if name in losses]
@@ -141,7 +141,7 @@ class PretrainObjective(nn.Module):
     def contrastive(
         self, image: Tensor, text: Tensor, logit_scale: Tensor, pair_ids: Tensor, targets: Targets
     ) -> ContrastiveOutput:
-        """ITC of (b, d) unit features with (b, k) ids.
+        """Compute ITC of (b, d) unit features with (b, k) ids.
 
         Ranks ask each other what they bring the first time; after that it travels with the ids, and a GPU is waited
         for at logged steps alone.
@@ -170,7 +170,7 @@ class PretrainObjective(nn.Module):
         )
 
     def weighting(self, targets: Targets, least_kept: Features | None) -> Weighting | None:
-        """How ITC weighs the negatives of these pairs, where ITM's draw follows it (`loss.matching_regulated`).
+        """Return ITC's weighting of these pairs where ITM's draw follows it (`loss.matching_regulated`), else None.
 
         least_kept: `ContrastiveOutput.least_kept` of these pairs.
         """
@@ -188,7 +188,7 @@ class PretrainObjective(nn.Module):
         weighting: Weighting | None,
         generator: torch.Generator | None,
     ) -> HardNegatives:
-        """ITM's negatives among pairs with these (b, d) features and (b, k) ids."""
+        """Draw ITM's negatives among pairs with these (b, d) features and (b, k) ids."""
         hardness = self.settings.matching_hardness
         return hard_negatives(image, text, logit_scale, pair_ids, hardness, weighting, generator)
 
@@ -200,7 +200,7 @@ class PretrainObjective(nn.Module):
         negatives: HardNegatives | None,
         targets: Targets | CachedGradients,
     ) -> dict[str, Tensor]:
-        """`itm` where there are negatives, and `mlm` where its weight is not 0, from one pass of the fusion encoder."""
+        """Compute `itm` if there are negatives, and `mlm` if its weight is not 0, in one pass of the fusion encoder."""
         losses: dict[str, Tensor] = {}
         if negatives is None and not self.settings.mlm_weight:
             return losses

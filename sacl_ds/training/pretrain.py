@@ -53,7 +53,7 @@ _VOCABULARY_CAPTIONS = 100_000
 
 class Evaluator(Protocol):
     def __call__(self, model: SaclModel, view: View, device: torch.device) -> Figures:
-        """{name: (value, chance)}; every rank calls it."""
+        """Evaluate the model: {name: (value, chance)}; every rank calls it."""
 
 
 Evaluators = Callable[[RunConfig], Evaluator | None]
@@ -61,7 +61,7 @@ Evaluators = Callable[[RunConfig], Evaluator | None]
 
 @dataclass
 class PretrainTask(TrainingTask):
-    """Steps of pre-training, with the records of their weights.
+    """Training steps of pre-training, with the records of their weights.
 
     epoch_pairs: pairs of the data, once through. judge: the figures of the model as it stands; None: nothing held out.
     """
@@ -112,7 +112,7 @@ class PretrainTask(TrainingTask):
         return found
 
     def _shares(self, step: int) -> tuple[float, float]:
-        """The teacher's share of the similarity and the momentum model's of the targets; 0 where there is none."""
+        """Return the teacher's share of the similarity and the momentum model's of the targets; 0 without one."""
         return (
             schedules.alpha(step, self.run) if self.frozen.teacher else 0.0,
             schedules.soft_weight(step, self.run, self.epoch_pairs) if self.momentum else 0.0,
@@ -149,7 +149,7 @@ def pretrain(run: RunConfig, job: Job, evaluators: Evaluators) -> Path:
 
 
 def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, guard: Guard) -> None:
-    """The teacher phase where asked for, then the run."""
+    """Train the teacher phase where it is asked for, then the run."""
     started = time.monotonic()
     trains_teacher = run.uses_teacher and run.teacher.checkpoint is None
     # nodes may not see the same files at once
@@ -181,8 +181,8 @@ def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, g
 
 
 def teacher_phase(run: RunConfig) -> RunConfig:
-    """H_beta: the same model, trained with plain InfoNCE; on clean captions where teacher.shards or teacher.detail name
-    them."""
+    """Configure H_beta: the same model, trained with InfoNCE; on clean captions if teacher.shards or teacher.detail is
+    set."""
     values = run.model_dump()
     values["loss"] |= {"contrastive": "infonce", "matching_weight": 0.0, "mlm_weight": 0.0, "false_share": None}
     values["train"] |= {"steps": run.teacher.steps, "save_every": None, "eval_every": None}
@@ -197,7 +197,7 @@ def teacher_phase(run: RunConfig) -> RunConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """One training from start to end in its own directory, which already holds the tokenizer."""
+    """Training from start to end in its own directory, which already holds the tokenizer."""
 
     run: RunConfig
     folder: Path
@@ -257,7 +257,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tupl
 
 
 def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport | None, progress: RunProgress) -> None:
-    """What is to be known before training: room on the disk, what the model starts from, a leak. For rank 0."""
+    """Print, before training, the disk's room, what the model starts from, and any leak. Only rank 0 calls it."""
     if warning := _check_space(run, folder, model):
         progress.print(f"warning: {warning}")
     if model.captions_choose:
@@ -272,7 +272,7 @@ def _announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport
 
 
 def _check_space(run: RunConfig, folder: Path, model: SaclModel) -> str | None:
-    """`check_space` of what this run writes; a teacher's features are taken to be as wide as the model's."""
+    """Run `check_space` for this run; a teacher's features are taken to be as wide as the model's."""
     parameters = sum(p.numel() for p in model.parameters())
     checkpoints = math.ceil(run.train.steps / run.train.save_every) if run.train.save_every else 1
     beside = 0
@@ -286,7 +286,7 @@ def _check_space(run: RunConfig, folder: Path, model: SaclModel) -> str | None:
 
 
 def _with_positions(run: RunConfig, folder: Path, resume: bool) -> RunConfig:
-    """The text positions of what the model starts from, or of what is resumed."""
+    """Set the text positions of what the model starts from, or of what is resumed."""
     saved = with_saved_positions(run.model, folder) if resume else None
     if saved is None and run.model.starts_from_weights:
         from sacl_ds.model.starts.start import with_positions
@@ -296,7 +296,7 @@ def _with_positions(run: RunConfig, folder: Path, resume: bool) -> RunConfig:
 
 
 def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device: torch.device) -> Momentum | None:
-    """Of the model as it starts; its queue holds the teacher's features where it is regulated."""
+    """Copy the initial model as the momentum model; its queue holds the teacher's features if it is regulated."""
     settings = run.momentum
     if not settings.enabled:
         return None
@@ -307,7 +307,7 @@ def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device:
 
 
 def _index(run: RunConfig, folder: Path, job: Job) -> ShardIndex | None:
-    """The shards that the run trains on, as the first rank counts them, on every rank."""
+    """Count the run's shards on the first rank; returns the index on every rank."""
     resume = job.resumes(folder)
     with same_error():
         index = None

@@ -1,4 +1,4 @@
-"""A step's record: what the negatives of its global batch weighed, and the pairs that weighed least."""
+"""Record of a step: its negatives' weights, and the pairs that weighed least."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step_record(
     batch: Batch,
     lowest: int,
 ) -> tuple[list[Row], list[Row]]:
-    """Rows of figures and of the `lowest` pairs of least weight, as `sacl_ds.telemetry.weight_records` has them.
+    """Make a step's rows of figures and of the `lowest` pairs of least weight, for `sacl_ds.telemetry.weight_records`.
 
     features, teacher: what the step's ITC compared, (b, d) unit features of this rank's images and texts, (b, d_t) of
     the teacher. losses: of the step, with `logit_scale` and the figures on mutual information. Every rank calls it; the
@@ -66,7 +66,7 @@ def _figures(direction: str, one: Weighed) -> Row:
 
 
 def lowest_rows(direction: str, low: Lowest | None, named: Mapping[int, tuple[str, str, str]]) -> list[Row]:
-    """Rows of the pairs of least weight. named: key, shard and caption by position in the batch."""
+    """Make rows of the pairs of least weight. named: key, shard and caption by position in the batch."""
     rows: list[Row] = []
     if low is None:
         return rows
@@ -82,7 +82,7 @@ def lowest_rows(direction: str, low: Lowest | None, named: Mapping[int, tuple[st
 
 
 def _named(both: tuple[Weighed, Weighed], batch: Batch) -> dict[int, tuple[str, str, str]]:
-    """Key, shard and caption of the pairs among the lowest, by position in the global batch; only those travel."""
+    """Gather key, shard and caption of the lowest pairs, by position in the global batch; only those travel."""
     wanted = {int(at) for one in both if one.lowest for ends in (one.lowest.anchor, one.lowest.negative) for at in ends}
     start = sum(row_counts(batch.pair_ids)[: rank()])
     mine = {

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the newest n, every m-th step's, the best one."""
+"""Retention of a run's checkpoints: the newest n, every m-th step's, the best one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sacl_ds.config import TrainConfig
 
 
 class Judged(Protocol):
-    """A checkpoint: steps done, and the held-out figures of that step, by name, where it was evaluated."""
+    """Interface of a checkpoint: its step, and held-out metrics of that step by name, where it was evaluated."""
 
     @property
     def step(self) -> int: ...
@@ -22,8 +22,11 @@ class Judged(Protocol):
 
 @dataclass(frozen=True)
 class Retention:
-    """newest: so many (None: all). every: those at multiples of so many steps, too. best: the one where the figure of
-    this name is highest (the first of equals), too."""
+    """Rule for the checkpoints to keep.
+
+    newest: so many (None: all). every: those at multiples of so many steps, too. best: the one where the metric of this
+    name is highest (the first of equals), too.
+    """
 
     newest: int | None = None
     every: int | None = None
@@ -34,7 +37,7 @@ class Retention:
         return cls(train.keep_checkpoints, train.keep_every, train.keep_best)
 
     def superseded(self, saved: list[Judged]) -> set[int]:
-        """Steps of the checkpoints that may go, among all there are. The newest never may."""
+        """Return the steps of the checkpoints that may go, among all there are; never the newest."""
         if self.newest is None:
             return set()
         steps = sorted(each.step for each in saved)

@@ -1,4 +1,4 @@
-"""One run from its directory to its last checkpoint; pre-training and fine-tuning share it."""
+"""Run of a training from its directory to its last checkpoint, for pre-training and fine-tuning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Run = TypeVar("Run", bound=TrainingConfig)
 
 @dataclass(frozen=True)
 class Job:
-    """What one start of a command line trains with. ds: DeepSpeed's file; resume: continue the run in its directory."""
+    """Execution of a training, beside its configuration. ds: DeepSpeed's file; resume: go on in its directory."""
 
     ds: dict[str, Any]
     ds_name: str
@@ -50,14 +50,18 @@ class Job:
         return resolve(self.ds, run, world_size(), self.machine, name=self.ds_name, folder=str(folder))
 
     def resumes(self, folder: Path) -> bool:
-        """Whether this start continues from a checkpoint in `folder`; the same on every rank, though nodes may not see
-        the same files at once."""
+        """Return whether this start continues from a checkpoint in `folder`.
+
+        All ranks return the same, though nodes may not see the same files at once.
+        """
         there = self.resume and latest(folder) is not None
         return bool(broadcast_object(there))
 
     def workers(self, asked: int | None) -> int:
-        """Loader processes of a rank: `asked`, or what suits the cores: on a CPU with two a rank, one only stalls the
-        maths."""
+        """Return the loader processes of a rank: `asked`, or what suits the cores.
+
+        On a CPU with two cores a rank, a loader process only stalls the maths.
+        """
         if asked is not None:
             return asked
         on_cpu = self.machine.on_cpu
@@ -69,7 +73,7 @@ class Job:
 def opened(
     run: Run, job: Job, settle: Callable[[Run, Path], Run] = lambda run, folder: run
 ) -> Iterator[tuple[Run, Path, Guard]]:
-    """The run's settled configuration, its directory, made and locked, and the guard of its ranks.
+    """Open a run: yields its settled configuration, its directory, made and locked, and the guard of its ranks.
 
     Every rank enters it. settle: completes the configuration from what the directory holds; called on the first rank.
     Raises UserError, the same on every rank.
@@ -137,7 +141,7 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
 
 
 def _plan_lines(job: Job, plan: EngineConfig) -> str:
-    """One line on what trains, and one for each thing that is not as it could be."""
+    """Return a line on what trains, and one for each setting that costs speed."""
     half = {"bfloat16": "bf16 autocast", "float16": "fp16 autocast"}
     precision = half.get(plan.values.get("torch_autocast", {}).get("dtype"), "fp32")
     where = f"{world_size()} rank{'s' if world_size() > 1 else ''} on {job.machine.device_name}"

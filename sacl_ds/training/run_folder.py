@@ -1,4 +1,4 @@
-"""The run directory: which one, that no other run writes to it, that it fits what is resumed, and that it has room."""
+"""Run directory: its name, its lock against other runs, its fit to what is resumed, and its room."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BYTES_WEIGHTS, _BYTES_CHECKPOINT = 4, 12  # a parameter: fp32; with two moments
 
 
 def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
-    """The directory of this run, made and locked until the file that comes with it is closed. For rank 0.
+    """Make and lock the run's directory, until the file that comes with it is closed. Only rank 0 calls it.
 
     Raises UserError where there is nothing to resume, a run to be overwritten, a run of another model, or another
     process at work.
@@ -53,21 +53,21 @@ def open_run_folder(run: TrainingConfig, resume: bool) -> tuple[Path, IO[str]]:
 
 
 def newest(folder: Path) -> int | None:
-    """The step that --resume would go on from."""
+    """Return the step that --resume would go on from."""
     state = latest(folder)
     return state.step if state else None
 
 
 def limits(run: TrainingConfig) -> Limits:
-    """How long ranks wait for each other."""
+    """Return how long ranks wait for each other."""
     return Limits(run.train.peer_timeout, run.train.step_timeout)
 
 
 def require_shared(folder: Path, seconds: float = 10.0) -> None:
-    """That every rank sees what the first one writes into `folder`. Every rank calls it; the first one's folder exists.
+    """Check that every rank sees what rank 0 writes into `folder`. Every rank calls it; rank 0's folder exists.
 
-    seconds: how long a file system over a network may take to show it.
-    Raises UserError, the same on every rank, with the first rank that does not see it and its node.
+    seconds: how long a file system over a network may take to show it. Raises UserError, the same on every rank, with
+    the first rank that does not see it and its node.
     """
     own = (f".shared_{secrets.token_hex(8)}", str(folder), socket.gethostname()) if rank() == 0 else None
     token, name, writer = broadcast_object(own)
@@ -102,10 +102,10 @@ def _appears(path: Path, seconds: float) -> bool:
 
 
 def check_space(folder: Path, parameters: int, checkpoints: int, momentum_bytes: int = 0) -> str | None:
-    """Whether the disk holds one checkpoint and the weights of a model with so many parameters.
+    """Check that the disk holds one checkpoint and the weights of a model with so many parameters.
 
-    momentum_bytes: what a checkpoint takes besides, for the momentum model and its queue.
-    Returns a warning where it holds that, but not all `checkpoints`. Raises UserError where it does not.
+    momentum_bytes: what a checkpoint takes besides, for the momentum model and its queue. Returns a warning where it
+    holds that, but not all `checkpoints`. Raises UserError where it does not.
     """
     free = shutil.disk_usage(folder).free
     a_checkpoint = parameters * _BYTES_CHECKPOINT + momentum_bytes
@@ -125,7 +125,7 @@ def check_space(folder: Path, parameters: int, checkpoints: int, momentum_bytes:
 
 
 def _numbered(run: TrainingConfig, resume: bool) -> Path:
-    """runs/TITLE-NNN: the next one, or the last one to be resumed."""
+    """Return runs/TITLE-NNN: the next one, or the last one to be resumed."""
     base = Path("runs")
     used = [int(m[1]) for p in base.glob(f"{run.title}-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
     number = max(used, default=0)
@@ -133,8 +133,10 @@ def _numbered(run: TrainingConfig, resume: bool) -> Path:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Held by this process alone, and gone with it however it ends: a lock by `flock` would live on in loader workers,
-    which outlast it for seconds."""
+    """Lock the folder for this process alone until it ends.
+
+    A lock by `flock` would live on in loader workers, which outlast it for seconds.
+    """
     file = (folder / _LOCK).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,7 +154,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _same_model(run: TrainingConfig, folder: Path) -> None:
-    """The weights to be resumed are those of this configuration's model."""
+    """Check that the weights to be resumed are those of this configuration's model."""
     saved = _saved_model(folder)
     if saved is None:
         return  # stopped before its configuration was written, in the teacher phase
@@ -166,7 +168,7 @@ def _same_model(run: TrainingConfig, folder: Path) -> None:
 
 
 def with_saved_positions(model: ModelConfig, folder: Path) -> ModelConfig | None:
-    """`model` with the text positions of the run that `folder` holds; None where no phase of it has begun."""
+    """Set the text positions of the run that `folder` holds; None where no phase of it has begun."""
     for place in (folder, folder / TEACHER):
         saved = _saved_model(place)
         if saved is not None:

@@ -22,7 +22,7 @@ _PREFIX = "model."  # the objective's name for the model
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], RunState]:
-    """RUN/checkpoints/step_N -> the model's state in fp32 on the CPU, as `SaclModel` names it, and where the run stood.
+    """Read RUN/checkpoints/step_N: the model's state in fp32 on the CPU, as `SaclModel` names it, and the run's state.
 
     Raises UserError where the folder holds no complete checkpoint, or a damaged one. No pickle is read.
     """

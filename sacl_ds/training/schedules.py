@@ -12,7 +12,8 @@ from sacl_ds.config import OptimConfig, RecordsConfig, RunConfig
 
 
 def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine or constant."""
+    """Return the share of the peak learning rate at `step` (0-based) of `steps`: linear warm-up, then cosine or
+    constant."""
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
@@ -22,29 +23,29 @@ def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
 
 
 def alpha_end_step(run: RunConfig) -> int:
-    """The step from which alpha is constant: as set, or half of all steps."""
+    """Return the step from which alpha is constant: as set, or half of all steps."""
     return run.train.steps // 2 if run.loss.alpha_end_step is None else run.loss.alpha_end_step
 
 
 def alpha(step: int, run: RunConfig) -> float:
-    """The teacher's share of the similarity at `step`: linear from alpha_start to alpha_end, then constant."""
+    """Return the teacher's share of the similarity: linear from alpha_start to alpha_end, then constant."""
     start, end, over = run.loss.alpha_start, run.loss.alpha_end, alpha_end_step(run)
     return end if step >= over else start + (end - start) * step / over
 
 
 def soft_weight(step: int, run: RunConfig, pairs: int) -> float:
-    """The share of soft targets at `step`: linear from 0 to momentum.distill_weight over the first epoch of `pairs`."""
+    """Return the share of soft targets: linear from 0 to momentum.distill_weight over the first epoch of `pairs`."""
     epoch = pairs / run.train.global_batch_size
     return run.momentum.distill_weight * min(1.0, step / epoch)
 
 
 def is_recorded(done: int, steps: int, records: RecordsConfig) -> bool:
-    """Whether the step after which `done` are done is recorded: the first of `steps`, every so many, the last."""
+    """Return whether the step that makes `done` is recorded: the first of `steps`, every so many, the last."""
     return bool(records.every) and (done in (1, steps) or done % (records.every or 1) == 0)
 
 
 def changed_schedules(before: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
-    """A line where schedules stand elsewhere, at the step of a checkpoint, than they stood when it was saved."""
+    """Return a line where the configured schedules differ, at a checkpoint's step, from the values saved in it."""
     changed = [
         f"{name} at {now[name]:.3g} in place of {value:.3g}"
         for name, value in before.items()

@@ -1,4 +1,4 @@
-"""One training step up to its gradients: targets, losses, backward. The optimizer's step follows in the task.
+"""Training step up to its gradients: targets, losses, backward. The optimizer's step follows in the task.
 
 Pre-training's contrastive loss needs the features of all pairs at once. Where a rank's pairs fit, one pass does. Where
 they do not (`train.micro_batch_size`), a gradient cache (Gao et al. 2021, arXiv 2101.06983) gives the gradients of one
@@ -35,7 +35,7 @@ Losses = dict[str, Tensor]  # by name, 0-dim, detached
 
 @dataclass(frozen=True)
 class Step:
-    """What is known of a step on this rank before its batch is looked at.
+    """Parameters of a step on this rank, known before its batch.
 
     number: steps done. seed: of everything random in it; generator: seeded by it, on `device`. rows: pairs of a
     micro-batch. coalesce: reduce the gradients of several micro-batches at once. logged: its figures are written down.
@@ -56,27 +56,28 @@ class Step:
     statistics: bool = False
 
     def seed_of(self, micro_batch: int) -> int:
-        """The seed of a micro-batch's random numbers, the same whenever it goes through the model."""
+        """Return the seed of a micro-batch's random numbers, the same whenever it goes through the model."""
         return words(1, self.seed, micro_batch)[0] >> 1
 
 
 @dataclass(frozen=True)
 class FrozenModels:
-    """The models that a step compares with and does not train. precision: of their products (`train.precision`)."""
+    """Models that a step compares with and does not train. precision: of their products (`train.precision`)."""
 
     teacher: Teacher | None = None
     momentum: Momentum | None = None
     precision: str = "fp32"
 
     def teacher_features(self, batch: Batch) -> Features | None:
-        """(b, d_t) unit features of images and captions, stored in the batch or computed; None where there are none."""
+        """Return (b, d_t) unit features of images and captions, stored in the batch or computed; None without a
+        teacher."""
         known = self.teacher or batch.teacher_features is not None
         return teacher_features(self.teacher, batch, self.precision) if known else None
 
     def targets(
         self, step: Step, teacher: Features | None, momentum: Features | None, tokens: Tensor | None
     ) -> Targets:
-        """The targets of a step from what these models say of its pairs; tokens: logits of the masked tokens."""
+        """Make the targets of a step from these models' outputs; tokens: logits of the masked tokens."""
         keys = None
         if self.momentum and momentum:
             from sacl_ds.losses.queue import Keys
@@ -94,10 +95,10 @@ ALONE = FrozenModels()
 def contrastive_step(
     engine: DeepSpeedEngine, batch: Batch, step: Step, frozen: FrozenModels = ALONE
 ) -> tuple[Losses, Features, Targets]:
-    """Forward and backward of the engine's PretrainObjective: losses, (b, d) features of this rank's images and texts,
-    detached, and the targets they met.
+    """Run forward and backward of the engine's PretrainObjective.
 
-    batch: this rank's, on the host where it takes several micro-batches.
+    Returns losses, (b, d) features of this rank's images and texts, detached, and the targets they met. batch: this
+    rank's, on the host where it takes several micro-batches.
     """
     if len(batch) > step.rows:
         return _gradient_cache_step(engine, batch, step, frozen)
@@ -116,7 +117,7 @@ def contrastive_step(
 def _gradient_cache_step(
     engine: DeepSpeedEngine, batch: Batch, step: Step, frozen: FrozenModels
 ) -> tuple[Losses, Features, Targets]:
-    """`contrastive_step` in micro-batches."""
+    """Run `contrastive_step` in micro-batches, with a gradient cache."""
     objective: PretrainObjective = engine.module
     settings, parts, averaged = objective.settings, batch.parts(step.rows), frozen.momentum
     wants_tokens = step.soft_weight > 0 and settings.mlm_weight > 0
@@ -170,7 +171,7 @@ def _gradient_cache_step(
 
 
 def summed_step(engine: DeepSpeedEngine, batch: Loadable, step: Step) -> Losses:
-    """Forward and backward of an objective whose losses and figures are means over its rows; returns those of all rows.
+    """Run forward and backward of an objective whose losses are means over its rows; returns those of all rows.
 
     batch: this rank's, on the host where it takes several micro-batches.
     """
@@ -189,7 +190,7 @@ def summed_step(engine: DeepSpeedEngine, batch: Loadable, step: Step) -> Losses:
 
 @torch.no_grad()
 def rows_not_finite(engine: DeepSpeedEngine, batch: Batch, step: Step) -> Tensor:
-    """(b,) bool: pairs of a PretrainObjective's batch whose own features are not finite; every rank calls it."""
+    """Find pairs of a PretrainObjective's batch whose own features are not finite, (b,) bool; every rank calls it."""
     found = []
     for part in ahead(batch.parts(step.rows), step.device) if len(batch) > step.rows else [batch]:
         out = engine(part, None)
@@ -199,7 +200,7 @@ def rows_not_finite(engine: DeepSpeedEngine, batch: Batch, step: Step) -> Tensor
 
 
 def _joined(parts: Sequence[Features | None]) -> Features | None:
-    """The features of all micro-batches; None where there are none."""
+    """Concatenate the features of all micro-batches; None where there are none."""
     known = [part for part in parts if part is not None]
     if not known:
         return None
@@ -214,9 +215,9 @@ def _add(sums: Losses, more: Losses) -> None:
 
 @contextmanager
 def _reduction(engine: DeepSpeedEngine, once: bool) -> Iterator[None]:
-    """Around the backward passes of a step. once: gradients stay whole on each rank and are reduced at the end.
+    """Set how gradients are reduced in the backward passes of this block.
 
-    Stage 0 does so in any case.
+    once: gradients stay whole on each rank and are reduced at the end. Stage 0 does so in any case.
     """
     if once and engine.zero_optimization_stage():
         with engine.coalesce_grad_reduction():

@@ -1,4 +1,5 @@
-"""What one kind of training does at a step and around it; pre-training and each downstream task fill in these hooks."""
+"""Interface between the training loop and one kind of training: pre-training and each downstream task fill in these
+hooks."""
 
 from __future__ import annotations
 
@@ -34,39 +35,39 @@ class TrainingTask:
     momentum: Momentum | None = None
 
     def begin(self, engine: DeepSpeedEngine, resumed_at: int | None) -> None:
-        """Called once, before the first step. resumed_at: steps done; None: the run starts anew. Raises UserError."""
+        """Prepare, once, before the first step. resumed_at: steps done; None: the run starts anew. Raises UserError."""
 
     def step(self, engine: DeepSpeedEngine, batch: Any, step: Step) -> tuple[Losses, Tensor | None, str | None]:
-        """Losses, backward, update.
+        """Run losses, backward, update. Returns the losses, the rows that are not finite, and a line for the user.
 
-        Returns the losses; None, or, where the update was left out because loss or gradient were not finite, (b,) bool:
-        the rows whose own share of that is not finite; and a line for the user, or None.
+        The rows: (b,) bool, those whose own share is not finite, where the update was left out because loss or gradient
+        were not; else None. The line may be None.
         """
         raise NotImplementedError
 
     def names(self, batch: Any) -> list[str]:
-        """The names by which a user finds the samples of the rows."""
+        """Return the names by which a user finds the samples of the rows."""
         return list(batch.keys)
 
     def schedules(self, step: int) -> dict[str, float]:
-        """Where the schedules stand at `step`, for the log."""
+        """Return the values of the schedules at `step`, for the log."""
         return {}
 
     def caution(self, done: int, figures: dict[str, Any]) -> str | None:
-        """A line for the user where the logged figures ask for one."""
+        """Return a line for the user where the logged metrics ask for one."""
         return None
 
     def evaluate(self, done: int) -> Figures:
-        """Held-out figures after `done` steps, the same on every rank; {} where nothing is evaluated."""
+        """Return held-out metrics after `done` steps, the same on every rank; {} where nothing is evaluated."""
         return {}
 
     def finish(self, engine: DeepSpeedEngine) -> None:
-        """Called once, after the last step: leave the finished weights in the run's directory."""
+        """Write the finished weights into the run's directory, once, after the last step."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """All parts of one training, built for its configuration: `sacl_ds.training.run.train` runs it.
+    """Parts of one training, built for its configuration; `sacl_ds.training.run.train` runs it.
 
     objective: the module whose forward returns the losses, with the model in its attribute `model`. identity: what its
     checkpoints belong to. workers: loader processes asked for. max_bad_share: how many samples may be unusable.

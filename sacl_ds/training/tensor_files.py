@@ -1,4 +1,4 @@
-"""Tensors on disk as safetensors, written one after another, and put together again from the fragments of many files.
+"""Tensors on disk as safetensors, written one after another, and reassembled from the fragments of many files.
 
 The library's own writer wants all of them in memory at once, beside what is being trained; this one holds one at a time
 and knows the file's checksum when it is done. Reading is the library's.
@@ -29,7 +29,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written; `read` gives it, on any device, when its turn comes."""
+    """Tensor to be written; `read` gives it, on any device, when its turn comes."""
 
     name: str
     dtype: torch.dtype
@@ -46,7 +46,7 @@ class Entry:
 
 
 def write_entries(path: Path, entries: Iterable[Entry]) -> Written:
-    """A safetensors file, flushed to the disk. Raises OSError where there is no room."""
+    """Write a safetensors file, flushed to the disk. Raises OSError where there is no room."""
     entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -75,12 +75,12 @@ def write_entries(path: Path, entries: Iterable[Entry]) -> Written:
 
 
 def fragment_name(kind: str, name: str, start: int) -> str:
-    """What the numbers of parameter `name` from `start` on, in row-major order, are called in a file."""
+    """Return the name, in a file, of the elements of parameter `name` from `start` on, in row-major order."""
     return f"{kind}/{name}@{start}"
 
 
 class Fragments:
-    """Flat tensors that several files hold in pieces, read by range; no file is read whole.
+    """Reader of flat tensors that several files hold in pieces, by range; no file is read whole.
 
     Raises UserError, naming the file, where one cannot be read.
     """
@@ -104,7 +104,7 @@ class Fragments:
         return (kind, name) in self._pieces
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """(count,) numbers from `start` on. Raises UserError where some are in no file."""
+        """Read (count,) elements from `start` on. Raises UserError where some are in no file."""
         parts, reached, end = [], start, start + count
         for begin, length, file, key in self._pieces.get((kind, name), []):
             if begin <= reached < min(begin + length, end):
@@ -116,7 +116,7 @@ class Fragments:
         return torch.cat(parts) if parts else torch.empty(0)
 
     def whole(self, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """All of those parameters."""
+        """Read all of those parameters."""
         return {
             name: self.read(kind, name, 0, int(torch.Size(shape).numel())).view(shape) for name, shape in shapes.items()
         }

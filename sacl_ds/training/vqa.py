@@ -1,4 +1,4 @@
-"""What VQA's fine-tuning minimises."""
+"""Objective of VQA's fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sacl_ds.model.vqa import VqaModel
 
 
 class VqaObjective(nn.Module):
-    """The likelihood of people's answers, each by its share of them (ALBEF's, without its momentum model)."""
+    """Likelihood of people's answers, each by its share of them (ALBEF's, without its momentum model)."""
 
     def __init__(self, model: VqaModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: QuestionBatch) -> dict[str, Tensor]:
-        """0-dim tensors: `loss`, to be minimised, and `answer_loss`, the same without gradient.
+        """Compute 0-dim `loss`, to be minimised, and `answer_loss`, the same without gradient.
 
         The sum over answers of weight times -log p, by the number of questions. That number is equal on all ranks, so
         the mean over ranks is the value for the whole global batch, and so are the gradients.

@@ -14,7 +14,7 @@ from PIL import Image
 from starting import program
 
 from sacl_ds.benchmark.peers import EQUAL, OWN, Towers, own_towers, peers
-from sacl_ds.benchmark.setting import Setting, lengths, random_batch
+from sacl_ds.benchmark.setting import BenchmarkSetting, lengths, random_batch
 from sacl_ds.config import ModelConfig
 from sacl_ds.model.cost import ModelCost
 from sacl_ds.model.sacl import SaclModel
@@ -97,9 +97,9 @@ def test_micro_batches_in_bf16() -> None:
     assert "| three losses, live teacher |" in done.stdout
 
 
-def setting(captions: str = "full") -> Setting:
+def setting(captions: str = "full") -> BenchmarkSetting:
     model = ModelConfig.model_validate({"preset": "tiny", "vocab_size": 300})
-    return Setting(model, 4, "fp32", captions, {}, "none", CPU)  # type: ignore[arg-type]
+    return BenchmarkSetting(model, 4, "fp32", captions, {}, "none", CPU)  # type: ignore[arg-type]
 
 
 def test_the_batch() -> None:

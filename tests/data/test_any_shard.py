@@ -14,7 +14,7 @@ from PIL import Image
 from tars import collator, jpeg, loader, sample, write_tar
 
 from sacl_ds.data.captions import BadText, captions_of, normalised
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage, examine
 from sacl_ds.data.inspection import inspect_shards
 from sacl_ds.data.json_files import each_entry, read_json, read_json_lines
@@ -66,7 +66,7 @@ def read_all(path: Path, count: int) -> None:
     seen = 0
     for raw in reading:
         seen += 1
-        if isinstance(raw, Fault):
+        if isinstance(raw, SampleFault):
             assert str(raw) == one_line(str(raw))
             continue
         with suppress(BadSample):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tars import batches, jpeg
 from webdataset import TarWriter
 
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.inspection import inspect_shards
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.shards.index import ShardIndex, count_samples
@@ -112,13 +112,13 @@ WRITERS = {
 }
 
 
-def read(path: Path, count: int, first: int = 0) -> list[tuple[str, list[str], bytes] | Fault]:
+def read(path: Path, count: int, first: int = 0) -> list[tuple[str, list[str], bytes] | SampleFault]:
     """What each place from `first` on holds."""
     source = ShardSource(ShardIndex([str(path)], [[count]]))
     places = [Place(0, 0, offset) for offset in range(first, count)]
     made: list[Any] = []
     for raw in source.read(iter([Block(places, [])])):
-        if isinstance(raw, Fault):
+        if isinstance(raw, SampleFault):
             made.append(raw)
             continue
         try:
@@ -140,8 +140,8 @@ def test_every_sample_is_read_or_named(layout: str, writer: str, data: Any, tmp_
     count = count_samples(str(folder / "0.tar"))
     served = read(folder / "0.tar", count)
     assert len(served) == count
-    good = [each for each in served if not isinstance(each, Fault)]
-    bad = [each for each in served if isinstance(each, Fault)]
+    good = [each for each in served if not isinstance(each, SampleFault)]
+    bad = [each for each in served if isinstance(each, SampleFault)]
     # what is read is a picture with its own caption
     assert all(said == [f"{IMAGES.index(image)}"] for _, said, image in good)
     # nobody is forgotten: every picture of the tar is read or named
@@ -189,7 +189,7 @@ def test_what_is_wrong_is_told(entries: list[Entry], keys: list[str], reason: st
     served = read(path, 2 + len(keys))
     assert served[0] == ("0", ["one"], jpeg(0))
     assert served[-1] == ("9", ["two"], jpeg(9))
-    faults = [each for each in served if isinstance(each, Fault)]
+    faults = [each for each in served if isinstance(each, SampleFault)]
     assert [fault.key for fault in faults] == keys
     assert all(fault.reason.startswith(reason) for fault in faults)
 

@@ -16,7 +16,7 @@ from vqa_questions import PLACEMENTS, batch_of, pretrained
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.downstream.nlvr2 import StatementBatch
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.text import IGNORED
 from sacl_ds.losses import HardNegatives
 from sacl_ds.machine import this_machine
@@ -247,7 +247,7 @@ def test_means_over_rows(tmp_path: Path) -> None:
 
 def test_parts_are_the_batch() -> None:
     """Texts are cut to the longest left, and which tokens are real and predicted is known of the parts, too."""
-    batch = replace(tiny.without_padding(tiny.batch(PAIRS)[0]), faults=[Fault("bad", "s", "k", "r")])
+    batch = replace(tiny.without_padding(tiny.batch(PAIRS)[0]), faults=[SampleFault("bad", "s", "k", "r")])
     parts = batch.parts(3)
     assert [len(part) for part in parts] == [3, 3, 2]
     assert [key for part in parts for key in part.keys] == batch.keys

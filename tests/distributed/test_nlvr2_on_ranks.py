@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from sacl_ds.data.downstream.nlvr2 import SceneStatements, Statement, StatementBatch, scene_statements
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
@@ -146,7 +146,7 @@ def test_through_deepspeed(world: int, tmp_path: Path) -> None:
 
 class Lost:
     def picture(self) -> Picture:
-        raise BadSample(Fault("bad", "", "image x", "no file x.png"))
+        raise BadSample(SampleFault("bad", "", "image x", "no file x.png"))
 
 
 def statements() -> list[Statement]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sacl_ds.data.downstream.nlvr2 import SceneStatements, Statement, scene_statements
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
@@ -190,7 +190,7 @@ def test_without_labels(model: Nlvr2Model, tokenizer: Tokenizer, tmp_path: Path)
 
 class Lost:
     def picture(self) -> Picture:
-        raise BadSample(Fault("bad", "", "image x", "no file x.png"))
+        raise BadSample(SampleFault("bad", "", "image x", "no file x.png"))
 
 
 def test_images_that_are_missing(model: Nlvr2Model, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from tiny import varied
 from transformers import ChineseCLIPVisionConfig, ChineseCLIPVisionModel
 
 from sacl_ds.errors import UserError
-from sacl_ds.exporting.vision import Tower, tower_of
+from sacl_ds.exporting.vision import VisionTower, tower_of
 from sacl_ds.exporting.widening import widened
 
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
@@ -23,7 +23,7 @@ def vit(**arguments: object) -> torch.nn.Module:
     return varied(timm.create_model("vit_tiny_patch16_224", **{**small, **arguments}))
 
 
-def held(tower: Tower, dtype: torch.dtype) -> ChineseCLIPVisionModel:
+def held(tower: VisionTower, dtype: torch.dtype) -> ChineseCLIPVisionModel:
     config = ChineseCLIPVisionConfig(
         hidden_size=tower.width, intermediate_size=tower.hidden, num_hidden_layers=tower.layers,
         num_attention_heads=tower.heads, image_size=tower.image_size, patch_size=tower.patch_size,

@@ -23,7 +23,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.losses import Keys, similarity_regulated_loss
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.planning.checking import COLLECTIVES, Compared
-from sacl_ds.planning.job import Job, Zero
+from sacl_ds.planning.job import PlannedJob, Zero
 from sacl_ds.planning.memory import activations, memory
 from sacl_ds.planning.page import page
 from sacl_ds.planning.record import read_record, record_limited, record_row
@@ -43,10 +43,10 @@ def job(  # of `loss` and `momentum` settings by name
     momentum: dict[str, Any] | None = None,
     teacher_width: int = 0,
     **train: Any,
-) -> Job:
+) -> PlannedJob:
     values = {"global_batch_size": batch, "precision": precision, "micro_batch_size": micro, **train}
     rooms = {"model": {"preset": preset}, "train": values, "loss": loss or {}, "momentum": momentum or {}}
-    return Job(RunConfig.model_validate(rooms), world, zero or Zero(), teacher_width=teacher_width)
+    return PlannedJob(RunConfig.model_validate(rooms), world, zero or Zero(), teacher_width=teacher_width)
 
 
 def test_parameters_are_those_of_the_model() -> None:
@@ -130,7 +130,7 @@ def test_checkpointing_keeps_what_goes_into_blocks_by_hand(precision: str, bytes
 def test_checkpointing_with_patch_selection_is_refused() -> None:
     values = {"model": {"patch_selection": {"placement": "output"}}, "train": {"checkpoint_activations": True}}
     with pytest.raises(UserError, match=r"patch_selection.*checkpoint_activations") as error:
-        activations(Job(RunConfig.model_validate(values), 1, Zero()))
+        activations(PlannedJob(RunConfig.model_validate(values), 1, Zero()))
     assert "\n" not in str(error.value)
 
 

@@ -20,9 +20,9 @@ from sacl_ds.evaluation.metrics import ndcg
 from sacl_ds.losses import Regulation, similarity_regulated_loss
 from sacl_ds.study.plan import Arm, Plan, read_plan
 from sacl_ds.study.runner import finished, run_plan
-from sacl_ds.study.summary import Row, rows, verdict
+from sacl_ds.study.summary import ArmSummary, rows, verdict
 from sacl_ds.study.trial import Folder
-from sacl_ds.study.weights import Seen, contrastive, log_weights
+from sacl_ds.study.weights import DirectionSimilarities, contrastive, log_weights
 from sacl_ds.training.false_share import falling_weights
 
 N, SCALE = 13, 9.0
@@ -61,17 +61,19 @@ def sides() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tor
     return unit(1), unit(2), unit(3), unit(4), ids
 
 
-def direction(relevance: torch.Tensor | None = None) -> Seen:
+def direction(relevance: torch.Tensor | None = None) -> DirectionSimilarities:
     image, text, t_image, t_text, ids = sides()
     negatives = ids[:, None] != ids
-    return Seen(image @ text.T, t_image @ t_text.T, negatives, torch.zeros(N, N) if relevance is None else relevance)
+    return DirectionSimilarities(
+        image @ text.T, t_image @ t_text.T, negatives, torch.zeros(N, N) if relevance is None else relevance
+    )
 
 
 def arm(**values: object) -> Arm:
     return Arm.model_validate({"family": "other", "teacher": None, **values})
 
 
-def weights_of(one: Arm, seen: Seen, regulation: Regulation | None = None) -> torch.Tensor:
+def weights_of(one: Arm, seen: DirectionSimilarities, regulation: Regulation | None = None) -> torch.Tensor:
     regulation = Regulation(0.6, 4.0, 7.0) if regulation is None else regulation
     return log_weights(one, regulation, seen, SCALE, torch.Generator().manual_seed(0))
 
@@ -340,8 +342,8 @@ def test_mistakes_on_the_command_line(line: list[str], said: str, study: Path) -
     assert "Traceback" not in done.stderr
 
 
-def row(name: str, family: str, *values: float) -> Row:
-    return Row(name, family, {"mAP": list(values)}, 1.0)
+def row(name: str, family: str, *values: float) -> ArmSummary:
+    return ArmSummary(name, family, {"mAP": list(values)}, 1.0)
 
 
 def test_the_verdict_counts_spreads_and_the_way_to_the_oracle() -> None:

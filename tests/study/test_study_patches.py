@@ -13,7 +13,7 @@ from starting import program
 from sacl_ds.data.scene_language import COLOUR, COLOURS, PLACE, SHAPE, SHAPES
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.errors import UserError
-from sacl_ds.study.patches.plan import Plan, read_plan
+from sacl_ds.study.patches.plan import PatchPlan, read_plan
 from sacl_ds.study.patches.start import cells_of_patches
 from sacl_ds.study.patches.summary import draw_kept, speed_table, write_table
 from sacl_ds.study.patches.tasks import Pretraining, QuestionAnswering, build
@@ -37,11 +37,11 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchPlan, Path]:
     """Run once, with the trials of seed 1 in a second go."""
     prepared()
     folder = tmp_path_factory.mktemp("study")
-    plan = Plan.model_validate(TINY)
+    plan = PatchPlan.model_validate(TINY)
     ran: list[tuple[str, int]] = []
     run_plan(plan.only(None, [0]), folder, 2, lambda trial, _: ran.append(trial))
     run_plan(plan, folder, 2, lambda trial, _: ran.append(trial))
@@ -50,7 +50,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
 
 
 @pytest.mark.slow
-def test_trials_are_kept_and_told(study: tuple[Plan, Path]) -> None:
+def test_trials_are_kept_and_told(study: tuple[PatchPlan, Path]) -> None:
     plan, folder = study
     results = finished(plan, folder)
     assert len(results) == 8
@@ -73,7 +73,7 @@ def test_trials_are_kept_and_told(study: tuple[Plan, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_a_trial_is_the_same_when_run_again(study: tuple[Plan, Path], tmp_path: Path) -> None:
+def test_a_trial_is_the_same_when_run_again(study: tuple[PatchPlan, Path], tmp_path: Path) -> None:
     plan, folder = study
     for kept in [*folder.glob("*.npy"), *folder.glob("start-*")]:
         (tmp_path / kept.name).symlink_to(kept)
@@ -83,7 +83,7 @@ def test_a_trial_is_the_same_when_run_again(study: tuple[Plan, Path], tmp_path: 
 
 
 @pytest.mark.slow
-def test_speed(study: tuple[Plan, Path]) -> None:
+def test_speed(study: tuple[PatchPlan, Path]) -> None:
     plan, folder = study
     took = speeds(plan, folder, rounds=2)
     assert set(took) == set(plan.arms)
@@ -93,7 +93,7 @@ def test_speed(study: tuple[Plan, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_asked_about(study: tuple[Plan, Path]) -> None:
+def test_what_is_asked_about(study: tuple[PatchPlan, Path]) -> None:
     """The place of the object that a question names, found again by the words alone."""
     plan, folder = study
     task = build(plan.arms["text"], plan.sizes, 0, folder)
@@ -115,7 +115,7 @@ def test_what_is_asked_about(study: tuple[Plan, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_the_picture(study: tuple[Plan, Path], tmp_path: Path) -> None:
+def test_the_picture(study: tuple[PatchPlan, Path], tmp_path: Path) -> None:
     """Two questions of each scene, about two objects."""
     plan, folder = study
     task = trained(plan, "text", 0, folder)
@@ -126,7 +126,7 @@ def test_the_picture(study: tuple[Plan, Path], tmp_path: Path) -> None:
 
 
 def test_patches_lie_in_their_cells() -> None:
-    sizes = Plan.model_validate(TINY).sizes
+    sizes = PatchPlan.model_validate(TINY).sizes
     cells = cells_of_patches(sizes).view(6, 6)
     assert cells[:2, :2].unique().tolist() == [0]
     assert cells[4:, 2:4].unique().tolist() == [7]
@@ -134,7 +134,7 @@ def test_patches_lie_in_their_cells() -> None:
 
 
 @pytest.mark.slow
-def test_captions_are_masked_and_matched(study: tuple[Plan, Path]) -> None:
+def test_captions_are_masked_and_matched(study: tuple[PatchPlan, Path]) -> None:
     plan, folder = study
     task = build(plan.arms["output"], plan.sizes, 0, folder)
     assert isinstance(task, Pretraining)

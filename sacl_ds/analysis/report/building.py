@@ -1,4 +1,4 @@
-"""From a run directory to its report: reads what the run has written, looks at pairs under its model, writes all."""
+"""Build a run's report: read its records, weigh pairs under its model, write the page and its plots."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class HeldOut:
 
 
 def act(options: argparse.Namespace) -> None:
-    """The subcommand. Raises UserError."""
+    """Run the subcommand `report`. Raises UserError."""
     if options.pairs < 2:
         raise UserError(f"--pairs {options.pairs}: at least two, of which one is a negative of the other")
     path = write_report(
@@ -143,7 +143,8 @@ def _write(path: Path, text: str) -> None:
 def _held_out(
     subject: Subject, shards: Sequence[str] | None, count: int, truth: SceneTruth | None
 ) -> tuple[HeldOut | None, str]:
-    """Or why there is none. Raises UserError for shards that were asked for and cannot be read."""
+    """Compute held-out pairs under the run's model, or return the reason why there are none. Raises UserError for
+    shards that were asked for and cannot be read."""
     try:
         source = data_source(subject.run, shards)
         count = min(count, source_count(source))
@@ -164,7 +165,7 @@ def _finder(source: Source, truth: SceneTruth | None) -> FindPictures:
 
 
 def _scenes(truth: SceneTruth, wanted: Sequence[Place]) -> Pictures:
-    """Scenes are drawn from their keys: a pass over a million of them would find the same."""
+    """Draw the wanted scenes from their keys, without a pass over all of them."""
     drawn = {place: truth.picture(place[1]) for place in wanted}
     return {place: picture for place, picture in drawn.items() if picture is not None}
 
@@ -172,7 +173,7 @@ def _scenes(truth: SceneTruth, wanted: Sequence[Place]) -> Pictures:
 def _gallery(
     run: RunConfig, lowest: list[dict[str, Any]], held_out: HeldOut | None, truth: SceneTruth | None, folder: Path
 ) -> Section:
-    """From the records of the last step; from held-out pairs where the training shards are not to be reached."""
+    """Show the lowest-weight pairs of the last recorded step, or held-out pairs if the shards cannot be read."""
     step = lowest[0]["step"] if lowest else None
     origin = f"The pairs of least weight in the global batch of step {step}, by anchor."
     if run.data.source == "scenes":
@@ -219,7 +220,7 @@ def _retrieval(subject: Subject, held_out: HeldOut, against: str, truth: SceneTr
 
 
 def _draw(total: int, count: int) -> np.ndarray:
-    """Positions of a mini-batch: neighbours in a shard are often alike."""
+    """Draw the positions of a mini-batch at random: neighbours in a shard are often alike."""
     return np.random.default_rng(0).permutation(total)[:count]
 
 
@@ -236,7 +237,7 @@ def _subtitle(run: RunConfig) -> str:
 
 
 def _headlines(every: Sequence[Section]) -> list[Headline]:
-    """What most readers look for first."""
+    """List the metrics shown at the top of the report."""
     by_name = {part.name: part.numbers for part in every}
     last = by_name["weights"]["directions"]["image_to_text"]
     under = dict(zip(np.round(by_name["weights"]["thresholds"], 1).tolist(), last["under"], strict=True))

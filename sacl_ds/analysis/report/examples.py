@@ -36,8 +36,7 @@ FindPictures = Callable[[Sequence[Place]], Pictures]
 
 
 def chosen(batch: MiniBatch, count: int) -> list[int]:
-    """Pairs of the mini-batch to be looked at: those of the lowest weights of images over texts, anchor and negative
-    side by side, until there are `count`."""
+    """Choose `count` pairs of the mini-batch to show: lowest weights of images over texts, anchor beside negative."""
     if len(batch.negatives) <= count:
         return list(range(len(batch.negatives)))
     rows, columns = np.nonzero(batch.negatives)
@@ -175,7 +174,7 @@ def lowest_of(pairs: Pairs, regulation: Regulation, count: int) -> list[dict[str
 
 
 def _groups(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """By anchor, in the order of their lowest weight."""
+    """Group entries by anchor, ordered by each group's lowest weight."""
     by_anchor: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for entry in sorted(entries, key=lambda each: each["weight"]):
         anchor = entry["anchor_shard"], entry["anchor_key"], entry["anchor_caption"]
@@ -184,7 +183,7 @@ def _groups(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _relevance(truth: SceneTruth | None, entry: dict[str, Any]) -> float | None:
-    """Of the text to the image of a pair of anchor and negative."""
+    """Return how far the entry's text is true of its image, or None where that is not known."""
     if truth is None:
         return None
     text, image = ("negative", "anchor") if entry["direction"] == "image_to_text" else ("anchor", "negative")
@@ -226,7 +225,7 @@ def _tiles(group: Sequence[dict[str, Any]], found: Pictures, truth: SceneTruth |
 
 
 def _strength(weight: float) -> float:
-    """Of a shade: a weight of a tenth, or of three, has the strongest."""
+    """Return the opacity of a cell's shade; it saturates at weights of 0.1 and 3."""
     if weight < 1:
         return _STRONGEST * min(1.0, np.log10(1 / max(weight, 1e-4)))
     return _STRONGEST * min(1.0, np.log(weight) / np.log(3.0))
@@ -243,7 +242,7 @@ def _cell(batch: MiniBatch, row: int, column: int, relevance: float | None) -> C
 
 
 def _drawn(cell: Cell, batch: MiniBatch, row: int, column: int) -> tuple[str, tuple[int, int, int] | None]:
-    """For the PNG: the same cell on white."""
+    """Return a cell's text and its shade blended with white, for the PNG."""
     if not cell.shade:
         return cell.text, None
     weight = batch.image_to_text[row, column]

@@ -1,4 +1,4 @@
-"""What a report is made of, and the one HTML file that it becomes."""
+"""Elements of a report, and their rendering as one HTML file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """One image-text pair. picture: a data URI, or None where it was not found."""
+    """Image-text pair. picture: a data URI, or None where it was not found."""
 
     picture: str | None
     caption: str
@@ -173,7 +173,7 @@ def percent(value: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """For JSON, which has no NaN: null in its place."""
+    """Convert a value for JSON; NaN and infinities become null."""
     if isinstance(value, dict):
         return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

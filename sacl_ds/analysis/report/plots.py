@@ -110,7 +110,10 @@ def lines(
     bottom: float | None = None,
     top: float | None = None,
 ) -> None:
-    """curves: {label: (steps, values, colour, line style)}. zero: draw the line at 0; share: values as per cent."""
+    """Plot curves: {label: (steps, values, colour, line style)}.
+
+    zero: draw the line at 0; share: values as per cent.
+    """
     with _axes(path) as axis:
         for name, (steps, values, colour, style) in curves.items():
             axis.plot(steps, values, style, color=colour, label=name, marker=_marker(steps), markersize=4)
@@ -124,7 +127,8 @@ def lines(
 
 
 def joint(path: Path, edges: np.ndarray, counts: np.ndarray, names: tuple[str, str], title: str) -> None:
-    """How often which two weights of one pair meet. counts: (bins, bins), the first name's weight along the rows."""
+    """Plot the joint histogram of two weights of the same pair. counts: (bins, bins), the first name's weight along the
+    rows."""
     with _axes(path, (5.4, 4.4)) as axis:
         low, high = _drawn([counts.sum(0), counts.sum(1)])
         inner = edges[low : high + 2].copy()
@@ -150,7 +154,7 @@ def _short(name: str, longest: int = 26) -> str:
 
 
 def _drawn(counts: Any) -> tuple[int, int]:
-    """The first and the last bin with anything in it, and one more at each end where there is one."""
+    """Return the first and last non-empty bins, widened by one at each end where possible."""
     total = np.sum([np.asarray(each) for each in counts], 0)
     held = np.flatnonzero(total)
     if not len(held):
@@ -159,7 +163,7 @@ def _drawn(counts: Any) -> tuple[int, int]:
 
 
 def _even(draw: Any) -> None:
-    """The weight of every negative in InfoNCE."""
+    """Draw the line at weight 1, which every negative has in InfoNCE."""
     draw(1.0, color=_GREY, linewidth=0.9, linestyle=":")
 
 

@@ -1,4 +1,4 @@
-"""What a run has written of itself, held to what a report is made of: the directory of a run may be anybody's."""
+"""Reading and validation of a run's records: a run directory may be anybody's."""
 
 from __future__ import annotations
 
@@ -66,5 +66,5 @@ def _wrong_line(line: Record) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Or what stands for one that is not known."""
+    """Return whether a value is a number, or the text that stands for an unknown one."""
     return type(value) in (int, float) and (abs(value) <= _LARGEST or math.isnan(value))

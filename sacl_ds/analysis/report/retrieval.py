@@ -20,8 +20,8 @@ _KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """One run's images for each text: (n, n) scores, and the average precision of each query."""
+class RunRanking:
+    """Text to image ranking of one run: (n, n) scores, and the average precision of each query."""
 
     name: str
     scores: np.ndarray
@@ -31,7 +31,7 @@ class Ranking:
 def side_by_side(
     sides: Sequence[tuple[str, Pairs]], find: FindPictures, truth: SceneTruth | None, folder: Path
 ) -> Section:
-    """sides: (name, the same pairs under its run) twice."""
+    """Compare retrieval of two runs. sides: (name, the same pairs under its run), twice."""
     pairs = sides[0][1]
     relevant = relevance_of(pairs, truth)
     rankings = [ranking(name, side, relevant) for name, side in sides]
@@ -90,11 +90,11 @@ def relevance_of(pairs: Pairs, truth: SceneTruth | None) -> np.ndarray:
     return relevant
 
 
-def ranking(name: str, pairs: Pairs, relevant: np.ndarray) -> Ranking:
+def ranking(name: str, pairs: Pairs, relevant: np.ndarray) -> RunRanking:
     """Scores of all images for each text, and average precision per query."""
     scores = np.asarray(pairs.text) @ np.asarray(pairs.image).T
     precision = [mean_average_precision(scores[i : i + 1], relevant[i : i + 1]) for i in range(len(pairs))]
-    return Ranking(name, scores, np.array(precision))
+    return RunRanking(name, scores, np.array(precision))
 
 
 def figures(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:

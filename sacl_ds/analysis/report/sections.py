@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 
 def about(run: RunConfig, folder: Path, figures: Sequence[Record], metrics: Sequence[Record]) -> Section:
-    """What the run is: the settings that matter, alpha's schedule, the final evaluation."""
+    """Describe the run: the settings that matter, alpha's schedule, the final evaluation."""
     loss, data = run.loss, run.data
     regulated = loss.contrastive == "sacl"
     kappa_t = loss.sharpness if loss.teacher_sharpness is None else loss.teacher_sharpness
@@ -64,7 +64,7 @@ def about(run: RunConfig, folder: Path, figures: Sequence[Record], metrics: Sequ
 
 
 def distribution(figures: Sequence[Record], folder: Path) -> Section:
-    """The weights in the last record: histogram (paper Fig. 3b), share under thresholds."""
+    """Plot the weights in the last record: histogram (paper Fig. 3b), share under thresholds."""
     last = _last(figures)
     counts = {direction: np.asarray(record["histogram"]) for direction, record in last.items()}
     step = next(iter(last.values()))["step"]
@@ -96,7 +96,7 @@ def distribution(figures: Sequence[Record], folder: Path) -> Section:
 
 
 def training(figures: Sequence[Record], folder: Path) -> Section:
-    """How the distribution moves: quantiles, effective number, alpha, kappa, mass and shape."""
+    """Plot the weights' distribution over training: quantiles, effective number, alpha, kappa, mass and shape."""
     section = Section("training", "Over training")
     section.text = [
         "Mass is what the weights add to the log-sum of all negatives: how much harder (above 0) or softer (below) "
@@ -145,7 +145,7 @@ def training(figures: Sequence[Record], folder: Path) -> Section:
 
 
 def information(figures: Sequence[Record], metrics: Sequence[Record], folder: Path) -> Section | None:
-    """Mutual information over training; None where nothing of it is known."""
+    """Plot mutual information over training; None where nothing of it is known."""
     lines = [line for line in metrics if "pmi_positive" in line]
     source = "metrics.jsonl"
     if not lines:  # records hold one value for both directions
@@ -179,7 +179,7 @@ def information(figures: Sequence[Record], metrics: Sequence[Record], folder: Pa
 
 
 def duplicates(figures: Sequence[Record], metrics: Sequence[Record], batch: int) -> Section:
-    """Pairs of the global batch that are no negatives of each other, and the run's own cautions."""
+    """Report pairs of the global batch that are no negatives of each other, and the run's own cautions."""
     section = Section("duplicates", "Duplicates and cautions")
     lines = [(line["step"], line["duplicate_pairs"]) for line in metrics if "duplicate_pairs" in line]
     source = "logged"
@@ -233,7 +233,7 @@ def _name(figure: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """metrics.jsonl holds what JSON has no number for as text."""
+    """Convert a value of metrics.jsonl, which holds NaN and infinities as text, to a float or None."""
     try:
         return None if value is None else float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What is known of scenes from their keys alone: their pictures, and whether a caption is true of one."""
+"""Pictures of scenes and the truth of captions about them, derived from their keys alone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sacl_ds.data.sources import scene_size
 
 
 class SceneTruth:
-    """Of the scenes that a run is trained on or judged by."""
+    """Pictures and relevance of the scenes that a run is trained or evaluated on."""
 
     def __init__(self, run: RunConfig) -> None:
         self._size, self._first = scene_size(run.model.image_size), run.data.scenes.detail
         self._captions = lru_cache(4096)(self._find_caption)
 
     def picture(self, key: str) -> Image.Image | None:
-        """None for a key that is no scene's."""
+        """Draw the scene with that key; None for a key that is no scene's."""
         place = place_of(key)
         return None if place is None else Image.fromarray(self._scenes(*place).image(place[1]))
 
@@ -62,7 +62,7 @@ class SceneTruth:
 
 
 def truth_of(run: RunConfig) -> SceneTruth | None:
-    """None for data of which nothing is known."""
+    """Return the truth about a run's pairs, or None for data of which nothing is known."""
     return SceneTruth(run) if run.data.source == "scenes" else None
 
 

@@ -1,4 +1,4 @@
-"""How the official VQA v2 evaluation spells an answer before it compares it.
+"""Spelling of answers as the official VQA v2 evaluation normalises them before comparison.
 
 The rules, with their oddities, are those of `VQAEval.processPunctuation` and `processDigitArticle` in
 PythonEvaluationTools/vqaEvaluation/vqaEval.py of github.com/GT-Vision-Lab/VQA, as the published figures use them.
@@ -38,16 +38,17 @@ _CONTRACTIONS = {wrong: word for word in _WITH_APOSTROPHES.split() for wrong in 
 
 
 def trimmed_answer(text: str) -> str:
-    """Line ends and tabs are spaces, none at either end: all that happens to answers on which everybody agrees."""
+    """Replace line ends and tabs by spaces and strip: all that is done to answers on which everybody agrees."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case; digits for zero to ten and none; no articles; apostrophes of known contractions; no punctuation.
+    """Normalise an answer: lower case, digits for zero to ten and none, no articles, contractions, no punctuation.
 
-    A mark goes without a trace where a space stands beside it anywhere in the text, or a comma between digits does;
-    elsewhere a space takes its place. Of the periods with no digit behind them the first 32 go. So 'a/c' gives 'c',
-    as 'a' is then an article, 'T-shirt' gives 't shirt', '1,000-2,000' gives '10002000'. May give the empty text.
+    Contractions get their known apostrophes. A mark goes without a trace where a space stands beside it anywhere in the
+    text, or a comma between digits does; elsewhere a space takes its place. Of the periods with no digit behind them
+    the first 32 go. So 'a/c' gives 'c', as 'a' is then an article, 'T-shirt' gives 't shirt', '1,000-2,000' gives
+    '10002000'. May give the empty text.
     """
     text = trimmed_answer(text)
     grouped = _GROUPED_DIGITS.search(text) is not None

@@ -1,4 +1,4 @@
-"""A task's examples as a `Source`, and the image files that they name."""
+"""Examples of a task as a `Source`, and the image files that they name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.order import Block, GlobalOrder
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import Numbers
@@ -45,14 +45,16 @@ class ExampleSource:
 
 
 def example_order(source: ExampleSource, global_batch_size: int, seed: int) -> GlobalOrder:
-    """Examples shuffled with 130,000 others, in most sets with all; neighbours in the list, such as the captions of an
-    image, never stand in one batch."""
+    """Make the global order of examples: shuffled with 130,000 others, in most sets with all.
+
+    Neighbours in the list, such as the captions of an image, never stand in one batch.
+    """
     return GlobalOrder(source.sets, global_batch_size, seed, streams=1, shuffle_buffer=_SHUFFLED_TOGETHER)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image by the places where it may lie, of which the first that exists is taken.
+    """Image with several candidate paths, of which the first that exists is read.
 
     key: what names it in error lines, for example 'image 9'.
     """
@@ -69,5 +71,5 @@ class ImageFile:
                 continue
             except (OSError, ValueError) as error:  # BadImage, or a name with a zero byte
                 reason = error.strerror if isinstance(error, OSError) else error
-                raise BadSample(Fault("bad", "", self.key, f"{path} cannot be read: {reason}")) from None
-        raise BadSample(Fault("bad", "", self.key, f"no file {' or '.join(map(str, self.places))}"))
+                raise BadSample(SampleFault("bad", "", self.key, f"{path} cannot be read: {reason}")) from None
+        raise BadSample(SampleFault("bad", "", self.key, f"no file {' or '.join(map(str, self.places))}"))

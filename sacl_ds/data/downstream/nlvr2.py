@@ -1,4 +1,4 @@
-"""NLVR2 (Suhr et al., ACL 2019): is a statement about two images true? Its files, the same task on scenes, and batches.
+"""NLVR2 (Suhr et al., ACL 2019), statements about two images: its files, the same task on scenes, and batches.
 
 An identifier reads split-set-pair-sentence. A sentence was written about a set of eight images, which make four pairs;
 its statements, equal but for the pair, are what consistency is measured over.
@@ -23,7 +23,7 @@ from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.examples import ImageFile
 from sacl_ds.data.downstream.scene_image import SceneImage
 from sacl_ds.data.draws import hash64
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.inside import require_relative
 from sacl_ds.data.json_files import each_entry, read_json_lines
@@ -39,7 +39,7 @@ _LABELS = {"True": True, "False": False}
 
 
 class Pictured(Protocol):
-    """One side of a pair, not yet decoded."""
+    """Undecoded image of one side of a pair."""
 
     def picture(self) -> Picture:
         """Raises BadSample."""
@@ -47,7 +47,7 @@ class Pictured(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """label: whether the sentence is true of the two images; None where that is not known (a test set)."""
+    """Sentence about two images. label: whether it is true of them; None where that is not known (a test set)."""
 
     identifier: str
     sentence: str
@@ -56,14 +56,14 @@ class Statement:
     right: Pictured
 
     def views(self, view: ImageView, *entropy: int) -> tuple[Tensor, Tensor]:
-        """Both images, (3, H, W) uint8, drawn from `entropy` and the side. Raises BadSample."""
+        """Transform both images to (3, H, W) uint8, drawn from `entropy` and the side. Raises BadSample."""
         try:
             return view(self.left.picture(), (*entropy, 0)), view(self.right.picture(), (*entropy, 1))
         except BadImage as error:
             raise self.bad(f"an image cannot be decoded: {error}") from None
 
     def bad(self, reason: str) -> BadSample:
-        return BadSample(Fault("bad", "", self.identifier, reason))
+        return BadSample(SampleFault("bad", "", self.identifier, reason))
 
 
 def nlvr2_statements(file: Path, images: Path) -> list[Statement]:
@@ -115,7 +115,7 @@ def _statement(entry: Any, images: Path) -> Statement:
 
 
 class SceneStatements(Sequence[Statement]):
-    """Statement i is about scenes 2i and 2i + 1; made when it is asked for, and a group of its own."""
+    """Statements about scenes, made when read: number i is about scenes 2i and 2i + 1, and a group of its own."""
 
     def __init__(self, scenes: Scenes) -> None:
         """Raises ValueError for fewer than two scenes."""
@@ -136,8 +136,7 @@ class SceneStatements(Sequence[Statement]):
 
 
 def scene_statements(scenes: Scenes) -> list[Statement]:
-    """All of `SceneStatements`, for evaluation: those that say the same, up to four, make a group by their
-    identifiers."""
+    """List all of `SceneStatements`, for evaluation: up to four with the same sentence form a group by identifier."""
     said: Counter[str] = Counter()
     groups: dict[tuple[str, int], int] = {}
     grouped = []
@@ -151,7 +150,7 @@ def scene_statements(scenes: Scenes) -> list[Statement]:
 
 @dataclass(frozen=True)
 class StatementBatch(Movable):
-    """b statements. L is the longest of the batch."""
+    """Batch of b statements. L is the longest of the batch."""
 
     keys: list[str]  # identifiers
     left: Tensor  # (b, 3, H, W) uint8
@@ -160,20 +159,20 @@ class StatementBatch(Movable):
     attention_mask: Tensor  # (b, L) int64
     labels: Tensor  # (b,) int64, 1 where the statement is true
     pair_ids: Tensor  # (b, 1) int64
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[SampleFault] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def parts(self, rows: int) -> list[StatementBatch]:
-        """The statements in order, so many in each. On the host: it looks at lengths."""
+        """Split the statements in order into micro-batches of `rows`. Call it on the host: it looks at lengths."""
         texts = {"attention_mask": ("input_ids",)}
         return [StatementBatch(**part_of(self, slice(at, at + rows), texts)) for at in range(0, len(self), rows)]
 
 
 @dataclass(frozen=True, slots=True)
 class StatementItem:
-    """A statement as its views see it."""
+    """Transformed statement, before it is collated."""
 
     key: str
     sentence: str
@@ -202,8 +201,8 @@ class StatementCollator:
         left, right = statement.views(self.image_view(statement.sentence), *draw)
         return StatementItem(statement.identifier, statement.sentence, statement.label, left, right)
 
-    def __call__(self, items: Sequence[StatementItem], faults: Sequence[Fault] = ()) -> StatementBatch:
-        """faults: statements that some of these stand in for."""
+    def __call__(self, items: Sequence[StatementItem], faults: Sequence[SampleFault] = ()) -> StatementBatch:
+        """Collate items to a batch. faults: statements that some of these stand in for."""
         rows = self.tokenizer.ids([item.sentence for item in items])
         keys = [item.key for item in items]
         return StatementBatch(
@@ -218,7 +217,7 @@ class StatementCollator:
         )
 
     def join(self, parts: Sequence[StatementBatch]) -> StatementBatch:
-        """The rows of several batches, in order, padded to the longest of them."""
+        """Concatenate batches, padded to the longest."""
         if len(parts) == 1:
             return parts[0]
         longest = max(part.input_ids.shape[1] for part in parts)
@@ -239,5 +238,5 @@ class StatementCollator:
 
 
 def _signed(word: int) -> int:
-    """The int64 with the same bits as this word below 2^64."""
+    """Reinterpret a word below 2^64 as int64."""
     return word - 2**64 if word >= 2**63 else word

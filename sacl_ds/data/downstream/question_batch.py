@@ -13,7 +13,7 @@ from sacl_ds.data.batch import ImageView, Movable, TextView, part_of
 from sacl_ds.data.collate import stacked
 from sacl_ds.data.downstream.vqa import Question, answer_weights
 from sacl_ds.data.draws import hash64
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Place
 from sacl_ds.data.text import attention_mask, pad
@@ -21,7 +21,10 @@ from sacl_ds.data.text import attention_mask, pad
 
 @dataclass(frozen=True)
 class QuestionBatch(Movable):
-    """b questions with A answers in all. L, La: tokens of the longest question and answer, [CLS] and [SEP] included."""
+    """Batch of b questions with A answers in all.
+
+    L, La: tokens of the longest question and answer, [CLS] and [SEP] included.
+    """
 
     keys: list[str]
     images: Tensor  # (b, 3, H, W) uint8
@@ -32,13 +35,14 @@ class QuestionBatch(Movable):
     answer_weight: Tensor  # (A,) float32
     answer_question: Tensor  # (A,) int64: the row that it answers
     pair_ids: Tensor  # (b, 1) int64
-    faults: list[Fault] = field(default_factory=list)  # questions that others of this batch stand in for
+    faults: list[SampleFault] = field(default_factory=list)  # questions that others of this batch stand in for
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def parts(self, rows: int) -> list[QuestionBatch]:
-        """The questions in order, so many in each, with their answers. On the host: it looks at lengths."""
+        """Split the questions in order into micro-batches of `rows`, with their answers. Call it on the host: it looks
+        at lengths."""
         made = []
         for start in range(0, len(self), rows):
             own = (self.answer_question >= start) & (self.answer_question < start + rows)
@@ -53,7 +57,7 @@ class QuestionBatch(Movable):
 
 @dataclass(frozen=True, slots=True)
 class QuestionItem:
-    """A question as the collator's views see it."""
+    """Transformed question, before it is collated."""
 
     key: str
     image: Tensor  # (3, H, W) uint8
@@ -63,11 +67,11 @@ class QuestionItem:
 
 @dataclass(frozen=True)
 class QuestionCollator:
-    """From questions to batches. What is random about a question is drawn from (seed, epoch, its key).
+    """Makes batches of questions. What is random about a question is drawn from (seed, epoch, its key).
 
-    image_view: from the question and all its answers to a view, which may leave mirroring out where they speak of left
-    or right. Questions reach the tokenizer as they are: it lower-cases them, and sets punctuation apart as it did with
-    the captions of pre-training (ALBEF, whose captions were stripped of it, strips its questions as well).
+    image_view: returns the transform for a question with all its answers; it may leave out mirroring where they speak
+    of left or right. Questions reach the tokenizer as they are: it lower-cases them, and sets punctuation apart as it
+    did with the captions of pre-training (ALBEF, whose captions were stripped of it, strips its questions as well).
     """
 
     tokenizer: TextView
@@ -78,13 +82,13 @@ class QuestionCollator:
         """Raises BadSample where the image is missing or damaged, or no answer is known."""
         answers = answer_weights(question)
         if not answers:
-            raise BadSample(Fault("bad", "", question.key, "no answers to train on: it has no labels"))
+            raise BadSample(SampleFault("bad", "", question.key, "no answers to train on: it has no labels"))
         view = self.image_view(" ".join([question.question, *answers]))
         entropy = (self.seed, place.epoch, hash64(question.key.encode()))
         return QuestionItem(question.key, pixels(question, view, entropy), question.question, answers)
 
-    def __call__(self, items: Sequence[QuestionItem], faults: Sequence[Fault] = ()) -> QuestionBatch:
-        """faults: questions that some of these stand in for."""
+    def __call__(self, items: Sequence[QuestionItem], faults: Sequence[SampleFault] = ()) -> QuestionBatch:
+        """Collate items to a batch. faults: questions that some of these stand in for."""
         asked = self.tokenizer.ids([item.question for item in items])
         said = self.tokenizer.ids([answer for item in items for answer in item.answers])
         keys = [item.key for item in items]
@@ -102,7 +106,7 @@ class QuestionCollator:
         )
 
     def join(self, parts: Sequence[QuestionBatch]) -> QuestionBatch:
-        """The rows of several batches, in order, padded to the longest of them."""
+        """Concatenate batches, padded to the longest."""
         if len(parts) == 1:
             return parts[0]
         first_rows = np.cumsum([0, *map(len, parts)])
@@ -130,9 +134,10 @@ class QuestionCollator:
 
 
 def pixels(question: Question, view: ImageView, entropy: tuple[int, ...]) -> Tensor:
-    """(3, size, size) uint8. Raises BadSample where the image is missing or damaged."""
+    """Read and transform a question's image to (3, size, size) uint8. Raises BadSample where the image is missing or
+    damaged."""
     try:
         return view(question.image.picture(), entropy)
     except BadImage as error:
         reason = f"the image cannot be decoded: {error}"
-        raise BadSample(Fault("bad", "", question.key, reason)) from None
+        raise BadSample(SampleFault("bad", "", question.key, reason)) from None

@@ -1,4 +1,4 @@
-"""Retrieval's examples: image files with their captions, for training a caption at a time, for evaluation whole."""
+"""Examples of retrieval: image files with captions; a caption each for training, an image each for evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sacl_ds.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """key: what names the image, in error lines too. cocoid, sentids: COCO's names of it and of its captions."""
+    """Image file with its captions. key: what names the image, in error lines too. cocoid, sentids: COCO's names of it
+    and of its captions."""
 
     image: ImageFile
     captions: list[str]
@@ -26,7 +27,8 @@ class CaptionedImage:
 
 
 def karpathy_images(json: Path, folder: Path, split: str) -> list[CaptionedImage]:
-    """One split of Karpathy's JSON (COCO, Flickr30k, Flickr8k), images under `folder`; 'train' takes 'restval' too.
+    """List one split of Karpathy's JSON (COCO, Flickr30k, Flickr8k), images under `folder`; 'train' takes 'restval'
+    too.
 
     An image is looked for at folder/filepath/filename, then at folder/filename, when it is used. Raises UserError, with
     file and entry, for what is no such JSON, an empty split, an image without captions, and one that stands in it
@@ -53,12 +55,12 @@ def karpathy_images(json: Path, folder: Path, split: str) -> list[CaptionedImage
 
 
 def as_sample(image: CaptionedImage) -> Sample:
-    """With all its captions. Raises BadSample where the file is missing or no image."""
+    """Read an image with all its captions. Raises BadSample where the file is missing or no image."""
     return _sample(image, image.captions)
 
 
 class EvaluationImages(Sequence[Sample]):
-    """One entry an image, read when it is asked for, which raises BadSample as `as_sample`."""
+    """Evaluation examples, one an image, read when asked for; that raises BadSample like `as_sample`."""
 
     def __init__(self, images: Sequence[CaptionedImage]) -> None:
         self.images = images
@@ -77,7 +79,7 @@ class EvaluationImages(Sequence[Sample]):
 
 
 class TrainingPairs(Sequence[Sample]):
-    """One entry a caption, so that an epoch is all captions; read when it is asked for, which raises BadSample.
+    """Training pairs, a caption each, so that an epoch is all captions; read when asked for, which raises BadSample.
 
     What identifies the image is its key, not its bytes: all captions of an image get the same first pair id from
     `Collator`, and are never negatives of each other.

@@ -1,4 +1,4 @@
-"""A scene in the place of an image file."""
+"""Scene in place of an image file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sacl_ds.data.scenes import Scenes
 
 @dataclass(frozen=True, slots=True)
 class SceneImage:
-    """A scene's picture, drawn only where it is looked at."""
+    """Picture of a scene, drawn only when it is read."""
 
     scenes: Scenes
     index: int

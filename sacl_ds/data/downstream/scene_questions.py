@@ -16,7 +16,7 @@ _WHICH = 5  # what the draw is for; `Scenes` has the numbers before it
 
 
 class SceneQuestions(Sequence[Question]):
-    """For training: question i is one about scene i, drawn by (seed, i). As cheap for a million as for one."""
+    """Training questions: number i is about scene i, drawn by (seed, i). They are made when they are read."""
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
@@ -36,7 +36,7 @@ class SceneQuestions(Sequence[Question]):
 
 
 def scene_questions(scenes: Scenes) -> list[Question]:
-    """For evaluation: all questions about all scenes."""
+    """List all questions about all scenes, for evaluation."""
     made: list[Question] = []
     for index in range(len(scenes)):
         asked = scenes.questions(index)

@@ -21,11 +21,11 @@ VISUAL_GENOME_WEIGHT = 0.5  # of an answer that only one person gave, as in ALBE
 
 
 class PictureOf(Protocol):
-    """An image that is read only where it is looked at."""
+    """Image that is read only when it is asked for."""
 
     @property
     def key(self) -> str:
-        """What names it in error lines."""
+        """Name of the image in error lines."""
 
     def picture(self) -> Picture:
         """Raises BadSample."""
@@ -33,7 +33,7 @@ class PictureOf(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one image.
+    """Question about one image.
 
     answers: what people answered, ten in VQA v2; [] where labels are absent. kind: the official question_type, "" where
     none is told. answer_type: "yes/no", "number" or "other"; "" likewise. chosen: the official multiple_choice_answer,
@@ -51,15 +51,15 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Who it is, in this and in any other list of questions."""
+        """Name of the question, the same in any list of questions."""
         return f"{self.image.key}, question {self.question_id}"
 
 
 def answer_weights(question: Question) -> dict[str, float]:
-    """Each distinct answer with its share of the given ones times the question's weight; {} without labels.
+    """Map each distinct answer to its share of the given ones times the question's weight; {} without labels.
 
-    ALBEF's: 1 / n for each of n given answers, 0.5 for Visual Genome's one. Spelt as the answers of `answer_list`, so
-    that what is learned can be chosen.
+    ALBEF's weights: 1 / n for each of n given answers, 0.5 for Visual Genome's one. Spelt as the answers of
+    `answer_list`, so that what is learned can be chosen.
     """
     given = Counter(map(_spelt, question.answers))
     return {answer: question.weight * count / len(question.answers) for answer, count in given.items()}
@@ -83,11 +83,11 @@ def answer_list(questions: Iterable[Question], at_least: int) -> list[str]:
 
 
 def vqa_questions(questions: Path, annotations: Path | None, images: Path) -> list[Question]:
-    """Of an official questions file (v2_OpenEnded_mscoco_*_questions.json), with the answers of its annotations file.
+    """Read an official questions file (v2_OpenEnded_mscoco_*_questions.json) with the answers of its annotations file.
 
     annotations: None where labels are absent (test sets). images: the folder that holds COCO's images,
     COCO_val2014_000000000042.jpg and the like, itself or in a folder val2014; 000000000042.jpg, 42.jpg and 42.png are
-    found as well. Whether they are there shows where they are read. Raises UserError with file and entry.
+    found as well. A missing image is noticed only when it is read. Raises UserError with file and entry.
     """
     content = read_json(questions)
     entries = _entries(content, "questions", questions)
@@ -110,7 +110,8 @@ def vqa_questions(questions: Path, annotations: Path | None, images: Path) -> li
 
 
 def visual_genome_questions(file: Path, images: Path) -> list[Question]:
-    """Of Visual Genome's question_answers.json, each with its one answer at half weight, as ALBEF trains on them.
+    """Read Visual Genome's question_answers.json, each question with its one answer at half weight, as ALBEF trains on
+    them.
 
     images: the folder that holds VG_100K/ID.jpg, VG_100K_2/ID.jpg or ID.jpg. Raises UserError with file and entry.
     """
@@ -178,8 +179,7 @@ def _labelled(made: Sequence[Question], questions: Path, annotations: Path) -> I
 
 @dataclass(frozen=True, slots=True)
 class _CocoImage:
-    """One of COCO's by its id; the places where it may lie are told only where it is read, of half a million questions
-    they would fill a gigabyte."""
+    """COCO image by its id; its candidate paths are made when it is read: half a million lists fill a gigabyte."""
 
     images: Path
     subset: str
@@ -205,7 +205,7 @@ def _image_key(image_id: int) -> str:
 
 @lru_cache(maxsize=2**16)
 def _spelt(answer: str) -> str:
-    """Normalised; as it stands, in lower case, where nothing would be left of it, such as of the answer 'a'."""
+    """Normalise an answer; lower-case it only, where nothing would be left of it, such as of the answer 'a'."""
     return normalise_answer(answer) or " ".join(answer.lower().split())
 
 

@@ -1,4 +1,4 @@
-"""One sample on its way into a shard, and what can be wrong with it."""
+"""Record: a sample on its way into a shard, and what can be wrong with it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class BrokenSample(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample to be written.
+    """Sample to be written.
 
-    load: gives the encoded image, or raises BrokenSample; runs only if the shard is made, on any thread.
-    where: the file and row it comes from, for error lines. problem: what is wrong with that row, if anything.
+    load: gives the encoded image, or raises BrokenSample; runs only if the shard is made, on any thread. where: the
+    file and row it comes from, for error lines. problem: what is wrong with that row, if anything.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Record:
     problem: str = ""
 
     def checked_captions(self, drop_empty: bool) -> list[str]:
-        """Captions without surrounding blanks, at least one.
+        """Return the captions without surrounding blanks, at least one.
 
         Raises BrokenSample where there is none, or an empty one that may not be dropped, or the row has a problem.
         """
@@ -53,13 +53,13 @@ class Record:
             raise BrokenSample(str(error)) from None
 
     def image_size(self) -> int:
-        """Bytes of the encoded image, for a file without reading it. Raises BrokenSample."""
-        return self.load.size() if isinstance(self.load, ImageFile) else len(self.load())
+        """Return the bytes of the encoded image, for a file without reading it. Raises BrokenSample."""
+        return self.load.size() if isinstance(self.load, ImageFileLoader) else len(self.load())
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFile:
-    """Reads an image file."""
+class ImageFileLoader:
+    """Loader of an image file."""
 
     path: str
 
@@ -89,8 +89,8 @@ class ImageFile:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageBytes:
-    """An image that stands in the list itself."""
+class ImageBytesLoader:
+    """Loader of an image that the list itself holds."""
 
     data: bytes
 
@@ -99,5 +99,5 @@ class ImageBytes:
 
 
 def no_image() -> bytes:
-    """For a record whose problem says why."""
+    """Raise BrokenSample as the `load` of a record without an image; the record's own problem says why."""
     raise BrokenSample("no image")

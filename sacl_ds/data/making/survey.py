@@ -1,4 +1,4 @@
-"""A look at a list of records before they are written: what is broken, as far as is cheap, and the space needed."""
+"""Survey of a list of records before they are written: broken ones, as far as is cheap, and the space needed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Survey:
 
 
 def survey(records: Iterable[Record], skip_broken: bool, seen: Callable[[int], None] = lambda count: None) -> Survey:
-    """Captions of every record, and whether its image file is there: no image is read."""
+    """Check the captions of every record, and whether its image file is there: no image is read."""
     found = Survey()
     for record in records:
         found.samples += 1
@@ -52,7 +52,7 @@ def survey(records: Iterable[Record], skip_broken: bool, seen: Callable[[int], N
 
 
 def sampled_survey(records: Collection[Record]) -> Survey:
-    """For a list that cannot be broken: the first few records stand for all."""
+    """Estimate the survey of a list that has no broken records from its first few."""
     part = survey(islice(records, _LOOKED_AT), skip_broken=False)
     share = len(records) / max(1, part.samples)
     return Survey(len(records), round(part.tar_bytes * share), part.broken, part.first)
@@ -71,12 +71,12 @@ def require_space(folder: Path, tar_bytes: int) -> None:
 
 
 def describe(counts: Counter[str]) -> str:
-    """'12 image missing, 3 no caption', most frequent first."""
+    """Describe counts, most frequent first: '12 image missing, 3 no caption'."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 def size(count: int) -> str:
-    """Bytes for people: '3.2 GB'."""
+    """Format bytes for people: '3.2 GB'."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 1000:
@@ -86,7 +86,7 @@ def size(count: int) -> str:
 
 
 def _tar_bytes(image: int, captions: list[str]) -> int:
-    """Three members, each a header and its content in whole blocks."""
+    """Return the bytes of a sample in a tar: three members, each a header and its content in whole blocks."""
     text = sum(len(caption.encode()) + 4 for caption in captions)
     meta = 150 + text + len(captions[0].encode())
     return sum(_TAR_BLOCK + -(-part // _TAR_BLOCK) * _TAR_BLOCK for part in (image, len(captions[0].encode()), meta))

@@ -99,8 +99,8 @@ def list_skipped(folder: Path) -> Counter[str]:
     return counts
 
 
-class _Part:
-    """What a shard's stretch of the list is, images aside: so that a later run knows the shard for its own."""
+class _ShardDigest:
+    """Digest of a shard's stretch of the list, images aside, by which a later run knows the shard for its own."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -130,7 +130,7 @@ def _refuse_stray(folder: Path, shards: int, digits: int) -> None:
 
 
 def _read_stats(path: Path) -> dict[str, Any] | None:
-    """The stats of a finished shard, None for one that is to be written."""
+    """Read the stats of a finished shard; None for one that is to be written."""
     if not path.exists():
         return None
     with suppress(OSError, ValueError):
@@ -146,7 +146,7 @@ def _compare(
     skip_broken: bool,
     finished: Callable[[int], None],
 ) -> None:
-    part = _Part()
+    part = _ShardDigest()
     for record in records:
         part.add(record)
         finished(1)
@@ -167,7 +167,7 @@ def _write_shard(
     skip_broken: bool,
     finished: Callable[[int], None],
 ) -> None:
-    part = _Part()
+    part = _ShardDigest()
     skipped: list[dict[str, str]] = []
     written = 0
     temporary = _unfinished(path)
@@ -207,7 +207,7 @@ _Members = tuple[bytes, list[BrokenSample]]
 def _in_order(
     pool: ThreadPoolExecutor, records: Iterable[Record], skip_broken: bool
 ) -> Iterator[tuple[Record, Future[_Members]]]:
-    """Records with their members, prepared by the pool a little ahead."""
+    """Yield records in order with their members, prepared by the pool a little ahead."""
     waiting: deque[tuple[Record, Future[_Members]]] = deque()
     for record in records:
         waiting.append((record, pool.submit(_members, record, skip_broken)))
@@ -232,7 +232,10 @@ def _members(record: Record, skip_broken: bool) -> _Members:
 
 
 def _tar_member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Header, content, zeros up to a whole block. What TarFile.addfile writes, which keeps all headers in memory."""
+    """Encode a tar member: header, content, zeros up to a whole block.
+
+    The bytes are those of TarFile.addfile, which keeps all headers in memory.
+    """
     info = tarfile.TarInfo(name)
     info.size = len(data)
     header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
@@ -245,7 +248,7 @@ def _unfinished(path: Path) -> Path:
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Removes the file if writing it fails; a full disk becomes one line."""
+    """Remove the file if writing it fails; a full disk becomes one line."""
     try:
         yield
     except BaseException as error:

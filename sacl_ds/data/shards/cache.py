@@ -1,4 +1,4 @@
-"""Remote shards kept on a local disk, up to a size; safe for any number of processes and for being killed."""
+"""Cache of remote shards on a local disk, up to a size; safe for any number of processes and for being killed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _ABANDONED_SECONDS = 3600.0  # a fetch that was killed leaves its part
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Whole shards under `folder`, about `limit` bytes; those that were not used for longest go first.
+    """Cache of whole shards under `folder`, about `limit` bytes; the least recently used go first.
 
-    A shard that is being read may be removed: who has it open reads on. One that changes at its address is not noticed.
+    A shard that is being read may be removed: its reader keeps the open file. One that changes at its address is not
+    noticed.
     """
 
     folder: Path
@@ -36,7 +37,7 @@ class ShardCache:
 
     @classmethod
     def of(cls, folder: str | None, gigabytes: float) -> ShardCache | None:
-        """From data.cache_dir and data.cache_gb. Raises UserError for a folder that cannot be written to."""
+        """Create the cache of data.cache_dir and data.cache_gb. Raises UserError for a folder that is not writable."""
         if folder is None:
             return None
         path = Path(folder)
@@ -49,8 +50,8 @@ class ShardCache:
         return cls(path, int(gigabytes * 1e9))
 
     def open(self, shard: str, heart: Heart, stall_seconds: float = STALL_SECONDS) -> Stream:
-        """The shard, fetched first if need be, by one process at a time; read from its address where there is no room
-        for it. Raises OSError where it cannot be fetched."""
+        """Open the shard, fetched first if need be, by one process at a time; from its address if there is no room for
+        it. Raises OSError where it cannot be fetched."""
         path = self._path(shard)
         while True:
             with contextlib.suppress(OSError):
@@ -62,12 +63,13 @@ class ShardCache:
                 return open_shard(shard, heart, stall_seconds)
 
     def forget(self, shard: str) -> None:
-        """Have it fetched anew."""
+        """Remove the shard, so that it is fetched anew."""
         with contextlib.suppress(OSError):
             self._path(shard).unlink()
 
     def fetch(self, shard: str, heart: Heart, stall_seconds: float = STALL_SECONDS) -> bool:
-        """Have the shard here; False where this disk or the limit has no room for it. Raises OSError for its source."""
+        """Fetch the shard if it is not here; False where this disk or the limit has no room for it. Raises OSError for
+        its source."""
         path = self._path(shard)
         partial = path.with_name(path.name + _PARTIAL)
         try:
@@ -104,7 +106,7 @@ class ShardCache:
             partial.unlink(missing_ok=True)
 
     def prefetch(self, shard: str, stall_seconds: float = STALL_SECONDS) -> None:
-        """Fetch in the background; what goes wrong shows when the shard is opened."""
+        """Fetch in the background; errors show when the shard is opened."""
 
         def work() -> None:
             with contextlib.suppress(Exception):
@@ -117,7 +119,7 @@ class ShardCache:
         return self.folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:16]}-{name}"
 
     def _make_room(self) -> bool:
-        """Remove whole shards until everything here fits; False where what is being fetched alone does not."""
+        """Remove whole shards until the limit holds; False where what is being fetched exceeds it alone."""
         with (self.folder / _LOCK).open("a") as lock:
             _lock(lock, Heart())
             found: list[tuple[float, int, Path]] = []
@@ -149,8 +151,10 @@ def _written(file: IO[bytes], data: bytes) -> bool:
 
 
 def _lock(file: IO[str], heart: Heart, growing: Path | None = None) -> None:
-    """Until it is closed; the kernel gives a lock back when its process ends. Waiting counts as life while `growing`
-    grows."""
+    """Lock the file until it is closed; the kernel releases it when the process ends.
+
+    Waiting counts as a beat of `heart` while the file `growing` grows.
+    """
     size = -1
     while True:
         try:

@@ -1,4 +1,4 @@
-"""How many samples each shard holds: from a cache, from the stats beside it, or by looking through it once."""
+"""Sample counts of shards: from a cache, from the stats beside them, or by looking through each once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RULES = 2  # of what a sample is, by which counts were kept
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Shards and their samples, set by set. missing: shards that are left out."""
+    """Shards and their sample counts, set by set. missing: shards that are left out."""
 
     shards: list[str]
     sets: list[list[int]]
@@ -51,7 +51,7 @@ class ShardIndex:
 
     @property
     def left_out(self) -> str:
-        """A line that names the shards which are missing."""
+        """Line for the user that names the missing shards."""
         more = f" and {len(self.missing) - _NAMED} more" if len(self.missing) > _NAMED else ""
         of = len(self.shards) + len(self.missing)
         return f"{len(self.missing)} of {of} shards are missing and left out: {', '.join(self.missing[:_NAMED])}{more}"
@@ -67,10 +67,10 @@ def index_shards(
     left_out: Sequence[str] | None = None,
     done: Callable[[int, int], None] = lambda count, total: None,
 ) -> ShardIndex:
-    """Expand and count. several: each of the patterns is a set of its own. typed: as for `expand`.
+    """Expand patterns and count the samples of each shard.
 
-    allow_missing: so many shards are left out where they are missing. left_out: those that were, where that is settled:
-    no others then.
+    several: each of the patterns is a set of its own. typed: as for `expand`. allow_missing: this many missing shards
+    are left out. left_out: shards left out earlier, where that is settled: no others then.
 
     Counts that were found before are kept under $XDG_CACHE_HOME/sacl_ds, with a local shard's size and time of change,
     and hold as long as these do. Raises UserError for shards that are missing, empty or cannot be counted.
@@ -98,7 +98,7 @@ def index_shards(
 
 
 def _counts(shards: list[str], done: Callable[[int, int], None], gaps: bool) -> dict[str, int]:
-    """gaps: shards that a server does not have are left out."""
+    """Count shards, with a cache on the disk. gaps: shards that a server does not have are left out."""
     if not shards:
         return {}
     path = _cache_path(shards)
@@ -122,7 +122,7 @@ def _counts(shards: list[str], done: Callable[[int, int], None], gaps: bool) -> 
 
 
 class _NotThere(UserError):
-    """A server says that it has no such shard."""
+    """Raised where a server says that it has no such shard."""
 
 
 def _count_or_none(shard: str) -> int | None:
@@ -133,7 +133,8 @@ def _count_or_none(shard: str) -> int | None:
 
 
 def count_samples(shard: str) -> int:
-    """From the stats beside the shard, else by its headers; a remote shard without stats is read through.
+    """Count a shard's samples by the stats beside it, else by its headers; a remote shard without stats is read
+    through.
 
     A server is asked up to three times, and broken off when it falls silent. Raises UserError.
     """
@@ -151,7 +152,7 @@ def count_samples(shard: str) -> int:
 
 
 def _stats(shard: str) -> int | None:
-    """What the file beside it says; None where there is none, or it says nothing, or not what was written."""
+    """Read the count in the stats file beside a shard; None where there is none, or it is not as it was written."""
     with suppress(OSError, KeyError, ValueError, TypeError, RecursionError):
         if not is_remote(shard):
             says = parsed(stats_path(shard).read_bytes())["successes"]
@@ -165,12 +166,12 @@ def _stats(shard: str) -> int | None:
 
 
 def _is_count(says: Any) -> bool:
-    """Of the samples of a shard; what a file says need be neither a number nor one that memory can bear."""
+    """Return whether a stats file's value, which may be anything, is a number of samples that memory can bear."""
     return type(says) is int and 0 <= says <= _MOST
 
 
 def _state(shard: str) -> list[int]:
-    """What changes where a shard does; nothing is known of remote ones."""
+    """Return size and time of change of a local shard; nothing is known of remote ones."""
     if is_remote(shard):
         return []
     status = os.stat(shard)
@@ -193,7 +194,7 @@ def _read(path: Path) -> dict[str, list[int]]:
 
 
 def _write(path: Path, entries: dict[str, list[int]]) -> None:
-    """Atomically; a home that cannot be written to costs the next start a count."""
+    """Write the cache atomically; a home that is not writable costs the next start a count."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""Names in and beside a shard, as img2dataset has them. Imports nothing heavy: the writer needs no torch."""
+"""File names in and beside a shard, as img2dataset has them. Imports nothing heavy: the writer needs no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 def stats_path(shard: str | Path) -> Path:
-    """Where the count of a shard stands: 00012.tar -> 00012_stats.json."""
+    """Return the path of a shard's stats file: 00012.tar -> 00012_stats.json."""
     shard = Path(shard)
     return shard.with_name(f"{shard.stem}_stats.json")

@@ -1,4 +1,4 @@
-"""Opens a shard wherever it lies: a file, http(s) through curl, what webdataset opens, what fsspec opens.
+"""Opening of shards wherever they lie: a file, http(s) through curl, what webdataset opens, what fsspec opens.
 
 All come as a `Stream`. One that is a process's output is broken off, by a thread that watches all, where a read waits
 for longer than its limit.
@@ -29,7 +29,7 @@ _BUFFER = 1 << 19  # bytes of a local shard read together: fewer waits for the i
 
 
 class Heart:
-    """Of what reads: when it last moved, in seconds of a clock that only goes forward, and how to end it."""
+    """Watchdog of a reader: when it last moved, on a monotonic clock in seconds, and a way to end it."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
@@ -49,17 +49,17 @@ class Heart:
             stream.break_off()
 
     def stop(self) -> None:
-        """From another thread: what it reads from, now or later, is broken off where that is possible."""
+        """Break off, from another thread, the stream that is read from now or later, where that is possible."""
         self.stopped = True
         if self._stream is not None:
             self._stream.break_off()
 
 
 class Stream:
-    """Bytes from front to back."""
+    """Stream of bytes, read from front to back."""
 
     def __init__(self, source: IO[bytes] | Pipe, heart: Heart, stall_seconds: float, owner: object = None) -> None:
-        """heart: beats when bytes have come. owner: what must live as long as the source."""
+        """Wrap a source. heart: beats when bytes have come. owner: what must live as long as the source."""
         self._source, self._heart, self._owner = source, heart, owner
         self._limit, self._since, self._ended = stall_seconds, 0.0, False
         self.stalled = False
@@ -80,7 +80,7 @@ class Stream:
         return data
 
     def _read_pipe(self, pipe: Pipe, size: int) -> bytes:
-        """Like a file's read. The pipe's own raises when its command has failed, and drops what that gave before."""
+        """Read like a file. The pipe's own read raises when its command has failed, and drops what that gave before."""
         parts: list[bytes] = []
         left = size
         while left:
@@ -102,7 +102,7 @@ class Stream:
         return b"".join(parts)
 
     def break_off(self) -> bool:
-        """From another thread: make a read that waits end. Returns whether that is possible."""
+        """End a blocked read from another thread. Returns whether that is possible."""
         if not isinstance(self._source, Pipe):
             return False
         self.stalled = True
@@ -115,7 +115,7 @@ class Stream:
         return bool(since) and time.monotonic() - since > self._limit
 
     def close(self) -> None:
-        """Never waits for the rest, and raises nothing."""
+        """Close without waiting for the rest and without raising."""
         if isinstance(self._source, Pipe):
             if not self._ended:
                 _end(self._source)
@@ -164,13 +164,13 @@ def open_shard(shard: str, heart: Heart | None = None, stall_seconds: float = ST
 
 
 def reason(error: Exception) -> str:
-    """Why something could not be read, without line breaks."""
+    """Return why something could not be read, without line breaks."""
     said = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(said.split())
 
 
 def _pipe(command: str | list[str], **more: Any) -> Pipe:
-    """In a process group of its own, so that all of a shell's line can be ended."""
+    """Start a command in a process group of its own, so that all of a shell's line can be ended."""
     return Pipe(command, mode="rb", ignore_status=[23, 141], start_new_session=True, **more)
 
 
@@ -185,13 +185,16 @@ def _end(pipe: Pipe) -> None:
 
 
 def _said(pipe: Pipe) -> str:
-    """What the command that failed has written."""
+    """Return what the failed command has written to stderr."""
     said = pipe.proc.stderr.read().decode("utf-8", "replace") if pipe.proc.stderr else ""
     return " ".join(said.split())
 
 
 class _Watchdog:
-    """Breaks off streams that wait too long. One thread a process: a forked one has none, so it starts its own."""
+    """Thread that breaks off streams that wait too long.
+
+    There is one a process: a forked one has none, so it starts its own.
+    """
 
     def __init__(self) -> None:
         self.process = os.getpid()

@@ -1,4 +1,4 @@
-"""Which shards: brace patterns, lists in files, several of either."""
+"""Patterns of shards: braces, lists in files, several of either."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def is_remote(shard: str) -> bool:
 
 
 def is_plain(shard: str) -> bool:
-    """A path, or an address that can only be fetched: neither a command (pipe:...) nor files in files (a::b)."""
+    """Return whether a shard is a path or address to fetch: no command (pipe:...), no file within files (a::b)."""
     return "::" not in shard and (not is_remote(shard) or shard.partition("://")[0] in _PLAIN)
 
 
 def expand(pattern: str | Sequence[str], setting: str = "data.shards", *, typed: bool = False) -> list[str]:
-    """'/data/{000..010}.tar', '@list.txt' (a pattern a line), or several of them -> the shards, in order.
+    """Expand '/data/{000..010}.tar', '@list.txt' (a pattern a line), or several of them to the shards, in order.
 
     typed: the user wrote the pattern himself, on a command line or in Python, and may run commands by it; else only one
     that `sacl_ds.config.typed` knows may. Raises UserError for no shard, a missing one, one that is named twice, and a
@@ -42,14 +42,14 @@ def expand(pattern: str | Sequence[str], setting: str = "data.shards", *, typed:
 
 
 def is_gone(shard: str) -> bool:
-    """Of a local one; of others nothing is known."""
+    """Return whether a local shard is missing; False for remote ones, of which nothing is known."""
     return not is_remote(shard) and not Path(shard).is_file()
 
 
 def missing_shards(
     gone: Sequence[str], of: int, pattern: str | Sequence[str], setting: str, why: str = ""
 ) -> UserError:
-    """The line for shards that are not there. why: what to do, where the pattern is right."""
+    """Return the error line for missing shards. why: what to do, where the pattern is right."""
     more = f" (and {len(gone) - 1} more of {of})" if len(gone) > 1 else ""
     shown = repr(pattern) if isinstance(pattern, str) else ", ".join(map(repr, pattern))
     advice = why or f"correct the pattern {shown}"
@@ -59,7 +59,7 @@ def missing_shards(
 
 
 def named(pattern: str | Sequence[str], setting: str = "data.shards", *, typed: bool = False) -> list[str]:
-    """As `expand`, be they there or not."""
+    """Expand patterns like `expand`, but without checking that the shards exist."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     shards = [shard for one in patterns for shard in _expand(one.strip(), setting, typed)]
     if not shards:

@@ -1,4 +1,4 @@
-"""Reads in a thread, a little ahead of its use; a source that gives nothing and cannot be broken off is an error."""
+"""Reading ahead in a thread; a source that gives nothing and cannot be broken off is an error."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _POLL_SECONDS = 0.2
 
 
 class Reading(Protocol[Read_co]):
-    """An iterator that can be watched from another thread."""
+    """Iterator that can be watched from another thread."""
 
     heart: Heart  # beats when bytes come
 
     @property
     def shard(self) -> str:
-        """Where it stands."""
+        """Path or address of the shard."""
 
     def __iter__(self) -> Iterator[Read_co]: ...
 
@@ -36,7 +36,7 @@ class _End:
 
 
 class ReadAhead(Generic[Item]):
-    """Iterates over `reading`, which runs in a daemon thread until `close`."""
+    """Iterator over `reading`, which runs in a daemon thread until `close`."""
 
     def __init__(self, reading: Reading[Item], stall_seconds: float) -> None:
         self._reading, self._limit = reading, stall_seconds

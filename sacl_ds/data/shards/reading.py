@@ -1,4 +1,4 @@
-"""Undecoded samples of shards, place by place; what cannot be read becomes a fault, and the places after it go on."""
+"""Reading of undecoded samples from shards by place; an unreadable one becomes a fault, and those after it go on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.shards.cache import ShardCache
 from sacl_ds.data.shards.opening import Heart, Stream, open_shard, reason
@@ -19,7 +19,7 @@ _PAUSES = (0.5, 2.0, 8.0)  # seconds before the second attempt, the third, and a
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample as it lies in its shard: fields by extension, and '__key__'."""
+    """Sample as it lies in its shard: fields by extension, and '__key__'."""
 
     shard: str
     place: Place
@@ -55,7 +55,7 @@ class ShardReading:
     def shard(self) -> str:
         return self._shards[self._number]
 
-    def __iter__(self) -> Iterator[RawSample | Fault]:
+    def __iter__(self) -> Iterator[RawSample | SampleFault]:
         try:
             block = next(self._blocks, None)
             while block is not None:
@@ -67,13 +67,13 @@ class ShardReading:
         finally:
             self._leave()
 
-    def _at(self, place: Place) -> RawSample | Fault:
+    def _at(self, place: Place) -> RawSample | SampleFault:
         if place.shard != self._number or place.offset < self._next:
             self._leave()
             self._number, self._tries, self._failed = place.shard, 0, None
         while self._failed is None:
             if self.heart.stopped:
-                return Fault("bad", self.shard, "", "closed")
+                return SampleFault("bad", self.shard, "", "closed")
             self.heart.beat()
             try:
                 raw = RawSample(self.shard, place, self._forward(place.offset))
@@ -89,7 +89,7 @@ class ShardReading:
             else:
                 self._tries = 0
                 return raw
-        return Fault("bad", self.shard, "", self._failed)
+        return SampleFault("bad", self.shard, "", self._failed)
 
     def _forward(self, offset: int) -> dict[str, Any]:
         if self._samples is None:
@@ -132,5 +132,5 @@ class ShardReading:
 
 
 def _may_pass(error: OSError, shard: str) -> bool:
-    """Whether trying again can help: with servers always; with a file that is gone or damaged it cannot."""
+    """Return whether trying again can help: with servers always; not with a file that is gone or damaged."""
     return is_remote(shard) or not isinstance(error, (BadShard, FileNotFoundError, PermissionError))

@@ -8,7 +8,7 @@ from itertools import islice
 
 from sacl_ds.config import DataConfig
 from sacl_ds.data.captions import BadText, captions_of, wanted
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.pictures import Picture
@@ -23,7 +23,7 @@ from sacl_ds.errors import UserError
 
 
 class ShardSource:
-    """The shards of an index, read as the data configuration says."""
+    """Source over the shards of an index, read as the data configuration says."""
 
     def __init__(self, index: ShardIndex, data: DataConfig | None = None) -> None:
         data = DataConfig() if data is None else data
@@ -32,22 +32,23 @@ class ShardSource:
         self._attempts, self._stall_seconds, self._only = data.attempts, data.stall_seconds, data.captions
         self._cache = ShardCache.of(data.cache_dir, data.cache_gb)
 
-    def read(self, blocks: Iterator[Block]) -> ReadAhead[RawSample | Fault]:
+    def read(self, blocks: Iterator[Block]) -> ReadAhead[RawSample | SampleFault]:
         return ReadAhead(
             ShardReading(self.shards, blocks, self._attempts, self._stall_seconds, self._cache), self._stall_seconds
         )
 
-    def head(self, shard: int, count: int) -> ReadAhead[RawSample | Fault]:
+    def head(self, shard: int, count: int) -> ReadAhead[RawSample | SampleFault]:
         places = [Place(0, shard, offset) for offset in range(min(count, self._counts[shard]))]
         return self.read(iter([Block(places, [])]))
 
     def whole(self, shard: int, to_its_end: bool = True) -> Iterator[RawSample]:
-        """All samples of a shard. Where it cannot be read to its end, raises UserError, or ends if it need not be."""
+        """Yield all samples of a shard. Where it cannot be read to its end, raises UserError, or ends if it need not
+        be."""
         samples = self.head(shard, self._counts[shard])
         try:
             for _ in range(self._counts[shard]):
                 raw = next(samples)
-                if isinstance(raw, Fault):
+                if isinstance(raw, SampleFault):
                     if to_its_end:
                         raise UserError(str(raw))
                     return
@@ -60,25 +61,25 @@ class ShardSource:
         shard, fields = raw.shard, raw.fields
         key = str(fields["__key__"]).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         if PROBLEM in fields:
-            raise BadSample(Fault("bad", shard, key, fields[PROBLEM]))
+            raise BadSample(SampleFault("bad", shard, key, fields[PROBLEM]))
         data = image_of(fields)
         try:
             captions = captions_of(fields)
         except BadText as error:
-            raise BadSample(Fault("bad", shard, key, str(error))) from None
+            raise BadSample(SampleFault("bad", shard, key, str(error))) from None
         if data is None:
-            raise BadSample(Fault("bad", shard, key, f"no image ({', '.join(IMAGE_EXTENSIONS)})"))
+            raise BadSample(SampleFault("bad", shard, key, f"no image ({', '.join(IMAGE_EXTENSIONS)})"))
         if not captions:
             there = "txt" in fields or "json" in fields
             said = "no caption in its .txt or .json" if there else "no .txt or .json beside its picture in the tar"
-            raise BadSample(Fault("bad", shard, key, said))
+            raise BadSample(SampleFault("bad", shard, key, said))
         which = wanted(captions, self._only)
         if not which:
-            raise BadSample(Fault("filtered", shard, key, "no caption passes data.captions"))
+            raise BadSample(SampleFault("filtered", shard, key, "no caption passes data.captions"))
         try:
             picture = Picture(data)
         except BadImage as error:
-            raise BadSample(Fault("bad", shard, key, f"the image cannot be decoded: {error}")) from None
+            raise BadSample(SampleFault("bad", shard, key, f"the image cannot be decoded: {error}")) from None
         return Sample(key, picture, captions, which, data, shard)
 
     def captions(self, limit: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Samples of a tar in their order, grouped as webdataset does; and where in a local tar a sample begins.
+"""Samples of a tar in their order, grouped as webdataset does; and the offset of each sample in a local tar.
 
 A sample is what neighbours of one key hold, which is their names up to the first dot. One whose picture cannot be used
 (a link, a name twice, another format, another dot in its name) is a sample with a problem: it keeps its place, and is
@@ -55,13 +55,16 @@ Item = TypeVar("Item")
 
 
 class BadShard(OSError):
-    """A tar that cannot be read on; the message says why."""
+    """Raised for a tar that cannot be read on; the message says why."""
 
 
 @dataclass
 class _Group(Generic[Item]):
-    """Neighbours of one key. fields: of those that are read, by extension; dotted: names with another dot in them, and
-    others: extensions of other formats, of pictures."""
+    """Consecutive members of one key.
+
+    fields: those that are read, by extension. dotted: names of pictures with another dot in them. others: extensions of
+    pictures in other formats.
+    """
 
     key: str
     first: Item
@@ -88,7 +91,7 @@ class _Group(Generic[Item]):
             self.fields[kind] = item
 
     def samples(self) -> list[tuple[str, str]]:
-        """(key, problem or "") of each that has a picture."""
+        """List (key, problem or "") of each sample that has a picture."""
         if not self.fields.keys().isdisjoint(IMAGE_EXTENSIONS):
             return [(self.key, self.problem)]
         if self.others:
@@ -97,8 +100,10 @@ class _Group(Generic[Item]):
 
 
 def _grouped(members: Iterable[tuple[str, bool, Item]]) -> Iterator[_Group[Item]]:
-    """members: (name, whether it is a link, anything) of files and links. Hidden files are passed over, and what
-    webdataset leaves out."""
+    """Group consecutive members by key, without hidden files and what webdataset leaves out.
+
+    members: (name, whether it is a link, anything) of files and links.
+    """
     group: _Group[Item] | None = None
     for name, link, item in members:
         key, extension = base_plus_ext(name)
@@ -114,8 +119,9 @@ def _grouped(members: Iterable[tuple[str, bool, Item]]) -> Iterator[_Group[Item]
 
 
 def samples_of(stream: Stream, without_image: bool = False) -> Iterator[dict[str, Any]]:
-    """{'__key__': ..., 'jpg': bytes, ...} of each sample from where the stream stands: pictures, txt and json alone; of
-    one that cannot be used, PROBLEM says why. Raises BadShard.
+    """Yield {'__key__': ..., 'jpg': bytes, ...} of each sample from where the stream stands.
+
+    Only pictures, txt and json are read; of one that cannot be used, PROBLEM says why. Raises BadShard.
 
     without_image: groups that have none too, which are no samples for training.
     """
@@ -135,7 +141,7 @@ def samples_of(stream: Stream, without_image: bool = False) -> Iterator[dict[str
 
 
 class _Member(tarfile.TarInfo):
-    """A header that claims nothing which reading it could not bear."""
+    """Tar header that refuses claims which reading could not bear."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -153,9 +159,9 @@ def _claim(member: tarfile.TarInfo) -> str:
 
 
 def _files(stream: Stream) -> Iterator[tuple[str, bool, bytes]]:
-    """(name, whether it is a link, bytes) of the regular files and links in their order.
+    """Yield (name, whether it is a link, bytes) of the regular files and links in their order.
 
-    Of one that is too large there are no bytes: its sample cannot be used, and the others keep their places.
+    A file that is too large has no bytes: its sample cannot be used, and the others keep their places.
     """
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as tar:  # type: ignore[call-overload]
         for member in tar:
@@ -173,7 +179,7 @@ def _files(stream: Stream) -> Iterator[tuple[str, bool, bytes]]:
 
 
 def _pass_over(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    """Read to its end, or that of the tar: left to itself, tarfile would count its blocks for years."""
+    """Read a member to its end, or that of the tar: tarfile would count a false size's blocks for years."""
     if (file := tar.extractfile(member)) is None:
         raise BadShard(f"a header in it says that {member.name[:80]!r} has {member.size} bytes")
     while file.read(_CHUNK):
@@ -181,7 +187,7 @@ def _pass_over(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
 
 
 def read_samples(shard: str, without_image: bool = False) -> Iterator[dict[str, Any]]:
-    """`samples_of` a whole shard. Raises UserError, naming it, where it cannot be read."""
+    """Yield `samples_of` a whole shard. Raises UserError, naming it, where it cannot be read."""
     try:
         with open_shard(shard) as stream:
             yield from samples_of(stream, without_image)
@@ -194,7 +200,8 @@ def image_of(fields: dict[str, Any]) -> bytes | None:
 
 
 def count_in(shard: str) -> int:
-    """Samples with an image, by the headers; of a remote shard everything is read. Raises BadShard, UserError."""
+    """Count the samples with an image, by the headers; of a remote shard everything is read. Raises BadShard,
+    UserError."""
     if is_remote(shard):
         with open_shard(shard) as stream:
             return sum(1 for _ in samples_of(stream))
@@ -236,7 +243,7 @@ def start_of(file: IO[bytes], number: int, heart: Heart) -> tuple[int, int]:
 
 
 class _Starts:
-    """Where the samples of one tar begin, found as far as was asked for."""
+    """Lazy index of the offsets at which a tar's samples begin."""
 
     def __init__(self) -> None:
         self._found = array("q")
@@ -257,7 +264,7 @@ class _Starts:
             return begin, bisect_left(self._found, begin)
 
     def _walk(self) -> Iterator[int]:
-        """The header that the group of each sample begins with."""
+        """Yield the offset of the header at which each sample's group begins."""
         try:
             for group in _grouped(self._members()):
                 for _ in group.samples():
@@ -266,8 +273,8 @@ class _Starts:
             return
 
     def _members(self) -> Iterator[tuple[str, bool, int]]:
-        """(name, whether it is a link, where its headers begin) of files and links. Raises BadShard at a header that
-        may mean more than it says."""
+        """Yield (name, whether it is a link, offset of its headers) of files and links. Raises BadShard at a header
+        that may mean more than it says."""
         extended: int | None = None  # where the header begins that belongs to the next one
         for place, header in self._headers():
             self._heart.beat()
@@ -284,7 +291,7 @@ class _Starts:
             extended = None
 
     def _headers(self) -> Iterator[tuple[int, bytes]]:
-        """(byte, header) of each member of a tar that is not compressed, up to its end or to what is no header."""
+        """Yield (offset, header) of each member of an uncompressed tar, up to its end or to what is no header."""
         place = 0
         while True:
             header = os.pread(self._file, _BLOCK, place)
@@ -305,13 +312,15 @@ class _Starts:
 
 @functools.lru_cache(maxsize=128)
 def _starts(*_: int) -> _Starts:
-    """Of this process (a fork must not wait for its parent's locks) and the file with this device, inode, size, time
-    of change."""
+    """Index of the file with this device, inode, size and time of change, shared within the process.
+
+    The process id is part of the key: a fork must not wait for its parent's locks.
+    """
     return _Starts()
 
 
 def _only_times(records: bytes) -> bool:
-    """Whether an extended header of lines 'length key=value' changes nothing about the next one's name and size."""
+    """Return whether an extended header of lines 'length key=value' leaves the next one's name and size as they are."""
     keys = set()
     while records.strip(b"\0"):
         length, _, rest = records.partition(b" ")

@@ -28,7 +28,7 @@ _Lists = dict[int, list[int]]  # for each query's id the candidates' ids, best f
 
 @dataclass(frozen=True)
 class CocoTruth:
-    """The package's truth, and the ids of the images and captions that were ranked."""
+    """Ground truth of the package, and the ids of the images and captions that were ranked."""
 
     metrics: Any
     ids: CocoIds
@@ -65,11 +65,11 @@ def coco_figures(
     second: tuple[Ranked, Ranked] | None,
     reranked: int,
 ) -> Figures:
-    """{name: (value, chance)} of both directions: eccv_*_mAP@R, _R-precision and _R@1, cxc_*_R@k, coco_1k_*_R@k; those
-    of the second order with the prefix reranked_. Every rank calls it.
+    """Compute COCO's metrics of both directions, {name: (value, chance)}; every rank calls it.
 
-    first, second: text to image, image to text, at least `DEPTH` deep. reranked: how many candidates of each query the
-    second order moved.
+    Names: eccv_*_mAP@R, _R-precision and _R@1, cxc_*_R@k, coco_1k_*_R@k; those of the second order with the prefix
+    reranked_. first, second: text to image, image to text, at least `DEPTH` deep. reranked: how many candidates of each
+    query the second order moved.
     """
     folds = _fold_lists(truth, encoded)
     table: Figures = {}
@@ -83,7 +83,7 @@ def coco_figures(
 
 
 def _asked(truth: CocoTruth, lists: Mapping[str, _Lists], within: Mapping[str, _Lists]) -> Figures:
-    """What the package says, on the first rank; nothing on others."""
+    """Compute the package's metrics on the first rank; other ranks return nothing."""
     if rank() != 0:
         return {}
     metrics = truth.metrics
@@ -123,7 +123,10 @@ def _chance_at_r(counts: np.ndarray, there: np.ndarray, candidates: int) -> tupl
 
 
 def _lists(truth: CocoTruth, ranked: tuple[Ranked, Ranked]) -> dict[str, _Lists]:
-    """Without captions that the package does not know, of which the split has a few (images with more than five)."""
+    """Return the ranked COCO ids of each query, for both directions.
+
+    Captions that the package does not know are left out; the split has a few (images with more than five).
+    """
     ids, known = truth.ids, np.array(list(truth.metrics.coco_gts["t2i"]))
     listed = np.isin(ids.captions, known)
     to_text = (order[listed[order]] for order in ranked[1].top[:, :DEPTH])
@@ -134,7 +137,7 @@ def _lists(truth: CocoTruth, ranked: tuple[Ranked, Ranked]) -> dict[str, _Lists]
 
 
 def _fold_lists(truth: CocoTruth, encoded: Encoded) -> dict[str, _Lists]:
-    """The first candidates of each query among those of its own fold: lists cut at some depth need not hold one."""
+    """Rank each query's candidates within its own fold: lists cut at some depth need not hold one."""
     ids, table = truth.ids, {"t2i": _Lists(), "i2t": _Lists()}
     deepest = max(KS)
     for images, captions in _folds(truth):
@@ -149,7 +152,7 @@ def _fold_lists(truth: CocoTruth, encoded: Encoded) -> dict[str, _Lists]:
 def _moved_within_folds(
     truth: CocoTruth, second: tuple[Ranked, Ranked], folds: Mapping[str, _Lists], moved: int
 ) -> dict[str, _Lists]:
-    """The folds' lists with the candidates that were moved in front, in their new order."""
+    """Return the folds' lists with the re-ranked candidates in front, in their new order."""
     ids, table = truth.ids, {"t2i": _Lists(), "i2t": _Lists()}
     fold_of_image, fold_of_caption = np.full(len(ids.images), -1), np.full(len(ids.captions), -1)
     for fold, (images, captions) in enumerate(_folds(truth)):
@@ -168,7 +171,7 @@ def _moved_within_folds(
 
 
 def _folds(truth: CocoTruth) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each fold the places of its images and of its captions, ascending."""
+    """Return, for each fold, the ascending indices of its images and of its captions."""
     ids, owners = truth.ids, truth.metrics.coco_gts["t2i"]
     folds = []
     for captions in np.split(truth.metrics.coco_ids, _FOLDS):

@@ -1,4 +1,4 @@
-"""What is retrieved: images with their captions, read in rounds, so that never more than two batches are in memory."""
+"""Images with their captions for retrieval, read in rounds so that never more than two batches are in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sacl_ds.data.batch import View
-from sacl_ds.data.faults import BadSample, Fault
+from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.pictures import Picture
@@ -27,12 +27,12 @@ _READERS = 4  # threads; decoding lets go of the interpreter's lock
 
 
 def unseen(stage: str, count: int, total: int) -> None:
-    """A `Done` that shows nothing."""
+    """Ignore progress: a `Done` that shows nothing."""
 
 
 @dataclass(frozen=True)
 class CocoIds:
-    """COCO's names of the set, in its order. images: (n,) int64 cocoid; captions: (m,) int64 sentid."""
+    """COCO's ids of the set, in its order. images: (n,) int64 cocoid; captions: (m,) int64 sentid."""
 
     images: np.ndarray
     captions: np.ndarray
@@ -40,11 +40,11 @@ class CocoIds:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """The first `count` images of a source with all their captions, and which captions are true of which images.
+    """First `count` images of a source with all their captions, and which captions are true of which images.
 
     satisfying: (captions, images) bool, where it is known of all pairs (scenes); None: only a caption's own image is.
-    coco: where the set is of COCO. max_bad_share: of the images, how many may be missing or damaged: they are left
-    out with their captions. setting: what to raise where it is more, '' for a set that must be whole.
+    coco: where the set is of COCO. max_bad_share: of the images, how many may be missing or damaged: they are left out
+    with their captions. setting: what to raise where it is more, '' for a set that must be whole.
     """
 
     source: Source
@@ -61,12 +61,12 @@ class RetrievalSet:
 
     @property
     def mine(self) -> range:
-        """The numbers of this rank's images: every world-th."""
+        """Numbers of this rank's images: every world-th."""
         return range(rank(), self.count, world_size())
 
 
-class Seen(NamedTuple):
-    """An image as the model sees it, (3, size, size) uint8, and where it stands in the source."""
+class LoadedImage(NamedTuple):
+    """Transformed image, (3, size, size) uint8, and its number in the source."""
 
     number: int
     key: str
@@ -76,52 +76,52 @@ class Seen(NamedTuple):
 
 @dataclass
 class ImageRounds:
-    """This rank's images in rounds of at most batch_size, equally many on every rank; a round may be empty.
+    """Rounds over this rank's images, at most batch_size each, equally many on every rank; a round may be empty.
 
     The next round is read while one is used. What cannot be read is left out, and stands in `faults`. Every rank goes
-    through all rounds; where reading failed altogether on one of them, all raise its UserError at the end, since a
-    rank that stopped in between would leave the others waiting.
+    through all rounds; where reading failed altogether on one of them, all raise its UserError at the end, since a rank
+    that stopped in between would leave the others waiting.
     """
 
     data: RetrievalSet
     view: View
     batch_size: int
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[SampleFault] = field(default_factory=list)
 
     def __len__(self) -> int:
         return math.ceil(len(range(0, self.data.count, world_size())) / self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Seen]]:
+    def __iter__(self) -> Iterator[list[LoadedImage]]:
         failed: str | None = None
         parts = self._parts()
         for _ in range(len(self)):
-            part: list[Seen | Fault] = []
+            part: list[LoadedImage | SampleFault] = []
             if failed is None:
                 try:
                     part = next(parts)
                 except UserError as error:
                     failed = str(error)
-            self.faults += [each for each in part if isinstance(each, Fault)]
-            yield [each for each in part if isinstance(each, Seen)]
+            self.faults += [each for each in part if isinstance(each, SampleFault)]
+            yield [each for each in part if isinstance(each, LoadedImage)]
         parts.close()
         with same_error():
             if failed is not None:
                 raise UserError(failed)
 
-    def _parts(self) -> Generator[list[Seen | Fault], None, None]:
+    def _parts(self) -> Generator[list[LoadedImage | SampleFault], None, None]:
         mine, view, source = self.data.mine, self.view, self.data.source
         samples = source.read(_blocks(source, mine))
 
-        def look(number: int, raw: object) -> Seen | Fault:
+        def look(number: int, raw: object) -> LoadedImage | SampleFault:
             sample = _decoded(source, raw)
-            if isinstance(sample, Fault):
+            if isinstance(sample, SampleFault):
                 return sample
             try:
-                return Seen(number, sample.key, sample.captions, view.image(sample.picture, ()))
+                return LoadedImage(number, sample.key, sample.captions, view.image(sample.picture, ()))
             except BadImage as error:
                 return sample.fault(f"the image cannot be decoded: {error}")
 
-        def start(turn: int) -> list[Future[Seen | Fault]]:
+        def start(turn: int) -> list[Future[LoadedImage | SampleFault]]:
             numbers = mine[turn * self.batch_size : (turn + 1) * self.batch_size]
             return [pool.submit(look, number, next(samples)) for number in numbers]
 
@@ -136,7 +136,7 @@ class ImageRounds:
 
 
 def pictures_of(data: RetrievalSet, numbers: Sequence[int]) -> dict[int, Image.Image]:
-    """The images of these numbers, whole; without those that cannot be read."""
+    """Read the images of these numbers, whole; those that cannot be read are left out."""
     wanted = sorted(set(numbers))
     samples = data.source.read(_blocks(data.source, wanted))
     found = {}
@@ -157,8 +157,8 @@ def _whole(picture: Picture) -> Image.Image | None:
         return None
 
 
-def _decoded(source: Source, raw: object) -> Sample | Fault:
-    if isinstance(raw, Fault):
+def _decoded(source: Source, raw: object) -> Sample | SampleFault:
+    if isinstance(raw, SampleFault):
         return raw
     try:
         return source.decode(raw)
@@ -167,7 +167,7 @@ def _decoded(source: Source, raw: object) -> Sample | Fault:
 
 
 def _blocks(source: Source, numbers: Sequence[int]) -> Iterator[Block]:
-    """Where the samples of these ascending numbers lie, a block a shard."""
+    """Yield the places of the samples with these ascending numbers, a block a shard."""
     first, shard, position = 0, 0, 0
     for counts in source.sets:
         for count in counts:

@@ -1,4 +1,4 @@
-"""Features of all images and captions, and the states of captions: every rank encodes its part once."""
+"""Features of all images and captions, and the states of captions, each encoded once by one rank."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sacl_ds.data.batch import View
-from sacl_ds.data.faults import Fault
+from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.text import attention_mask, pad
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts, world_size
 from sacl_ds.errors import SharedError
-from sacl_ds.evaluation.retrieval.data import Done, ImageRounds, RetrievalSet, Seen
+from sacl_ds.evaluation.retrieval.data import Done, ImageRounds, LoadedImage, RetrievalSet
 from sacl_ds.evaluation.rounds import require_few, require_finite
 from sacl_ds.model.sacl import SaclModel
 
@@ -29,11 +29,11 @@ class TextStates:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(m,) int64."""
+        """(m,) int64: tokens of each caption."""
         return np.diff(self.starts)
 
     def batch(self, texts: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Of some captions: (b, L, width) with zeros behind their ends, and (b, L) int64 mask."""
+        """Pad the states of some captions to (b, L, width) with zeros; returns them with their (b, L) int64 mask."""
         lengths = torch.from_numpy(self.lengths[texts])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         states = self.states.new_zeros(*mask.shape, self.states.shape[1])
@@ -43,10 +43,10 @@ class TextStates:
 
 @dataclass(frozen=True)
 class Encoded:
-    """All n images that could be read and their m captions, equal on every rank.
+    """Features of all n images that could be read and of their m captions, equal on every rank.
 
-    numbers: (n,) int64, ascending: where an image stands in the source. owner: (m,) int64, ascending: the place, 0 to
-    n - 1, of a caption's image. image (n, d), text (m, d): unit features, float32. states: where they were asked for.
+    numbers: (n,) int64, ascending: where an image stands in the source. owner: (m,) int64, ascending: the place, 0 to n
+    - 1, of a caption's image. image (n, d), text (m, d): unit features, float32. states: where they were asked for.
     """
 
     numbers: np.ndarray
@@ -56,15 +56,17 @@ class Encoded:
     image: np.ndarray
     text: np.ndarray
     states: TextStates | None
-    faults: list[Fault]
+    faults: list[SampleFault]
 
 
 def encode(
     model: SaclModel, data: RetrievalSet, view: View, device: torch.device, batch_size: int, states: bool, done: Done
 ) -> Encoded:
-    """Each rank takes every world-th image and its share of the captions, and all run equally many forward passes:
-    under ZeRO 3 every pass is collective. Raises SharedError where too many images cannot be read, or all, and where
-    features are not finite."""
+    """Encode every world-th image and a share of the captions on each rank, and gather all on every rank.
+
+    All ranks run equally many forward passes: under ZeRO 3 every pass is collective. Raises SharedError where too many
+    images cannot be read, or all, and where features are not finite.
+    """
     rounds = ImageRounds(data, view, batch_size)
     features: list[np.ndarray] = []
     listed: list[tuple[int, str, list[str]]] = []
@@ -74,7 +76,7 @@ def encode(
         listed += [(each.number, each.key, each.captions) for each in part]
         done("images", len(listed) + len(rounds.faults), len(data.mine))
     found: list[tuple[tuple[int, str, list[str]], np.ndarray]] = []
-    faults: list[Fault] = []
+    faults: list[SampleFault] = []
     for theirs, rows, wrong in gather_objects((listed, np.concatenate(features), rounds.faults)):
         found += zip(theirs, rows, strict=True)
         faults += wrong
@@ -99,14 +101,14 @@ def encode(
     )
 
 
-def stacked(part: Sequence[Seen], view: View, device: torch.device) -> Tensor:
-    """(b, 3, size, size) uint8; one black picture where there is none, for a pass that others need."""
+def stacked(part: Sequence[LoadedImage], view: View, device: torch.device) -> Tensor:
+    """Stack images to (b, 3, size, size) uint8; one black picture where there is none, for a pass that others need."""
     images = [each.image for each in part] or [torch.zeros(3, view.image.size, view.image.size, dtype=torch.uint8)]
     return torch.stack(images).to(device)
 
 
-def check(faults: Sequence[Fault], data: RetrievalSet) -> str | None:
-    """A line on the images that are left out, if any. Raises SharedError where they are too many."""
+def check(faults: Sequence[SampleFault], data: RetrievalSet) -> str | None:
+    """Return a line on the images that are left out, if any. Raises SharedError where they are too many."""
     if faults and not data.setting:
         raise SharedError(
             f"{len(faults)} of {data.count} images cannot be used: {faults[0]}; put them right or leave them out of "
@@ -124,8 +126,10 @@ def encode_texts(
     states: bool,
     done: Done,
 ) -> tuple[np.ndarray, TextStates | None]:
-    """Unit features (m, d) float32 and, where asked for, the states; on every rank, gathered a round at a time, so that
-    no device holds them all."""
+    """Encode captions to unit features (m, d) float32 and, where asked for, their states, equal on every rank.
+
+    They are gathered a round at a time, so that no device holds them all.
+    """
     rows = view.tokenizer.ids(captions)
     together = batch_size * world_size()
     features: list[np.ndarray] = []
@@ -148,6 +152,6 @@ def encode_texts(
 
 
 def _gathered(rows: Tensor) -> Tensor:
-    """All ranks' (n, width) rows in rank order, on the CPU. As bytes, since not every backend sends every type."""
+    """Gather all ranks' (n, width) rows in rank order, on the CPU. As bytes: not every backend sends every type."""
     sent = rows.contiguous().view(torch.uint8)
     return gather_rows(sent, row_counts(sent)).cpu().view(rows.dtype)

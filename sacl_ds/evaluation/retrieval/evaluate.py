@@ -1,4 +1,4 @@
-"""Retrieval from the model to the figures: first stage by features, second by ITM, on all ranks."""
+"""Retrieval from the model to the metrics: first stage by features, second by ITM, on all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from sacl_ds.model.sacl import SaclModel
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """figures: {name: (value, chance)}, fractions. notes: lines on what was left out, or could not be computed."""
+    """Result of a retrieval. figures: {name: (value, chance)}, fractions. notes: lines on what was left out, or could
+    not be computed."""
 
     figures: Figures
     ranking: Ranking

@@ -1,4 +1,4 @@
-"""Figures of both directions, each with what chance would give."""
+"""Retrieval metrics of both directions, each with its chance level."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Figures = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Truth:
-    """What is relevant. owner: (m,) each caption's image of n; satisfying: (m, n) bool, or None where not known."""
+    """Relevance of candidates. owner: (m,) each caption's image of n; satisfying: (m, n) bool, None if unknown."""
 
     owner: np.ndarray
     images: int
@@ -30,7 +30,7 @@ class Truth:
 
     @property
     def right(self) -> str:
-        """The name of what a person would count as right."""
+        """Name of the relevance that a person would count as right."""
         return OWN if self.satisfying is None else ANY
 
     def of_texts(self) -> dict[str, Relevance]:
@@ -54,8 +54,11 @@ def figures_of(
     reranked: tuple[np.ndarray, np.ndarray] | None = None,
     prefix: str = "",
 ) -> Figures:
-    """{name: (value, chance)}, fractions. features: text (m, d) and image (n, d). reranked: for each text the first
-    k images of the first stage, and their scores (`mean_precisions`)."""
+    """Compute the metrics of both directions, {name: (value, chance)}, fractions.
+
+    features: text (m, d) and image (n, d). reranked: for each text the first k images of the first stage, and their
+    scores (`mean_precisions`).
+    """
     known, m, n = truth.satisfying, len(truth.owner), truth.images
     own = np.bincount(truth.owner, minlength=n)
     table: Figures = {}

@@ -1,4 +1,4 @@
-"""The first stage: candidates ranked by features. Queries go over the ranks, in chunks; no (n, m) matrix is made."""
+"""First stage of retrieval: ranking by features. Queries go over the ranks, in chunks; no (n, m) matrix is made."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def rank_candidates(
     done: Done = unseen,
     stage: str = "ranking",
 ) -> Ranked:
-    """(q, d) and (m, d) unit features, float32; k of at most m. Every rank calls it and gets the same."""
+    """Rank m candidates for each query by features; every rank calls it and gets the same.
+
+    queries, candidates: (q, d) and (m, d) unit features, float32. k: best candidates to return, at most m.
+    """
     mine = _share(len(queries))
     tops: list[np.ndarray] = []
     places: dict[str, list[np.ndarray]] = {name: [] for name in relevance}
@@ -77,7 +80,7 @@ def mean_precisions(
 
 
 def best(scores: np.ndarray, k: int) -> np.ndarray:
-    """(q, m) float32 -> (q, k) int64, the k best in order; the first first among equals, NaN last.
+    """Return the k best of (q, m) float32 in order, (q, k) int64; among equals the first comes first, NaN last.
 
     Score and place go into one integer each, so that no two are equal and a partition, far cheaper than a stable sort,
     finds just the ones that a stable sort would.
@@ -98,7 +101,7 @@ def _share(queries: int) -> range:
 
 
 def _chunks(queries: np.ndarray, candidates: np.ndarray, mine: range) -> Iterator[tuple[slice, np.ndarray]]:
-    """(rows, their (rows, m) scores)."""
+    """Yield chunks of queries: (rows, their (rows, m) scores)."""
     together = max(1, _SCORES_AT_ONCE // len(candidates))
     for start in range(mine.start, mine.stop, together):
         rows = slice(start, min(start + together, mine.stop))

@@ -1,4 +1,4 @@
-"""Which candidates stand first for every query, before and after re-ranking: for pictures and for JSON."""
+"""First candidates of every query, before and after re-ranking: for pictures and for JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LISTED = 10
 
 @dataclass(frozen=True)
 class Listed:
-    """The first candidates of q queries. order: (q, 10 at most) int64, places; right: the same shape, bool."""
+    """First candidates of q queries. order: (q, 10 at most) int64, indices; right: the same shape, bool."""
 
     order: np.ndarray
     right: np.ndarray
@@ -26,14 +26,14 @@ class Listed:
         return cls(ranked.top[:, :LISTED], ranked.hits[relevance][:, :LISTED])
 
     def place(self, query: int) -> int:
-        """Of the first right candidate, from 0; how many are listed where none of them is right."""
+        """Rank of the first right candidate, from 0; the length of the list where none of them is right."""
         right = np.flatnonzero(self.right[query])
         return int(right[0]) if len(right) else self.order.shape[1]
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """n images and m captions; an image's place, 0 to n - 1, is not its number where some could not be read.
+    """Ranking of n images and m captions; an image's index, 0 to n - 1, is not its number where some could not be read.
 
     numbers: (n,) where each image stands in the source. owner: (m,) the place of a caption's own image. Right is a
     candidate that is known to satisfy, or where that is not known, the own one. reranked_*: None without re-ranking.
@@ -49,7 +49,7 @@ class Ranking:
     reranked_image_to_text: Listed | None = None
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """An object for JSON a query, first of all captions, then of all images."""
+        """Yield an object for JSON a query, first of all captions, then of all images."""
         for text, caption in enumerate(self.captions):
             said: dict[str, Any] = {"query": caption, "own": self.keys[self.owner[text]]}
             yield said | self._orders(text, self.keys, self.text_to_image, self.reranked_text_to_image)

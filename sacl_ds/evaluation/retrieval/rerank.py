@@ -1,4 +1,4 @@
-"""The second stage: the best candidates of the first, put in the order of ITM's probability by the fusion encoder."""
+"""Second stage of retrieval: the best candidates of the first, ordered by the fusion encoder's ITM probability."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PAIRS_AT_ONCE = 2**16
 
 @dataclass(frozen=True)
 class PairScores:
-    """ITM's logit of a match less that of none, for some pairs of n images with m texts.
+    """ITM logits (match less no match) of some pairs of n images with m texts.
 
     keys: (p,) int64, ascending: image * texts + text. values: (p,) float32.
     """
@@ -34,7 +34,7 @@ class PairScores:
     values: np.ndarray
 
     def of(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """float32, of any shape. Every pair must be among those scored."""
+        """Look up the pairs' scores, float32, of any shape. Every pair must be among those scored."""
         return self.values[np.searchsorted(self.keys, images * self.texts + texts)]
 
 
@@ -104,7 +104,7 @@ def _scores(
 
 
 def with_similarity(pairs: PairScores, encoded: Encoded, factor: float) -> PairScores:
-    """ITM's log-odds and ITC's logits, scaled cosines, added up. factor: of the cosines, in float32."""
+    """Add ITM's log-odds and ITC's logits, scaled cosines. factor: of the cosines, in float32."""
     values = pairs.values.copy()
     for start in range(0, len(values), _PAIRS_AT_ONCE):
         some = slice(start, start + _PAIRS_AT_ONCE)
@@ -114,7 +114,7 @@ def with_similarity(pairs: PairScores, encoded: Encoded, factor: float) -> PairS
 
 
 def reordered(ranked: Ranked, scores: np.ndarray) -> Ranked:
-    """The first k candidates of each query by their (q, k) scores, the others behind them as they were.
+    """Sort each query's first k candidates by their (q, k) scores; the others follow in their old order.
 
     Among equals the order is that of the first stage, but ties never help a place. NaN scores stand last of the k.
     """
@@ -133,6 +133,6 @@ def reordered(ranked: Ranked, scores: np.ndarray) -> Ranked:
 
 
 def candidate_scores(pairs: PairScores, images_of: np.ndarray, texts_of: np.ndarray) -> Iterator[np.ndarray]:
-    """(m, k) for each text its images', then (n, k') for each image its texts'."""
+    """Return (m, k) scores of each text's images, then (n, k') scores of each image's texts."""
     yield pairs.of(images_of, np.arange(len(images_of))[:, None])
     yield pairs.of(np.arange(len(texts_of))[:, None], texts_of)

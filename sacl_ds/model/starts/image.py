@@ -1,4 +1,4 @@
-"""Weights for the image encoder, from the layouts of CLIP (OpenAI's and open_clip's, transformers') and of timm."""
+"""Weights of the image encoder from the layouts of CLIP (OpenAI's and open_clip's, transformers') and of timm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TRANSFORMERS = {  # parts of names -> timm's
 
 @dataclass(frozen=True)
 class Computation:
-    """What weights were trained to be used with, as far as their source says it."""
+    """Preprocessing and activation that weights were trained with, as far as their source says."""
 
     activation: str | None = None  # quick_gelu, gelu, gelu_tanh
     heads: int | None = None
@@ -81,7 +81,7 @@ def load_image_weights(encoder: ImageEncoder, name: str, encoder_name: str) -> S
 
 
 def image_tower(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], str] | None:
-    """The vision transformer in a state dict: (its tensors, names of all others, layout), or None where there is none.
+    """Find the vision transformer in a state dict: (its tensors, names of all others, layout), or None.
 
     layout: 'openai' (names begin with 'visual.'), 'transformers' or 'timm' (both in timm's names).
     """
@@ -143,7 +143,7 @@ def load_vit(
 
 
 def _fitted(vit: VisionTransformer, tensors: Mapping[str, Tensor], label: str) -> tuple[dict[str, Tensor], str | None]:
-    """Tensors in timm's names and the model's shapes, and what is to be said on position embeddings."""
+    """Convert to timm's names and the model's shapes; also return what is to be said on position embeddings."""
     blocks = {int(m[1]) for name in tensors if (m := re.search(r"blocks\.(\d+)\.", name))}
     patches = next(t for n, t in tensors.items() if n.endswith(("conv1.weight", "patch_embed.proj.weight")))
     positions = next((t for n, t in tensors.items() if n.endswith(("positional_embedding", "pos_embed"))), None)
@@ -204,7 +204,7 @@ def _differences(vit: VisionTransformer, computation: Computation, label: str, e
 
 
 def activation(vit: nn.Module) -> str:
-    """quick_gelu, gelu, gelu_tanh, or whatever the class of the first block's activation is called."""
+    """Name the activation: quick_gelu, gelu, gelu_tanh, or the class of the first block's."""
     act: Any = vit.blocks[0].mlp.act  # type: ignore[union-attr, index]
     name = type(act).__name__.lower()
     tanh = name == "gelutanh" or getattr(act, "approximate", "none") == "tanh"
@@ -212,7 +212,7 @@ def activation(vit: nn.Module) -> str:
 
 
 def _way_to(wanted: str, encoder_name: str) -> str:
-    """The setting that gives the model the wanted activation."""
+    """Name the setting that gives the model the wanted activation."""
     bare = encoder_name.partition(".")[0]
     other = bare.replace("_quickgelu", "") if wanted == "gelu" else bare.replace("_clip_", "_clip_quickgelu_")
     if wanted in ("gelu", "quick_gelu") and other != bare and timm.is_model(other):
@@ -221,7 +221,7 @@ def _way_to(wanted: str, encoder_name: str) -> str:
 
 
 def _of_transformers(name: str) -> tuple[dict[str, Tensor], Computation]:
-    """All tensors of a saved CLIP, and what its config says."""
+    """Read all tensors of a saved CLIP, and its preprocessing and activation."""
     written = Path(name) / "config.json"
     if written.is_file() and re.search(r'"architecture"\s*:', written.read_text(errors="replace")):
         raise UserError(f"{SETTING}={name}: a folder of timm's; give its model.safetensors")
@@ -253,7 +253,7 @@ def _require_narrow(config: Any, name: str) -> None:
 
 
 def _transformers_to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes of timm's; query, key and value in one matrix."""
+    """Convert to timm's names and shapes; query, key and value in one matrix."""
     made: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if re.search(r"self_attn\.[kv]_proj", name):

@@ -1,4 +1,4 @@
-"""A model of transformers from its folder or hub name; what the library would fill by chance is told, not done."""
+"""Loading of a transformers model from its folder or hub name; what the library would fill by chance is refused."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _FILES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pyto
 
 
 def load_settings(name: str, setting: str) -> Any:
-    """Its configuration. setting: what error lines call it. Raises UserError, also where a folder is not as its
-    manifest says."""
+    """Load a model's configuration. setting: what error lines call it. Raises UserError, also where a folder is not as
+    its manifest says."""
     require_unchanged(Path(name), f"{setting}={name}")
     try:
         with quiet():
@@ -30,7 +30,7 @@ def load_settings(name: str, setting: str) -> Any:
 
 
 def load_pretrained(kind: Any, name: str, setting: str) -> tuple[Any, set[str], list[str]]:
-    """(model, names that the weights lack, names that the model lacks).
+    """Load a model: (model, names that the weights lack, names that the model lacks).
 
     kind: a class of transformers. setting: what error lines call it. Names of torch.compile, DDP and FSDP and state
     dicts inside a checkpoint are seen through. Raises UserError.
@@ -58,5 +58,5 @@ def _state(folder: Path, setting: str) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weights that transformers takes from a folder."""
+    """List the weights that transformers takes from a folder."""
     return next((found for pattern in _FILES if (found := sorted(folder.glob(pattern)))), [])

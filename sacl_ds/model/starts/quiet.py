@@ -1,4 +1,4 @@
-"""transformers without its table of missing names, which the start report says for all sources alike."""
+"""Silence transformers' table of missing names, which the start report covers for all sources alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only, no bar, until the block ends."""
+    """Show errors only and no bar until the block ends."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

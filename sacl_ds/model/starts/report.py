@@ -1,4 +1,4 @@
-"""What a model starts from, tensor by tensor, grouped so that a person can read it."""
+"""Report on the weights that a model starts from, tensor by tensor, grouped for people to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GROUPS = 12  # in a line; the rest is counted
 
 @dataclass(frozen=True)
 class SourceReport:
-    """Of one source: names of the model's tensors that it filled, and of its own that went nowhere."""
+    """Tensors of the model that one source of weights filled, and tensors of the source that were not used."""
 
     setting: str
     source: str
@@ -23,7 +23,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class StartReport:
-    """Of all sources; str() is the text of a run's start.txt."""
+    """Reports of all sources of weights; str() is the text of a run's start.txt."""
 
     tensors: Collection[str]  # all names in the model
     sources: list[SourceReport] = field(default_factory=list)
@@ -39,7 +39,7 @@ class StartReport:
         return [name for name in self.tensors if name not in loaded]
 
     def new_in(self, source: SourceReport) -> list[str]:
-        """Those of them that this source is for."""
+        """List the tensors without weights that this source is for."""
         return [name for name in self.new if name.startswith(source.parts)]
 
     def __str__(self) -> str:
@@ -61,9 +61,9 @@ class StartReport:
 
 
 def grouped(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """Names as few patterns: 'blocks.{0..11}.attn.* (48)' stands for all that `among` has under it, numbers aside.
+    """Summarise names as few patterns: 'blocks.{0..11}.attn.* (48)' stands for all that `among` has under it.
 
-    A name is cut to its shortest beginning under which `among` holds nothing but `names`.
+    Numbers do not count. A name is cut to its shortest beginning under which `among` holds nothing but `names`.
     """
     chosen = list(dict.fromkeys(names))
     kept = set(chosen)

@@ -1,4 +1,4 @@
-"""All that a model starts from: model.start alone, or image and text encoder each from their own source."""
+"""Initial weights of a model: model.start alone, or image and text encoder each from their own source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_starts(model: SaclModel, config: ModelConfig) -> StartReport:
 
 
 def with_positions(config: ModelConfig) -> ModelConfig:
-    """max_positions as the sources of the text encoder have them, so that a finished run needs those no more.
+    """Set max_positions to that of the text encoder's source, so that a finished run needs the source no more.
 
     Raises UserError where they cannot be read, or where captions may be longer.
     """
@@ -60,7 +60,7 @@ def with_positions(config: ModelConfig) -> ModelConfig:
 
 
 def tokenizer_source(config: ModelConfig) -> tuple[str | Path, str] | None:
-    """(where the tokenizer is, the setting that says so); None where one is to be trained."""
+    """Return (where the tokenizer is, the setting that says so); None where one is to be trained."""
     folder = run_folder(config.start) if config.start else None
     if folder:
         return folder / TOKENIZER, "model.start"

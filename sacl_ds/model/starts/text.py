@@ -1,4 +1,4 @@
-"""Starting from a BERT: its lower layers become the text encoder, its upper ones the fusion encoder."""
+"""Initialisation from a BERT: its lower layers become the text encoder, its upper ones the fusion encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TIED = {"cls.predictions.decoder.weight": WORDS, "cls.predictions.decoder.bias"
 
 
 def bert_positions(name: str) -> int:
-    """Positions that a BERT (hub name or folder of transformers) has. Raises UserError."""
+    """Return the positions that a BERT (hub name or folder of transformers) has. Raises UserError."""
     return int(_config(name).max_position_embeddings)
 
 
@@ -60,7 +60,7 @@ def load_bert(model: SaclModel, name: str) -> SourceReport:
 
 
 def bert_tensors(state: Mapping[str, Tensor], model: SaclModel, label: str) -> tuple[dict[str, Tensor], list[str]]:
-    """A BERT's tensors under the model's names, and the names of the others.
+    """Rename a BERT's tensors to the model's names; also return the names of the others.
 
     state: BERT's names from 'embeddings.', 'encoder.' and 'cls.' on. Raises UserError for other sizes than the model's.
     """
@@ -97,7 +97,7 @@ def _own_name(name: str, text_layers: int) -> str | None:
 
 
 def _require_sizes(state: Mapping[str, Tensor], model: SaclModel, label: str) -> None:
-    """Width, layers, vocabulary and positions: each with the setting that puts it right."""
+    """Check width, layers, vocabulary and positions; an error names the setting that puts it right."""
     text, fusion = model.text_encoder.bert, model.fusion_encoder.encoder
     words, positions = state[WORDS], state.get(POSITIONS)
     own_words, width = text.embeddings.word_embeddings.weight.shape
@@ -138,7 +138,7 @@ def _require_sizes(state: Mapping[str, Tensor], model: SaclModel, label: str) ->
 
 
 def _config(name: str):  # type: ignore[no-untyped-def]
-    """The configuration of a BERT. Raises UserError where it cannot be loaded or is of another model."""
+    """Load the configuration of a BERT. Raises UserError where it cannot be loaded or is of another model."""
     config = load_settings(name, SETTING)
     if config.model_type != "bert":
         raise UserError(f"{SETTING}={name} holds a model of type {config.model_type!r}; give a BERT")

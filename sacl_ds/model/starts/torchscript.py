@@ -1,4 +1,4 @@
-"""Tensors of a TorchScript archive, as OpenAI publishes CLIP, without running what is in it.
+"""Reading of a TorchScript archive's tensors, as OpenAI publishes CLIP, without running what is in it.
 
 `torch.jit.load` runs a module's own `__setstate__`, which may write to any file. Here the archive's `data.pkl` is read
 with stand-ins for all that it names: records for modules, and the tensors that lie in `data/`.
@@ -32,7 +32,7 @@ def is_torchscript(file: Path) -> bool:
 
 
 def read_torchscript(file: Path) -> dict[str, Tensor]:
-    """{dotted name: tensor} of its modules' tensors. Raises UnpicklingError where it holds anything but modules,
+    """Read {dotted name: tensor} of the modules' tensors. Raises UnpicklingError where it holds anything but modules,
     numbers, texts, lists and tensors, or is damaged."""
     with zipfile.ZipFile(file) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).removesuffix(
@@ -48,7 +48,8 @@ def read_torchscript(file: Path) -> dict[str, Tensor]:
 
 
 def _tensors(module: Any) -> dict[str, Tensor]:
-    """Level by level. Raises UnpicklingError for modules within themselves, which would never end."""
+    """Collect a module's tensors, level by level. Raises UnpicklingError for modules within themselves, which would
+    never end."""
     found: dict[str, Tensor] = {}
     level, seen = [("", module)], 0
     while level:
@@ -62,7 +63,7 @@ def _tensors(module: Any) -> dict[str, Tensor]:
 
 
 class _Record:
-    """In the place of every module and every other object."""
+    """Stand-in for every module and every other pickled object; keeps its attributes."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):  # else one with a __setstate__ of its own, which is not run
@@ -70,7 +71,7 @@ class _Record:
 
 
 class _Anything:
-    """In the place of every function. Has no attributes that a pickle could set."""
+    """Stand-in for every pickled function. Has no attributes that a pickle could set."""
 
     __slots__ = ()
 
@@ -79,7 +80,7 @@ class _Anything:
 
 
 class _Rebuild(_Anything):
-    """Of `torch._utils._rebuild_tensor_v2`."""
+    """Safe stand-in for `torch._utils._rebuild_tensor_v2`."""
 
     __slots__ = ()
 
@@ -108,7 +109,7 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """A storage as a flat tensor. pid: ('storage', its type, its key, device, values)."""
+        """Return a storage as a flat tensor. pid: ('storage', its type, its key, device, values)."""
         _, kind, key, _, count = pid
         if key not in self._storages:
             data = bytearray(_stored(self._archive, f"{self._root}data/{key}"))
@@ -120,7 +121,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A part of the archive. Never compressed, so that it takes no more memory than the file."""
+    """Read a part of the archive. Never compressed, so that it takes no more memory than the file."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise pickle.UnpicklingError(f"{name} is compressed")
     return archive.read(name)

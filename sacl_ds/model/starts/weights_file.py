@@ -1,4 +1,4 @@
-"""Tensors from a checkpoint file, whatever wraps them; nothing in a file is run."""
+"""Reading of tensors from a checkpoint file, whatever wraps them; nothing in a file is run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WeightsFile:
 
 
 def read_weights(path: str, setting: str) -> WeightsFile:
-    """A .safetensors file, one of torch.save (a state dict, also inside 'state_dict' or 'model'), or TorchScript.
+    """Read a .safetensors file, one of torch.save (a state dict, also inside 'state_dict' or 'model'), or TorchScript.
 
     setting: what error lines call it. Raises UserError where it is not there or holds no state dict.
     """
@@ -69,12 +69,12 @@ def read_weights(path: str, setting: str) -> WeightsFile:
 
 
 def is_wrapped(name: str) -> bool:
-    """Whether a name shows that weights lie one level deeper, or that a wrapper of the model has named them."""
+    """Return whether a name shows that weights lie one level deeper, or that a model wrapper has named them."""
     return name in _WRAPPERS or name.startswith(_MODULE) or any(part in name for part in _WRAPPED)
 
 
 def _names_objects(file: Path, error: pickle.UnpicklingError) -> bool:
-    """Whether torch.load refused what a pickle asks for, rather than failed to read the file."""
+    """Return whether torch.load refused what a pickle asks for, rather than failed to read the file."""
     with file.open("rb") as opened:
         pickled = opened.read(1) == pickle.PROTO or zipfile.is_zipfile(file)
     return pickled and re.search("GLOBAL|Can only (build|create)", str(error)) is not None
@@ -91,7 +91,7 @@ def _tensors(loaded: Any) -> dict[str, Tensor]:
 
 
 def _plain(tensors: dict[str, Tensor], label: str) -> dict[str, Tensor]:
-    """Without the parts of names that wrappers of the model add. Raises UserError where two names become one."""
+    """Strip the prefixes that model wrappers add to names. Raises UserError where two names become one."""
     names = list(tensors)
     for part in _WRAPPED:
         names = [name.replace(part, "") for name in names]

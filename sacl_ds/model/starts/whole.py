@@ -1,4 +1,4 @@
-"""Starting the whole model: from a checkpoint in ALBEF's layout, or from a finished run."""
+"""Initialisation of the whole model: from a checkpoint in ALBEF's layout, or from a finished run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SIZES = ("text_width", "text_heads", "text_layers", "fusion_layers", "embed_dim
 
 
 def run_folder(start: str) -> Path | None:
-    """The finished run that model.start names, or None for a checkpoint file. Raises UserError for neither."""
+    """Return the finished run that model.start names, or None for a checkpoint file. Raises UserError for neither."""
     path = Path(start)
     if not path.is_dir():
         if not path.exists():
@@ -48,7 +48,7 @@ def run_folder(start: str) -> Path | None:
 
 
 def run_positions(folder: Path) -> int:
-    """Text positions of a finished run's model. Raises UserError."""
+    """Return the number of text positions of a finished run's model. Raises UserError."""
     require_unchanged(folder, f"{SETTING}={folder}", WEIGHTS)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -65,7 +65,7 @@ def load_start(model: SaclModel, config: ModelConfig) -> SourceReport:
 
 
 def _load_albef(model: SaclModel, config: ModelConfig, start: str) -> SourceReport:
-    """ALBEF's names: pre-trained (text_encoder.bert...) and fine-tuned for retrieval (text_encoder...)."""
+    """Load ALBEF's checkpoint: pre-trained (text_encoder.bert...) or fine-tuned for retrieval (text_encoder...)."""
     label = f"{SETTING}={start}"
     state = read_weights(start, SETTING).tensors
     if any(name.startswith(PART) for name in state):
@@ -98,7 +98,8 @@ def _load_albef(model: SaclModel, config: ModelConfig, start: str) -> SourceRepo
 
 
 def _log_scale(temperature: Tensor, label: str) -> Tensor:
-    """(1,) log of 1 / temperature, within the model's bounds. Raises UserError where that is no positive number."""
+    """Return (1,) log of 1 / temperature, clamped to the model's bounds. Raises UserError where that is no positive
+    number."""
     if temperature.numel() != 1 or not 0 < float(temperature) < math.inf:
         raise UserError(f"{label}: its temp is {temperature.tolist()}, no temperature; give weights that are whole")
     return -torch.log(temperature.float().view(1)).clamp(-math.log(MAX_LOGIT_SCALE), 0.0)
@@ -140,7 +141,7 @@ def place_run(
 
 
 def _resampled(model: SaclModel, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Image position embeddings for the model's resolution."""
+    """Interpolate the image position embeddings to the model's resolution."""
     name, vit = f"{PART}pos_embed", model.image_encoder.vit
     old = state.get(name)
     own = getattr(vit, "pos_embed", None)

@@ -1,4 +1,4 @@
-"""What the study of patch selection runs: arms, each a task with a way of choosing patches, over seeds."""
+"""Plan of the study of patch selection: arms, each a task with a way of choosing patches, over seeds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sacl_ds.study.plan import read_validated
 TaskName = Literal["vqa", "pretrain"]
 
 
-class Arm(Room):
+class PatchArm(Room):
     task: TaskName
     selection: PatchSelectionConfig = PatchSelectionConfig()
 
 
 class Sizes(Room):
-    """What all arms share: a small model over scenes of 6 x 6 patches, four to a cell."""
+    """Settings that all arms share: a small model over scenes of 6 x 6 patches, four to a cell."""
 
     image_size: int = 48
     patch_size: int = 8
@@ -64,39 +64,39 @@ class Sizes(Room):
 
     @property
     def image_fingerprint(self) -> str:
-        """Equal for equal starts of the image encoder."""
+        """Digest that is equal for equal initial weights of the image encoder."""
         others = {"scenes", "held_out", "steps", "start_steps", "text_layers", "fusion_layers", "lr_image", "lr_text"}
         return _digest(self.model_dump(exclude=others))
 
     def start_fingerprint(self, task: str) -> str:
-        """Equal for equal starts of a task."""
+        """Digest that is equal for equal initial weights of a task."""
         return _digest({**self.model_dump(exclude={"steps", "start_steps"}), task: self.start_steps[task]})
 
 
-class Plan(Room):
+class PatchPlan(Room):
     sizes: Sizes = Sizes()
     seeds: list[int] = Field([0, 1, 2])
-    arms: dict[str, Arm]
+    arms: dict[str, PatchArm]
 
-    def only(self, arms: list[str] | None, seeds: list[int] | None) -> Plan:
-        """With these arms and seeds. Raises UserError for unknown ones."""
+    def only(self, arms: list[str] | None, seeds: list[int] | None) -> PatchPlan:
+        """Return the plan restricted to these arms and seeds. Raises UserError for unknown ones."""
         for name in arms or []:
             if name not in self.arms:
                 raise UserError(f"no arm of the plan is called {name!r}; it has {', '.join(self.arms)}")
         kept = {name: arm for name, arm in self.arms.items() if arms is None or name in arms}
-        return Plan(sizes=self.sizes, seeds=self.seeds if seeds is None else seeds, arms=kept)
+        return PatchPlan(sizes=self.sizes, seeds=self.seeds if seeds is None else seeds, arms=kept)
 
     def fingerprint(self, name: str, seed: int) -> str:
-        """Equal for two trials that train the same model."""
+        """Digest that is equal for two trials that train the same model."""
         arm = self.arms[name].model_dump(mode="json")
         task = self.arms[name].task
         start = self.sizes.start_fingerprint(task)
         return _digest({"arm": arm, "start": start, "steps": self.sizes.steps[task], "seed": seed})
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> PatchPlan:
     """Raises UserError with one line."""
-    return read_validated(path, Plan)
+    return read_validated(path, PatchPlan)
 
 
 def _digest(told: dict[str, Any]) -> str:

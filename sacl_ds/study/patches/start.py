@@ -1,4 +1,4 @@
-"""The image encoder's start: trained to tell, at every patch, what its cell shows, and how many objects there are.
+"""Initial weights of the image encoder: trained to predict, at every patch, its cell's content and the object count.
 
 It stands for the published image encoder that a real run starts from. All arms and seeds share it.
 """
@@ -26,14 +26,14 @@ _VOCABULARY = 10  # the text half is thrown away
 
 
 def cells_of_patches(sizes: Sizes) -> Tensor:
-    """(patches,) int64: the cell that each patch lies in, row by row."""
+    """Return (patches,) int64: the cell that each patch lies in, row by row."""
     side = sizes.image_size // sizes.patch_size
     along = torch.arange(side) * GRID // side
     return (along[:, None] * GRID + along).flatten()
 
 
 def pictures(scenes: Scenes, folder: Path) -> Tensor:
-    """(count, 3, H, W) uint8, kept in `folder` and found there again."""
+    """Render (count, 3, H, W) uint8, or read them from `folder`, where they are kept."""
     path = folder / f"scenes-{VERSION}-{scenes.seed}-{len(scenes)}-{scenes.image_size}.npy"
     if not path.exists():
         keep_array(np.stack([scenes.image(index) for index in range(len(scenes))]), path)
@@ -41,7 +41,7 @@ def pictures(scenes: Scenes, folder: Path) -> Tensor:
 
 
 def image_start(sizes: Sizes, folder: Path) -> Path:
-    """Weights of the image encoder, from `folder`, or trained and kept there. Minutes on a core."""
+    """Load the image encoder's weights from `folder`, or train them (minutes on a core) and save them there."""
     path = folder / f"start-image-{sizes.image_fingerprint}.safetensors"
     if not path.exists():
         _train(sizes, folder, path)

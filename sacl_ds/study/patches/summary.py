@@ -1,4 +1,4 @@
-"""What the study of patch selection found, as tables in markdown."""
+"""Results of the study of patch selection, as tables in Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sacl_ds.analysis.patches import draw, look
-from sacl_ds.study.patches.plan import Plan
+from sacl_ds.study.patches.plan import PatchPlan
 from sacl_ds.study.patches.tasks import QuestionAnswering
 from sacl_ds.study.patches.trial import Trial
 
@@ -21,7 +21,7 @@ _COLUMNS = {
 _LOSSES = ("itc_training", "itc_held_out")  # in nats, not per cent
 
 
-def write_table(plan: Plan, results: Results, out: Path) -> str:
+def write_table(plan: PatchPlan, results: Results, out: Path) -> str:
     """Write table.md into `out`: arms of which all seeds are there, per cent, mean ± standard deviation over seeds."""
     text = "\n\n".join(part for part in (_table(plan, results, task) for task in _COLUMNS) if part)
     if not text:
@@ -30,7 +30,7 @@ def write_table(plan: Plan, results: Results, out: Path) -> str:
     return text
 
 
-def _table(plan: Plan, results: Results, task: str) -> str:
+def _table(plan: PatchPlan, results: Results, task: str) -> str:
     names = [
         name
         for name, arm in plan.arms.items()
@@ -71,8 +71,8 @@ def draw_kept(task: QuestionAnswering, title: str, path: Path, count: int = 3) -
     draw(looked, task.model.image_encoder.vit.patch_embed.patch_size[0], title, path)
 
 
-def speed_table(plan: Plan, seconds: dict[str, float]) -> str:
-    """Steps against those of the first arm of the same task."""
+def speed_table(plan: PatchPlan, seconds: dict[str, float]) -> str:
+    """Format step times relative to the first arm of the same task."""
     lines = ["| arm | ms a step | pairs/s | against none |", "|---|---|---|---|"]
     for name, took in seconds.items():
         task = plan.arms[name].task

@@ -20,7 +20,7 @@ from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
 from sacl_ds.model.sacl import SaclModel, predicted_tokens
 from sacl_ds.model.vision import ImageStates
 from sacl_ds.study.cache import kept_tensors
-from sacl_ds.study.patches.plan import Arm, Sizes
+from sacl_ds.study.patches.plan import PatchArm, Sizes
 from sacl_ds.study.patches.start import cells_of_patches, image_start, pictures
 from sacl_ds.training.objective import PretrainObjective, Targets
 
@@ -33,8 +33,8 @@ _MASKED = 0.15
 _ABOUT_ONE = ("colour", "texture", "place", "shape")  # kinds of questions that name an object by shape or colour
 
 
-class Task:
-    """A model, what is trained with it, a loss for rows drawn, and what it reaches on held-out scenes."""
+class StudyTask:
+    """Task of the study: a model, its trained module, a loss for rows, and metrics on held-out scenes."""
 
     model: SaclModel
     module: nn.Module
@@ -47,16 +47,18 @@ class Task:
         raise NotImplementedError
 
 
-def build(arm: Arm, sizes: Sizes, seed: int, folder: Path) -> Task:
-    """With new text and fusion encoders; the image encoder's start comes from `folder`."""
-    kind: Callable[[Arm, Sizes, int, Path], Task] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[arm.task]
+def build(arm: PatchArm, sizes: Sizes, seed: int, folder: Path) -> StudyTask:
+    """Build an arm's task with new text and fusion encoders; the image encoder's weights come from `folder`."""
+    kind: Callable[[PatchArm, Sizes, int, Path], StudyTask] = {"vqa": QuestionAnswering, "pretrain": Pretraining}[
+        arm.task
+    ]
     task = kind(arm, sizes, seed, folder)
     task.model.image_encoder.load_state_dict(kept_tensors(image_start(sizes, folder)))
     return task
 
 
 @dataclass
-class _Asked:
+class _SceneQuestions:
     """Questions about scenes: (n,) scene, ids and mask (n, L), (n,) answer, kinds, and (n, CELLS) of what is asked."""
 
     scene: Tensor
@@ -67,10 +69,10 @@ class _Asked:
     places: list[int]  # of the object that is asked about
 
 
-class QuestionAnswering(Task):
-    """A question's answer from a closed list, by a linear head on the fused [CLS]; one run of the tower, guided."""
+class QuestionAnswering(StudyTask):
+    """Question answering: a linear head on the fused [CLS] picks from a closed list; the tower runs once, guided."""
 
-    def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
+    def __init__(self, arm: PatchArm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
         asked = [self.questions(training, index) for index in range(len(training))]
         known = Scenes(_WORDS_FROM, _WORDS_SEED)
@@ -90,13 +92,15 @@ class QuestionAnswering(Task):
 
     @staticmethod
     def questions(scenes: Scenes, index: int) -> list[tuple[str, str, str]]:
-        """(kind, question, answer) of those about one object."""
+        """List (kind, question, answer) of the questions about one object."""
         return [one for one in scenes.questions(index) if one[0] in _ABOUT_ONE]
 
-    def _asked(self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer) -> _Asked:
+    def _asked(
+        self, scenes: Scenes, asked: Sequence[list[tuple[str, str, str]]], tokenizer: Tokenizer
+    ) -> _SceneQuestions:
         flat = [(index, *one) for index, some in enumerate(asked) for one in some]
         rows = tokenizer.ids([question for _, _, question, _ in flat])
-        return _Asked(
+        return _SceneQuestions(
             torch.tensor([index for index, *_ in flat]),
             torch.from_numpy(pad(rows, tokenizer.pad_id)),
             torch.from_numpy(attention_mask(rows)),
@@ -105,7 +109,7 @@ class QuestionAnswering(Task):
             [_place_of(scenes.scene(index), kind, question) for index, kind, question, _ in flat],
         )
 
-    def _answer(self, images: Tensor, asked: _Asked, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _answer(self, images: Tensor, asked: _SceneQuestions, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         longest = int(asked.mask[rows].sum(1).max())
         mask = asked.mask[rows, :longest]
         states, _ = self.model.encode_text(asked.ids[rows, :longest], mask)
@@ -118,8 +122,10 @@ class QuestionAnswering(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """accuracy; by kind of question; kept_asked: share kept of the patches of the object that is asked about, and
-        kept_objects of those of all objects, in per one."""
+        """Evaluate accuracy, also by kind of question, and shares of patches kept, in per one.
+
+        kept_asked: of the object that is asked about; kept_objects: of all objects.
+        """
         right: list[bool] = []
         kept: dict[str, list[float]] = {"asked": [], "objects": []}
         asked = self.held_out
@@ -144,7 +150,7 @@ class QuestionAnswering(Task):
 
 
 def _place_of(scene: Scene, kind: str, question: str) -> int:
-    """Of the one object that a question names by its shape or its colour."""
+    """Return the grid cell of the one object that a question names by its shape or its colour."""
     attribute, names = {"shape": (COLOUR, COLOURS)}.get(kind, (SHAPE, SHAPES))
     return next(thing[PLACE] for thing in scene.objects if names[thing[attribute]] in question.split())
 
@@ -162,7 +168,7 @@ class _Captioned:
     relevance: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def batch(self, rows: Tensor) -> Batch:
-        """rows: captions."""
+        """Make a batch of the captions at `rows`."""
         longest = int(self.mask[rows].sum(1).max())
         scene = rows // self.per_scene
         names = [str(int(index)) for index in scene]
@@ -170,10 +176,10 @@ class _Captioned:
         return Batch(names, names, names, self.images[scene], ids, mask, scene[:, None], masked, labels)
 
 
-class Pretraining(Task):
-    """The package's objective with InfoNCE, all three losses."""
+class Pretraining(StudyTask):
+    """Pre-training with the package's objective: InfoNCE, all three losses."""
 
-    def __init__(self, arm: Arm, sizes: Sizes, seed: int, folder: Path) -> None:
+    def __init__(self, arm: PatchArm, sizes: Sizes, seed: int, folder: Path) -> None:
         training, held_out = trial_scenes(sizes, seed)
         known = Scenes(_WORDS_FROM, _WORDS_SEED)
         said = [caption.text for index in range(len(known)) for caption in known.captions(index)]
@@ -240,7 +246,7 @@ class Pretraining(Task):
         return states[:, 0], features
 
     def _reranked(self, scores: np.ndarray, seen: ImageStates) -> float:
-        """any_R@1 of ITM among the images that ITC puts first."""
+        """Return any_R@1 of ITM among the images that ITC ranks first."""
         data, model = self.held_out, self.model
         candidates = torch.from_numpy(np.argsort(-scores, axis=1, kind="stable")[:, :_RERANKED].copy())
         found: list[bool] = []
@@ -255,7 +261,7 @@ class Pretraining(Task):
         return float(np.mean(found))
 
     def _masked_words(self, seen: ImageStates) -> float:
-        """Share of the masked words that MLM tells right."""
+        """Return the share of the masked tokens that MLM predicts right."""
         data, hits = self.held_out, []
         for rows in torch.arange(len(data.ids)).split(_PART):
             batch = data.batch(rows)
@@ -265,7 +271,7 @@ class Pretraining(Task):
         return float(torch.cat(hits).float().mean())
 
     def _held_out_itc(self, image: Tensor, text: Tensor, size: int = 64) -> float:
-        """Of batches of one caption a scene."""
+        """Mean ITC loss of held-out batches with one caption a scene."""
         scale = self.model.logit_scale()
         losses = []
         for start in range(0, len(image) - size + 1, size):
@@ -277,11 +283,11 @@ class Pretraining(Task):
 
 
 def trial_scenes(sizes: Sizes, seed: int) -> tuple[Scenes, Scenes]:
-    """For training and held out."""
+    """Return the training scenes and the held-out scenes."""
     training = Scenes(sizes.scenes, _TRAINING + seed, sizes.image_size)
     return training, Scenes(sizes.held_out, HELD_OUT, sizes.image_size)
 
 
-def _tokenizer(said: list[str], sizes: Sizes, arm: Arm) -> Tokenizer:
+def _tokenizer(said: list[str], sizes: Sizes, arm: PatchArm) -> Tokenizer:
     settings = sizes.model(arm.selection)
     return Tokenizer(train_wordpiece(said, 400), settings.max_tokens)

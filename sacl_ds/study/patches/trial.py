@@ -1,4 +1,4 @@
-"""Trials of the study of patch selection, several at a time, kept; and the speed of its arms, step by step in turn."""
+"""Trials of the study of patch selection, several at a time, with results kept; and timing of its arms."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sacl_ds.config import OptimConfig
 from sacl_ds.study.cache import keep_tensors, kept_tensors
-from sacl_ds.study.patches.plan import Arm, Plan, Sizes, TaskName
+from sacl_ds.study.patches.plan import PatchArm, PatchPlan, Sizes, TaskName
 from sacl_ds.study.patches.start import image_start, pictures
-from sacl_ds.study.patches.tasks import Task, build, trial_scenes
+from sacl_ds.study.patches.tasks import StudyTask, build, trial_scenes
 from sacl_ds.study.runner import keep, results
 from sacl_ds.training.schedules import learning_rate_factor
 
@@ -27,14 +27,14 @@ _START_SEED = 500
 _TRIALS = "trials.jsonl"
 
 
-def finished(plan: Plan, folder: Path) -> dict[Trial, dict[str, Any]]:
-    """Results of the plan's trials that are in `folder`."""
+def finished(plan: PatchPlan, folder: Path) -> dict[Trial, dict[str, Any]]:
+    """Read the results of the plan's trials from `folder`."""
     known = results(folder / _TRIALS)
     trials = {(name, seed): plan.fingerprint(name, seed) for seed in plan.seeds for name in plan.arms}
     return {trial: known[fingerprint] for trial, fingerprint in trials.items() if fingerprint in known}
 
 
-def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, dict[str, Any]], None]) -> None:
+def run_plan(plan: PatchPlan, folder: Path, processes: int, done: Callable[[Trial, dict[str, Any]], None]) -> None:
     """Run what is missing, seed after seed, the tasks' starts first; `done` is called after each trial."""
     there = finished(plan, folder)
     missing = [(name, seed) for seed in plan.seeds for name in plan.arms if (name, seed) not in there]
@@ -58,10 +58,10 @@ def run_plan(plan: Plan, folder: Path, processes: int, done: Callable[[Trial, di
 
 
 def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
-    """Weights of a task's module that has learned it with all patches: from `folder`, or trained and kept there."""
+    """Load a task's module that learned it with all patches from `folder`, or train it and save it there."""
     path = folder / f"start-{kind}-{sizes.start_fingerprint(kind)}.safetensors"
     if not path.exists():
-        task = build(Arm(task=kind), sizes, _START_SEED, folder)
+        task = build(PatchArm(task=kind), sizes, _START_SEED, folder)
         _train(task, sizes, _START_SEED, sizes.start_steps[kind])
         keep_tensors(task.module.state_dict(), path)
         task.module.eval()
@@ -69,16 +69,16 @@ def task_start(kind: TaskName, sizes: Sizes, folder: Path) -> Path:
     return path
 
 
-def run_trial(plan: Plan, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Figures of an arm on held-out scenes, and how long it took."""
+def run_trial(plan: PatchPlan, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train an arm and return its metrics on held-out scenes, and how long it took."""
     start = time.perf_counter()
     figures = trained(plan, name, seed, folder).evaluate()
     seconds = time.perf_counter() - start
     return {"fingerprint": plan.fingerprint(name, seed), "arm": name, "seed": seed, **figures, "seconds": seconds}
 
 
-def trained(plan: Plan, name: str, seed: int, folder: Path) -> Task:
-    """In eval mode: gone on from the task's start with the arm's way of choosing patches, on scenes of the seed."""
+def trained(plan: PatchPlan, name: str, seed: int, folder: Path) -> StudyTask:
+    """Train the arm's way of choosing patches on the seed's scenes, from the task's start; returned in eval mode."""
     arm, sizes = plan.arms[name], plan.sizes
     task = build(arm, sizes, seed, folder)
     task.module.load_state_dict(kept_tensors(task_start(arm.task, sizes, folder)))
@@ -87,7 +87,7 @@ def trained(plan: Plan, name: str, seed: int, folder: Path) -> Task:
     return task
 
 
-def _train(task: Task, sizes: Sizes, seed: int, steps: int) -> None:
+def _train(task: StudyTask, sizes: Sizes, seed: int, steps: int) -> None:
     step = stepper(task, sizes)
     draws = torch.Generator().manual_seed(seed)
     for number in range(steps):
@@ -95,8 +95,8 @@ def _train(task: Task, sizes: Sizes, seed: int, steps: int) -> None:
         step(torch.randint(task.rows, (sizes.batch,), generator=draws), number, steps)
 
 
-def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
-    """One step of training: (rows, number of the step, steps in all)."""
+def stepper(task: StudyTask, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
+    """Return the function of one training step: (rows, number of the step, steps in all)."""
     named = list(task.module.named_parameters())
     groups = [
         {"params": [p for n, p in named if ("image_encoder." in n) == of_image], "peak": peak}
@@ -117,8 +117,8 @@ def stepper(task: Task, sizes: Sizes) -> Callable[[Tensor, int, int], None]:
     return step
 
 
-def speeds(plan: Plan, folder: Path, rounds: int = 30) -> dict[str, float]:
-    """Median seconds of a training step of each arm, all in one process, one step of each in turn."""
+def speeds(plan: PatchPlan, folder: Path, rounds: int = 30) -> dict[str, float]:
+    """Measure the median seconds of each arm's training step, all in one process, one step of each in turn."""
     tasks = {name: build(arm, plan.sizes, 0, folder) for name, arm in plan.arms.items()}
     steps = {name: stepper(task, plan.sizes) for name, task in tasks.items()}
     took: dict[str, list[float]] = {name: [] for name in tasks}

@@ -1,4 +1,4 @@
-"""Caption files in JSON, which are read whole: Karpathy's and COCO's."""
+"""Records from caption files in JSON, Karpathy's and COCO's, which are read whole."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from sacl_ds.data.inside import inside
 from sacl_ds.data.json_files import each_entry, read_json, text_of
 from sacl_ds.data.karpathy import karpathy_split
-from sacl_ds.data.making.record import ImageFile, Record, no_image
+from sacl_ds.data.making.record import ImageFileLoader, Record, no_image
 from sacl_ds.errors import UserError
 
 
 def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record]:
-    """Records of one split of a Karpathy JSON (COCO, Flickr30k, Flickr8k); 'train' takes 'restval' too.
+    """List the records of one split of a Karpathy JSON (COCO, Flickr30k, Flickr8k); 'train' takes 'restval' too.
 
     Raises UserError as `karpathy_split`.
     """
@@ -22,7 +22,7 @@ def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record
         Record(
             key=f"{number:09d}",
             captions=entry.captions,
-            load=ImageFile(str(entry.places(images)[0])),
+            load=ImageFileLoader(str(entry.places(images)[0])),
             meta={"filename": entry.filename, "imgid": number if entry.imgid is None else entry.imgid},
             where=f"{annotations}, image {entry.filename}",
         )
@@ -31,7 +31,7 @@ def karpathy_records(annotations: Path, images: Path, split: str) -> list[Record
 
 
 def coco_records(annotations: Path, images: Path) -> list[Record]:
-    """Records of a COCO captions JSON in the order of its 'images'; all captions of an image in one sample.
+    """List the records of a COCO captions JSON in the order of its 'images', one an image with all its captions.
 
     A caption that is null is an empty one, and one whose image_id no image has becomes a broken record at the end.
     Raises UserError, with the entry, for a file that is not as it should be.
@@ -55,7 +55,7 @@ def coco_records(annotations: Path, images: Path) -> list[Record]:
         return Record(
             key=f"{number:09d}",
             captions=captions.pop(entry["id"], []),
-            load=ImageFile(inside(images, text_of(entry, "file_name"))),
+            load=ImageFileLoader(inside(images, text_of(entry, "file_name"))),
             meta={"filename": entry["file_name"], "image_id": entry["id"]},
             where=f"{annotations}, image {entry['id']} ({entry['file_name']})",
         )

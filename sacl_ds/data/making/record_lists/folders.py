@@ -1,4 +1,4 @@
-"""A folder of images, each with a .txt of the same stem beside it, one caption a line."""
+"""Records of a folder of images, each with a .txt of the same stem beside it, one caption a line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from itertools import groupby
 from pathlib import Path
 
 from sacl_ds.data.captions import BadText, decoded
-from sacl_ds.data.making.record import ImageFile, Record, no_image
+from sacl_ds.data.making.record import ImageFileLoader, Record, no_image
 from sacl_ds.data.shards.layout import IMAGE_EXTENSIONS
 from sacl_ds.errors import UserError
 
 
 class FolderRecords:
-    """Sorted by name within each folder, subfolders in their place among the files; links are followed, but a folder is
-    read once, by whichever of its names comes first. Hidden files and folders are passed over."""
+    """Records sorted by name within each folder, subfolders in their place among the files.
+
+    Links are followed, but a folder is read once, by whichever of its names comes first. Hidden files and folders are
+    skipped.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -33,7 +36,7 @@ class FolderRecords:
             for name in images:
                 path = os.path.join(folder, name)
                 meta = {"filename": os.path.relpath(path, self.root)}
-                yield Record(f"{number:09d}", captions, ImageFile(path), meta, path, problem)
+                yield Record(f"{number:09d}", captions, ImageFileLoader(path), meta, path, problem)
                 number += 1
             if texts and not images:
                 meta = {"filename": os.path.relpath(text, self.root)}
@@ -43,7 +46,7 @@ class FolderRecords:
 
 
 def folder_records(root: Path) -> FolderRecords:
-    """Records of all images under `root`. Raises UserError where that is no folder."""
+    """Return the records of all images under `root`. Raises UserError where that is no folder."""
     if not root.is_dir():
         raise UserError(f"{root} is no folder; correct --images")
     return FolderRecords(root)
@@ -91,7 +94,7 @@ def _extension(name: str) -> str:
 
 
 def _read_captions(path: str) -> tuple[list[str], str]:
-    """(captions, "") or ([], what is wrong). Empty lines are no captions."""
+    """Read a file of captions: (captions, "") or ([], what is wrong). Empty lines are no captions."""
     try:
         with open(path, "rb") as file:
             lines = re.split("\r\n?|\n", decoded(file.read()))

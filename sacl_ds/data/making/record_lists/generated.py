@@ -1,4 +1,4 @@
-"""The built-in scenes as records."""
+"""Records of the built-in scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sacl_ds.data.scenes import Scenes
 
 
 class SceneRecords:
-    """Scenes as PNG, each drawn when it is asked for: JPEG would blur their edges."""
+    """Records of scenes as PNG, each drawn when it is asked for: JPEG would blur their edges."""
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
@@ -33,7 +33,7 @@ class SceneRecords:
 
 
 def scene_records(count: int, seed: int, image_size: int, detail: str) -> SceneRecords:
-    """Records of `count` built-in scenes."""
+    """Return records of `count` built-in scenes."""
     return SceneRecords(Scenes(count, seed, image_size, detail))
 
 

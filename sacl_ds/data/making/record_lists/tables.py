@@ -1,4 +1,4 @@
-"""Tables of (image, caption): CSV, TSV (also gzipped) and parquet, read row by row."""
+"""Records of tables of (image, caption): CSV, TSV (also gzipped) and parquet, read row by row."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sacl_ds.data.inside import LeadsOut, inside
-from sacl_ds.data.making.record import ImageBytes, ImageFile, Record, no_image
+from sacl_ds.data.making.record import ImageBytesLoader, ImageFileLoader, Record, no_image
 from sacl_ds.errors import UserError, nearest
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """where: 'line 7' or 'row 7'. image: a path, or the encoded image itself; empty where there is none."""
+class TableRow:
+    """Row of a table. where: 'line 7' or 'row 7'. image: a path, or the encoded image itself; empty where there is
+    none."""
 
     where: str
     image: str | bytes
@@ -29,19 +30,19 @@ class Row:
     problem: str = ""
 
 
-class Table(Protocol):
-    def rows(self) -> Iterator[Row]: ...
+class RowReader(Protocol):
+    def rows(self) -> Iterator[TableRow]: ...
 
 
 class TableRecords:
-    """Consecutive rows of one image are one sample with several captions."""
+    """Records of a table: consecutive rows of one image are one sample with several captions."""
 
-    def __init__(self, path: Path, table: Table, images: Path) -> None:
+    def __init__(self, path: Path, table: RowReader, images: Path) -> None:
         self.path, self.table, self.images = path, table, images
 
     def __iter__(self) -> Iterator[Record]:
         number = 0
-        group: list[Row] = []
+        group: list[TableRow] = []
         for row in self.table.rows():
             if group and (not row.image or row.image != group[0].image):
                 yield self._record(number, group)
@@ -50,7 +51,7 @@ class TableRecords:
         if group:
             yield self._record(number, group)
 
-    def _record(self, number: int, rows: Sequence[Row]) -> Record:
+    def _record(self, number: int, rows: Sequence[TableRow]) -> Record:
         image = rows[0].image
         captions = [caption for row in rows for caption in row.captions]
         # of several rows, name the one without a caption
@@ -59,7 +60,7 @@ class TableRecords:
         problem = next((row.problem for row in rows if row.problem), "") or ("" if image else "no image")
         load: Callable[[], bytes]
         try:
-            load = ImageBytes(image) if isinstance(image, bytes) else ImageFile(inside(self.images, image))
+            load = ImageBytesLoader(image) if isinstance(image, bytes) else ImageFileLoader(inside(self.images, image))
         except LeadsOut:
             load, problem = no_image, problem or "image outside the folder --images"
         where = f"{self.path} {named.where}"
@@ -95,7 +96,7 @@ def table_records(
 
 
 def _check_delimiter(table: Path, delimiter: str, header: str) -> None:
-    """header: the only column that it gives."""
+    """Refuse a table that its delimiter leaves in one piece. header: the only column that it gives."""
     others = [each for each in ("\t", "|", ";", ",") if each != delimiter and each in header]
     if others:
         used, other = (each.encode("unicode_escape").decode() for each in (delimiter, others[0]))
@@ -115,7 +116,7 @@ def _check_columns(table: Path, there: Sequence[str], image_column: str, caption
 
 
 class TextTable:
-    """CSV or TSV with a header line, in UTF-8, plain or gzipped."""
+    """CSV or TSV table with a header line, in UTF-8, plain or gzipped."""
 
     def __init__(
         self, path: Path, delimiter: str, image_column: str, caption_column: str, quotes: bool, padded: bool
@@ -129,16 +130,16 @@ class TextTable:
         self.image, self.caption = header.index(image_column), header.index(caption_column)
         self.width = len(header)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[TableRow]:
         with self._reader() as reader:
             next(reader)
             ended = reader.line_num
             for row in reader:
                 where, ended = f"line {ended + 1}", reader.line_num
                 if len(row) == self.width:
-                    yield Row(where, row[self.image], [row[self.caption]])
+                    yield TableRow(where, row[self.image], [row[self.caption]])
                 elif row:  # csv gives [] for an empty line
-                    yield Row(where, "", [], f"{len(row)} values under {self.width} columns")
+                    yield TableRow(where, "", [], f"{len(row)} values under {self.width} columns")
 
     @contextmanager
     def _reader(self) -> Iterator[Any]:
@@ -164,7 +165,7 @@ class TextTable:
 
 
 class ParquetTable:
-    """A parquet file, read a few rows at a time; images may be paths, bytes, or structs with a field 'bytes'."""
+    """Parquet table, read a few rows at a time; images may be paths, bytes, or structs with a field 'bytes'."""
 
     def __init__(self, path: Path, image_column: str, caption_column: str) -> None:
         import pyarrow as arrow
@@ -190,7 +191,7 @@ class ParquetTable:
         if not _is_text(caption.value_type if listed else caption, kinds):
             raise UserError(f"{path}: column {caption_column!r} holds {caption}, no text")
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[TableRow]:
         columns = [f"{self.image}.bytes" if self.in_struct else self.image, self.caption]
         number = 0
         try:
@@ -203,7 +204,7 @@ class ParquetTable:
                     for image, captions in pairs:
                         number += 1
                         given = captions if isinstance(captions, list) else [captions]
-                        yield Row(f"row {number}", image or "", [caption or "" for caption in given])
+                        yield TableRow(f"row {number}", image or "", [caption or "" for caption in given])
         except self.failures as error:
             raise UserError(f"{self.path}: cannot be read after row {number}: {_one_line(error)}") from None
 
