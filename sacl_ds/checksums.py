@@ -62,7 +62,7 @@ def parsed(text: str | bytes) -> Any:
 
 
 def row_check(*parts: bytes) -> int:
-    """Of a row and of what it belongs to: crc32, which finds any change within 32 bits."""
+    """Return the checksum of a row and of what it belongs to: crc32, which finds any change within 32 bits."""
     found = 0
     for part in parts:
         found = zlib.crc32(part, found)

@@ -152,7 +152,10 @@ class SelectingEncoder(ImageEncoder):
     def _selected(
         self, scored: Scored, guide: Tensor | None, record: list[Choice] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """From the attention of the first selecting layer on: (n, P', width) and the places of the patches kept."""
+        """Select patches and run the remaining blocks, given the first selecting layer's attention.
+
+        Returns (n, P', width) and the indices of the patches kept.
+        """
         vit = self.vit
         places: Tensor | None = None
         last = self.layers[-1]
