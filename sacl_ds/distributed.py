@@ -62,7 +62,7 @@ def gather_objects(value: Any, group: Group = None) -> list[Any]:
 
 
 @contextmanager
-def same_error() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Raise on every rank the first rank's UserError, if any rank raises one in this block without collectives.
 
     Otherwise the others would wait for ever for the one that failed. Leaving the block is a synchronisation.

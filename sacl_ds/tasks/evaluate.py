@@ -17,7 +17,7 @@ from rich.text import Text
 from sacl_ds.atomic import write_text
 from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
-from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.distributed import barrier, broadcast_object, raise_on_all_ranks, rank, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import autocast
 from sacl_ds.model.saved import TOKENIZER
@@ -35,7 +35,7 @@ def evaluate(run: FinetuneConfig, device: torch.device) -> Path:
     assert run.checkpoint is not None
     theirs = run_of(run.checkpoint)
     progress = RunProgress(run.task, 0, 0, enabled=rank() == 0)
-    with same_error():
+    with raise_on_all_ranks():
         task = task_of(run)
         task.take(theirs)
         split = _split(task)
@@ -51,7 +51,7 @@ def evaluate(run: FinetuneConfig, device: torch.device) -> Path:
     folder = broadcast_object(folder if rank() == 0 else None)
     outcome, seconds = evaluated(task, model, tokenizer, split, device)
     about = {"checkpoint": run.checkpoint, "step": step, "seconds": round(seconds, 1)}
-    with same_error():
+    with raise_on_all_ranks():
         if rank() == 0:
             progress.print(report(task, outcome, folder, split, about))
     progress.print(f"done in {duration(seconds)} on {world_size()} ranks; results in {folder}")

@@ -18,7 +18,7 @@ from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.downstream.examples import example_order
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.text import Tokenizer, train_wordpiece
-from sacl_ds.distributed import barrier, rank, same_error
+from sacl_ds.distributed import barrier, raise_on_all_ranks, rank
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard
 from sacl_ds.model.saved import CONFIG, TOKENIZER, seal_run
@@ -73,14 +73,14 @@ class FineTuning(TrainingTask):
         if not self.task.count("val"):  # nothing to choose by: the last
             last = {self.task.main: (0.0, 0.0)}
             self.best.offer(self.task.run.steps, last, lambda: whole_state(engine, self.model))
-        with same_error():
+        with raise_on_all_ranks():
             if rank() == 0:
                 seal_run(self.folder, BEST, *RECORDS, *self.task.kept)
 
 
 def finetune(run: FinetuneConfig, job: Job) -> Path:
     """Train to the end, then evaluate the best weights; returns the run directory. Raises UserError, on every rank."""
-    with same_error():
+    with raise_on_all_ranks():
         task = task_of(run)
         run = task.run = _with_steps(run, task)
         _require_labels(task)
@@ -91,7 +91,7 @@ def finetune(run: FinetuneConfig, job: Job) -> Path:
 
 def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
     started, run = time.monotonic(), task.run
-    with same_error():
+    with raise_on_all_ranks():
         if rank() == 0:
             unseal(folder)
             _keep_tokenizer(task, folder, job.resume)
@@ -100,14 +100,14 @@ def _train_and_judge(task: Task, folder: Path, job: Job, guard: Guard) -> None:
     progress = RunProgress(run.task, run.steps, 0, enabled=rank() == 0)
     tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
     train(_build(task, tokenizer, folder, job, progress, resume), job, guard, progress, resume)
-    with same_error():
+    with raise_on_all_ranks():
         label = str(folder)
         model = trained_model(task, tokenizer, saved_state(label)[0], label)
     guard.at(run.steps, "evaluation")
     split = "test" if task.count("test") else "val"
     if task.count(split):
         outcome, seconds = evaluated(task, model, tokenizer, split, job.device)
-        with same_error():
+        with raise_on_all_ranks():
             if rank() == 0:
                 best = Best(folder, task.main, run.steps)
                 about = {"checkpoint": str(folder), "step": best.step}
@@ -163,7 +163,7 @@ def _keep_tokenizer(task: Task, folder: Path, resume: bool) -> None:
 def _build(task: Task, tokenizer: Tokenizer, folder: Path, job: Job, progress: RunProgress, resume: bool) -> Training:
     """Build all parts of the training."""
     run = task.run
-    with same_error():
+    with raise_on_all_ranks():
         engine_config = job.engine_config(run, folder)
         begun, told = starting_model(run, tokenizer, resume)
         model: Any = task.model(begun, tokenizer)

@@ -21,7 +21,7 @@ from torch import Tensor
 from sacl_ds import provenance
 from sacl_ds.atomic import flush, write_text
 from sacl_ds.checksums import Written, checksum
-from sacl_ds.distributed import barrier, broadcast_object, gather_objects, rank, same_error, world_size
+from sacl_ds.distributed import barrier, broadcast_object, gather_objects, raise_on_all_ranks, rank, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import FULL, UserError
 from sacl_ds.model.saved import CONFIG, TOKENIZER
@@ -98,14 +98,14 @@ def save(
     writing, folder = checkpoints / f".{tag_of(step)}.writing", checkpoints / tag_of(step)
     frozen = _untrained(engine)
     standing = standing or Standing()
-    with same_error(), _room(run_folder, step):
+    with raise_on_all_ranks(), _room(run_folder, step):
         if rank() == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
             sweep(checkpoints)
             writing.mkdir()
     try:
         written: dict[str, Written] = {}
-        with same_error(), _room(run_folder, step):
+        with raise_on_all_ranks(), _room(run_folder, step):
             name = f"rank_{rank():05d}.safetensors"
             written[name] = write_entries(writing / name, fragments.entries(engine))
             if rank() == 0:
@@ -120,7 +120,7 @@ def save(
                     written[MOMENTUM] = write_entries(writing / MOMENTUM, (Entry.of(n, t) for n, t in tensors.items()))
                 written |= _beside(writing, run_folder, state, frozen)
         files = {name: each for part in gather_objects(written) for name, each in part.items()}
-        with same_error(), _room(run_folder, step):
+        with raise_on_all_ranks(), _room(run_folder, step):
             if rank() == 0:
                 Manifest(files, fragments.shapes(engine)).save(writing)
                 flush(writing)
@@ -217,13 +217,13 @@ def resume(
     """
     state: RunState
     notes: list[str]
-    with same_error():
+    with raise_on_all_ranks():
         found = latest(run_folder) if rank() == 0 else None
         if rank() == 0 and found is None:
             raise UserError(f"--resume: nothing to resume in {run_folder}; start without --resume")
     passed_over = incomplete(run_folder / FOLDER, found.step) if found else []
     state, notes = broadcast_object((found, passed_over))  # nodes may not see the same file at once
-    with same_error():
+    with raise_on_all_ranks():
         if state.vocabulary != identity.vocabulary:
             raise UserError(
                 f"--resume: the tokenizer in {run_folder} is not the one that its checkpoint was trained with; "

@@ -25,8 +25,8 @@ from sacl_ds.distributed import (
     broadcast_object,
     gather_objects,
     max_over_ranks,
+    raise_on_all_ranks,
     rank,
-    same_error,
     sum_over_ranks,
     world_size,
 )
@@ -92,7 +92,7 @@ class BadSteps:
             said = f"samples whose own features are not finite: {_listed(offending)}"
         else:
             said = f"no sample alone has features that are not finite, among {_listed(whole)}"
-        with same_error():
+        with raise_on_all_ranks():
             if rank() == 0:
                 self._write({"step": done, "loss": _plain(parts[0][0]), "offending": offending, "keys": whole})
             if len(self._steps) > self._limit:

@@ -23,7 +23,7 @@ from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.sources import training_data, training_index, training_source
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.distributed import broadcast_object, rank, same_error, world_size
+from sacl_ds.distributed import broadcast_object, raise_on_all_ranks, rank, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard
 from sacl_ds.model.sacl import SaclModel
@@ -96,7 +96,7 @@ class PretrainTask(TrainingTask):
         regulation = step_regulation(self.run.loss, targets)[0]
         lowest = self.run.records.lowest
         figures, pairs = step_record(features, targets.teacher, regulation, losses, batch, lowest)
-        with same_error():
+        with raise_on_all_ranks():
             if self._records:
                 self._records.write(done, figures, pairs)
         return losses, None, self._cautions.of_weights(done, regulation.alpha, figures)
@@ -126,7 +126,7 @@ class PretrainTask(TrainingTask):
 
     def finish(self, engine: DeepSpeedEngine) -> None:
         weights, steps = whole_state(engine, engine.module.model), self.run.train.steps
-        with same_error():
+        with raise_on_all_ranks():
             if rank() == 0:
                 try:
                     save_weights(weights, self.folder, steps)
@@ -161,7 +161,7 @@ def _train_all(run: RunConfig, folder: Path, job: Job, evaluators: Evaluators, g
         first = teacher_phase(run)
         own = _index(first, folder / TEACHER, job) if run.teacher.shards else index
         phases.insert(0, Phase(first, folder / TEACHER, "teacher", own))
-    with same_error():
+    with raise_on_all_ranks():
         if rank() == 0:
             if not job.resume:
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)  # of a start that died early
@@ -210,7 +210,7 @@ def _phase(phase: Phase, job: Job, evaluators: Evaluators, guard: Guard) -> tupl
     """Build all parts of one phase, train it, and leave the finished run in its directory."""
     run, folder, resume, begun = phase.run, phase.folder, job.resumes(phase.folder), None
     progress = RunProgress(phase.title, run.train.steps, 0, enabled=rank() == 0)
-    with same_error():
+    with raise_on_all_ranks():
         engine_config = job.engine_config(run, folder)
         tokenizer = Tokenizer.load(folder / TOKENIZER, run.model.max_tokens)
         torch.manual_seed(run.seed)  # every rank starts from the same weights
@@ -309,7 +309,7 @@ def _momentum(run: RunConfig, model: SaclModel, teacher: Teacher | None, device:
 def _index(run: RunConfig, folder: Path, job: Job) -> ShardIndex | None:
     """Count the run's shards on the first rank; returns the index on every rank."""
     resume = job.resumes(folder)
-    with same_error():
+    with raise_on_all_ranks():
         index = None
         if rank() == 0:
             with counting("counting the samples of shards") as done:

@@ -13,7 +13,7 @@ import torch
 from sacl_ds.config import TrainingConfig
 from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.sources import MISSING
-from sacl_ds.distributed import barrier, broadcast_object, rank, same_error, world_size
+from sacl_ds.distributed import barrier, broadcast_object, raise_on_all_ranks, rank, world_size
 from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
 from sacl_ds.faults.guard import Guard, guarding
 from sacl_ds.machine import Machine
@@ -79,7 +79,7 @@ def opened(
     Raises UserError, the same on every rank.
     """
     lock = settled = None
-    with same_error():
+    with raise_on_all_ranks():
         plan = job.engine_config(run, Path(run.output_dir or "."))
         if rank() == 0:
             folder, lock = open_run_folder(run, job.resume)
@@ -88,7 +88,7 @@ def opened(
     if rank() == 0:
         print(_plan_lines(job, plan), flush=True)
     require_shared(folder)
-    with same_error():
+    with raise_on_all_ranks():
         checkpointed = newest(folder)
     with guarding(folder, ranks(), limits(run), checkpointed) as guard:
         yield run, folder, guard
@@ -104,7 +104,7 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
     run, folder, task, workers = training.run, training.folder, training.task, job.workers(training.workers)
     engine = build_engine(training.objective, training.engine_config, run.optim)
     start, resumed = 0, None
-    with same_error():
+    with raise_on_all_ranks():
         if resume:
             resumed = checkpoint.resume(engine, folder, training.identity, task.momentum, training.id_columns)
             start = resumed.state.step

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import ModelConfig, TrainingConfig
-from sacl_ds.distributed import broadcast_object, gather_objects, rank, same_error
+from sacl_ds.distributed import broadcast_object, gather_objects, raise_on_all_ranks, rank
 from sacl_ds.errors import SharedError, UserError
 from sacl_ds.faults.judging import Limits
 from sacl_ds.model.saved import CONFIG, WEIGHTS
@@ -72,7 +72,7 @@ def require_shared(folder: Path, seconds: float = 10.0) -> None:
     own = (f".shared_{secrets.token_hex(8)}", str(folder), socket.gethostname()) if rank() == 0 else None
     token, name, writer = broadcast_object(own)
     written = folder / token
-    with same_error():
+    with raise_on_all_ranks():
         if rank() == 0:
             try:
                 written.touch()

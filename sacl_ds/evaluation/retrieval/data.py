@@ -18,7 +18,7 @@ from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import Sample, Source
-from sacl_ds.distributed import rank, same_error, world_size
+from sacl_ds.distributed import raise_on_all_ranks, rank, world_size
 from sacl_ds.errors import UserError
 
 Done = Callable[[str, int, int], None]  # (stage, done of it, all of it) on this rank
@@ -104,7 +104,7 @@ class ImageRounds:
             self.faults += [each for each in part if isinstance(each, SampleFault)]
             yield [each for each in part if isinstance(each, LoadedImage)]
         parts.close()
-        with same_error():
+        with raise_on_all_ranks():
             if failed is not None:
                 raise UserError(failed)
 

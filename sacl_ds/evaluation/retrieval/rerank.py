@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sacl_ds.data.batch import View
-from sacl_ds.distributed import rank, same_error, sum_over_ranks, world_size
+from sacl_ds.distributed import raise_on_all_ranks, rank, sum_over_ranks, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.metrics import best_relevant_places
 from sacl_ds.evaluation.retrieval.data import Done, ImageRounds, RetrievalSet, unseen
@@ -83,7 +83,7 @@ def match_scores(
             values[wanted[some]] = made[: len(some)]
             scored += len(some)
             done("re-ranking", scored, mine)
-    with same_error():
+    with raise_on_all_ranks():
         if lost := [fault for fault in rounds.faults if str(fault) not in set(map(str, encoded.faults))]:
             raise UserError(f"{lost[0]}; it could be read a while ago: do not change the images during an evaluation")
     return PairScores(m, keys, sum_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy())
