@@ -2,7 +2,7 @@
 
 import sys
 
-from sacl_ds.command_line import exit_status, goes_on, under_supervision
+from sacl_ds.command_line import exit_status, should_resume, under_supervision
 from sacl_ds.launcher import take_place
 from sacl_ds.tasks.options import read_finetune_options
 
@@ -25,7 +25,7 @@ def main() -> int | None:
     from sacl_ds.training.run import Job
 
     device, machine = start_process()
-    finetune(run, Job(ds, options.ds_config, device, machine, goes_on(options, run)))
+    finetune(run, Job(ds, options.ds_config, device, machine, should_resume(options, run)))
     return None
 
 

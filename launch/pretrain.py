@@ -4,9 +4,9 @@ import sys
 
 from sacl_ds.command_line import (
     exit_status,
-    goes_on,
     pretraining_config,
     read_options,
+    should_resume,
     training_parser,
     under_supervision,
 )
@@ -33,7 +33,7 @@ def main() -> int | None:
     from sacl_ds.training.run import Job
 
     device, machine = start_process()
-    pretrain(run, Job(ds, options.ds_config, device, machine, goes_on(options, run)), held_out_evaluator)
+    pretrain(run, Job(ds, options.ds_config, device, machine, should_resume(options, run)), held_out_evaluator)
     return None
 
 

@@ -187,7 +187,7 @@ def under_supervision(run: TrainingConfig) -> int | None:
     return restarts.supervise([sys.executable, "-u", *sys.argv], run.train.max_restarts)
 
 
-def goes_on(options: argparse.Namespace, run: TrainingConfig) -> bool:
+def should_resume(options: argparse.Namespace, run: TrainingConfig) -> bool:
     """Return whether this start resumes: as asked, or as a restart that has a checkpoint."""
     again = restarts.attempt() > 0 and run.output_dir is not None
     return bool(options.resume) or (again and restarts.holds_checkpoint(Path(run.output_dir or ".")))

@@ -276,7 +276,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"run": made / "run", "teacher": made / "run/teacher", "vqa": made / "vqa", "retrieval": made / "retrieval"}
 
 
-def goes_on(run: Path) -> None:
+def should_resume(run: Path) -> None:
     """As --resume begins."""
     values = plain_yaml((run / "config.yaml").read_bytes().decode(errors="replace"))
     values |= {"output_dir": str(run)}
@@ -291,16 +291,16 @@ def exported(run: Path) -> None:
 # files of a finished run by how their names begin, and who reads them in a run of any kind; each refuses them
 READ_BY: dict[str, tuple[Callable[[Path], object], ...]] = {
     "config.yaml": (lambda run: load_config(run / "config.yaml", []), saved_model_config),
-    "model.safetensors": (lambda run: saved_state(str(run)), goes_on),
-    "tokenizer/": (lambda run: Tokenizer.load(run / "tokenizer", 20), goes_on),
-    "metrics.jsonl": (plot_run, goes_on),
-    "weights/": (read_figures, read_lowest, goes_on),
-    "missing_shards.txt": (goes_on,),
-    "bad_steps.jsonl": (goes_on,),
+    "model.safetensors": (lambda run: saved_state(str(run)), should_resume),
+    "tokenizer/": (lambda run: Tokenizer.load(run / "tokenizer", 20), should_resume),
+    "metrics.jsonl": (plot_run, should_resume),
+    "weights/": (read_figures, read_lowest, should_resume),
+    "missing_shards.txt": (should_resume,),
+    "bad_steps.jsonl": (should_resume,),
     "checkpoints/step_": (lambda run: read_checkpoint(max((run / "checkpoints").glob("step_*"))),),
-    "best.json": (lambda run: Best(run, "", 2), goes_on),
-    "answers.json": (lambda run: task_of(finetune_config("vqa", None, [])).take(run), goes_on),
-    "checksums.json": (plot_run, lambda run: saved_state(str(run)), goes_on),
+    "best.json": (lambda run: Best(run, "", 2), should_resume),
+    "answers.json": (lambda run: task_of(finetune_config("vqa", None, [])).take(run), should_resume),
+    "checksums.json": (plot_run, lambda run: saved_state(str(run)), should_resume),
 }
 # and who reads them besides in runs of these kinds
 BESIDES: dict[tuple[str, str], tuple[Callable[[Path], object], ...]] = {
@@ -333,22 +333,22 @@ def test_every_file_of_a_finished_run(runs: dict[str, Path]) -> None:
             (kind,) = [each for each in READ_BY if inside.startswith(each)]
             seen.add(kind)
             for read in (*READ_BY[kind], *BESIDES.get((name, kind), ())):
-                if read is goes_on and name == "teacher":
+                if read is should_resume and name == "teacher":
                     continue  # with the run that it is in
                 with one_bit(file), pytest.raises(UserError) as error:
                     read(folder)
                 assert is_one_line(error.value)
                 assert file.name in str(error.value), (inside, str(error.value))
-                if (inside, read) in (("metrics.jsonl", plot_run), ("best.json", goes_on)):
+                if (inside, read) in (("metrics.jsonl", plot_run), ("best.json", should_resume)):
                     assert_documented(f"error: {error.value}".replace(str(folder), "/data/run"))
     assert seen == READ_BY.keys()
     for name, folder in runs.items():
         plot_run(folder)
         if name != "teacher":
-            goes_on(folder)
+            should_resume(folder)
     for file in (runs["teacher"] / "metrics.jsonl", runs["teacher"] / "config.yaml"):
         with one_bit(file), pytest.raises(UserError, match=rf"^--resume: .*/teacher: {file.name}: its checksum"):
-            goes_on(runs["run"])
+            should_resume(runs["run"])
 
 
 def test_a_finished_run_goes_on(runs: dict[str, Path]) -> None:
