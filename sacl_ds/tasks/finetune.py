@@ -31,7 +31,7 @@ from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer, t
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
 from sacl_ds.training.checkpoint import Identity
-from sacl_ds.training.engine import prepare_model, whole_state
+from sacl_ds.training.engine import consolidated_state_dict, prepare_model
 from sacl_ds.training.health import optimizer_step
 from sacl_ds.training.run import RECORDS, START, Job, opened, train
 from sacl_ds.training.run_folder import check_space
@@ -64,7 +64,7 @@ class FineTuning(TrainingTask):
         outcome = judged(self.task, self.model, "val", self.seen)
         for line in outcome.notes:
             self.progress.print(line)
-        kept = self.best.offer(done, outcome.figures, lambda: whole_state(self.engine, self.model))
+        kept = self.best.offer(done, outcome.figures, lambda: consolidated_state_dict(self.engine, self.model))
         value = 100 * outcome.figures[main][0]
         self.progress.print(f"val at step {done}: {main} {value:.1f} %{', the best so far' if kept else ''}")
         return outcome.figures
@@ -72,7 +72,7 @@ class FineTuning(TrainingTask):
     def finish(self, engine: Any) -> None:
         if not self.task.count("val"):  # nothing to choose by: the last
             last = {self.task.main: (0.0, 0.0)}
-            self.best.offer(self.task.run.steps, last, lambda: whole_state(engine, self.model))
+            self.best.offer(self.task.run.steps, last, lambda: consolidated_state_dict(engine, self.model))
         with raise_on_all_ranks():
             if rank() == 0:
                 seal_run(self.folder, BEST, *RECORDS, *self.task.kept)

@@ -234,7 +234,7 @@ def fill_parameters(engine: DeepSpeedEngine, values: dict[str, Tensor]) -> None:
                 named[name].copy_(value)
 
 
-def whole_state(engine: DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]:
+def consolidated_state_dict(engine: DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]:
     """Gather all weights of `module` (a part of the engine's) in fp32 on the CPU, on rank 0; elsewhere an empty dict.
 
     Every rank must call it: under ZeRO 3 the shards are gathered.

@@ -33,7 +33,7 @@ from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieva
 from sacl_ds.telemetry.weight_records import WeightRecords
 from sacl_ds.training import schedules
 from sacl_ds.training.checkpoint import Identity
-from sacl_ds.training.engine import prepare_model, whole_parameters, whole_state
+from sacl_ds.training.engine import consolidated_state_dict, prepare_model, whole_parameters
 from sacl_ds.training.health import Cautions, optimizer_step
 from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objective import PretrainObjective, step_regulation
@@ -125,7 +125,7 @@ class PretrainTask(TrainingTask):
         return self.judge() if self.judge else {}
 
     def finish(self, engine: DeepSpeedEngine) -> None:
-        weights, steps = whole_state(engine, engine.module.model), self.run.train.steps
+        weights, steps = consolidated_state_dict(engine, engine.module.model), self.run.train.steps
         with raise_on_all_ranks():
             if rank() == 0:
                 try:

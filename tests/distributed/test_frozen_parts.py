@@ -37,23 +37,23 @@ def engine_of(stage: int, world: int, seed: int) -> Any:
 
 
 def training(rank: int, stage: int, folder: Path) -> None:
-    from sacl_ds.training.engine import whole_state
+    from sacl_ds.training.engine import consolidated_state_dict
 
     engine = engine_of(stage, 1, seed=0)
     for step in range(2):
         engine.backward(engine(tiny.batch(PAIRS, seed=step)[0], Targets(None, 0.0, None))["loss"])
         engine.step()
     checkpoint.save(engine, folder, 2, IDENTITY)
-    torch.save(whole_state(engine, engine.module.model), folder / "trained.pt")
+    torch.save(consolidated_state_dict(engine, engine.module.model), folder / "trained.pt")
 
 
 def resuming(rank: int, stage: int, world: int, folder: Path) -> None:
-    from sacl_ds.training.engine import whole_state
+    from sacl_ds.training.engine import consolidated_state_dict
 
     engine = engine_of(stage, world, seed=7)  # other weights to begin with
     resumed = checkpoint.resume(engine, folder, IDENTITY)
     assert (resumed.state.step, resumed.notes) == (2, [])
-    state = whole_state(engine, engine.module.model)
+    state = consolidated_state_dict(engine, engine.module.model)
     if rank == 0:
         torch.save(state, folder / f"resumed {world}.pt")
 

@@ -98,7 +98,7 @@ def engine_ranks(rank: int, world: int, folder: Path) -> None:
 
     from sacl_ds.ds_config import resolve
     from sacl_ds.machine import this_machine
-    from sacl_ds.training.engine import build_engine, start_process, whole_state
+    from sacl_ds.training.engine import build_engine, consolidated_state_dict, start_process
 
     start_process()
     torch.set_num_threads(1)
@@ -120,7 +120,7 @@ def engine_ranks(rank: int, world: int, folder: Path) -> None:
                     found = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
                     gradients = {name: gradient.cpu().clone() for name, gradient in found.items()}
                 engine.step()
-            state = whole_state(engine, engine.module.model)
+            state = consolidated_state_dict(engine, engine.module.model)
             if rank == 0:
                 torch.save((gradients, state), folder / f"{selection}{stage}.pt")
             engine.destroy()

@@ -14,7 +14,7 @@ from sacl_ds.machine import this_machine
 
 
 def gathering(rank: int, stage: int, precision: str, folder: Path) -> None:
-    from sacl_ds.training.engine import build_engine, start_process, whole_state
+    from sacl_ds.training.engine import build_engine, consolidated_state_dict, start_process
 
     start_process()
     run = tiny.config()
@@ -24,7 +24,7 @@ def gathering(rank: int, stage: int, precision: str, folder: Path) -> None:
     settings = resolve({"zero_optimization": zero}, run, 2, this_machine("cpu"))
     engine = build_engine(tiny.objective(run), settings, run.optim)
     engine(tiny.batch(4)[0], None)  # forward gathers in what autocast computes with
-    state = whole_state(engine, engine.module.model)
+    state = consolidated_state_dict(engine, engine.module.model)
     if rank == 0:
         torch.save(state, folder / "state.pt")
 

@@ -58,6 +58,6 @@ def steps(engine: Any, rank: int, world: int, numbers: range) -> list[float]:
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:
-    from sacl_ds.training.engine import whole_state
+    from sacl_ds.training.engine import consolidated_state_dict
 
-    return whole_state(engine, engine.module.model)
+    return consolidated_state_dict(engine, engine.module.model)
