@@ -182,7 +182,7 @@ def gather_rows(rows: Tensor, counts: list[int], group: Group = None) -> Tensor:
     return start_gather_rows(rows, counts, group)()
 
 
-def start_sum_to_owners(parts: Tensor, group: Group = None) -> Callable[[], Tensor]:
+def reduce_scatter_async(parts: Tensor, group: Group = None) -> Callable[[], Tensor]:
     """Start a reduce-scatter of (world, n, ...): rank r gets the (n, ...) sum over ranks of parts[r].
 
     The function returned waits for it and returns the sum.
@@ -245,4 +245,4 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         longest = max(ctx.counts)
         parts = torch.stack([_padded(part, longest) for part in gradient.split(ctx.counts)])
-        return start_sum_to_owners(parts, ctx.group)()[: ctx.counts[rank(ctx.group)]], None, None
+        return reduce_scatter_async(parts, ctx.group)()[: ctx.counts[rank(ctx.group)]], None, None

@@ -30,10 +30,10 @@ from sacl_ds.distributed import (
     gather_rows_with_grad,
     max_over_ranks,
     rank,
+    reduce_scatter_async,
     require_alike,
     row_counts,
     start_gather_rows,
-    start_sum_to_owners,
     sum_over_ranks,
     world_size,
 )
@@ -347,7 +347,7 @@ class _JointLoss(torch.autograd.Function):
             )
 
         share = upstream * joint.job.batch.share
-        of_text = _sum_to_owners(gradients, joint.job.batch, into_images.new_zeros, text, share * logit_scale)
+        of_text = _reduce_scatter_shares(gradients, joint.job.batch, into_images.new_zeros, text, share * logit_scale)
         of_scale = (row_products(image, into_images).sum() * share).to(logit_scale.dtype)
         of_image = into_images.mul_(share * logit_scale).to(image.dtype)
         return of_image, of_text, of_scale.view_as(logit_scale), None
@@ -389,7 +389,7 @@ def sums_over_ranks(sums: Sums, dtype: torch.dtype, group: Group) -> Sums:
     return Sums(weighted, normaliser, total[2])
 
 
-def _sum_to_owners(
+def _reduce_scatter_shares(
     gradients: Callable[[int, int, Tensor], None],
     batch: GlobalBatch,
     zeros: Callable[..., Tensor],
@@ -415,7 +415,7 @@ def _sum_to_owners(
                 gradients(start, start + length, into[owner, :length])
         if arriving is not None:
             sums.append(arriving())
-        arriving = start_sum_to_owners(into.mul_(factor).to(own.dtype), batch.group)
+        arriving = reduce_scatter_async(into.mul_(factor).to(own.dtype), batch.group)
     assert arriving is not None
     sums.append(arriving())
     return (sums[0] if len(sums) == 1 else torch.cat(sums))[: len(own)]
