@@ -16,8 +16,8 @@ import psutil
 
 from sacl_ds.errors import Fault, Stopped
 from sacl_ds.faults.ending import Exit, Status, may_follow, read_status
-from sacl_ds.faults.judging import Beat, Limits
-from sacl_ds.faults.pulse import Address, Court, Witness
+from sacl_ds.faults.heartbeat import Address, HeartbeatClient, HeartbeatServer
+from sacl_ds.faults.judging import Heartbeat, Limits
 from sacl_ds.faults.restarts import attempt
 from sacl_ds.faults.signals import Requests
 
@@ -58,13 +58,13 @@ class Guard:
         self._folder, self._ranks = folder, ranks
         self._place: tuple[int, Doing, float] = (checkpoint or 0, "starting", time.monotonic())
         self._checkpoint = checkpoint
-        self._pulse: Court | Witness | None = None
+        self._heartbeat: HeartbeatServer | HeartbeatClient | None = None
         first = ranks.rank == 0
-        court = Court(ranks.address, self._now, limits, self._end, ranks.world) if first else None
-        address: Address = ranks.share(court.address if court else None)
+        server = HeartbeatServer(ranks.address, self._now, limits, self._end, ranks.world) if first else None
+        address: Address = ranks.share(server.address if server else None)
         self._start = address.token[:8]
         try:
-            self._pulse = court or Witness(address, self._now, limits, self._end, ranks.speaks)
+            self._heartbeat = server or HeartbeatClient(address, self._now, limits, self._end, ranks.speaks)
         except OSError as error:
             raise Fault(
                 f"rank {ranks.rank} cannot reach port {address.port} of rank 0 at {address.host}: {error}; open that "
@@ -101,19 +101,19 @@ class Guard:
         alone: it is of this rank only, so that the others have to be told; mistake: they then end with that status,
         which no restart mends.
         """
-        if alone and self._pulse:
+        if alone and self._heartbeat:
             self._write("failed", message, by_any=True)
-            self._pulse.say(message, mistake)
-        elif self._pulse:
+            self._heartbeat.say(message, mistake)
+        elif self._heartbeat:
             self._write("failed", message)
-            self._pulse.silence()
+            self._heartbeat.silence()
         self.requests.close()
 
     def let_the_first_speak(self, seconds: float) -> None:
         """After `failed`: the launcher ends all ranks when one has ended, so none does before the first has said why,
-        and is done with the pulse."""
-        if isinstance(self._pulse, Witness):
-            self._pulse.outlast(seconds)
+        and is done with the heartbeat."""
+        if isinstance(self._heartbeat, HeartbeatClient):
+            self._heartbeat.outlast(seconds)
 
     def wait_for_the_cause(self, seconds: float) -> None:
         """Wait after a failed collective, so that the heartbeat can end this process by the rank at fault."""
@@ -121,17 +121,17 @@ class Guard:
 
     def _close(self) -> None:
         """Stop watching, once no rank is to miss another any more."""
-        if isinstance(self._pulse, Witness):
-            self._pulse.close()
+        if isinstance(self._heartbeat, HeartbeatClient):
+            self._heartbeat.close()
         self._ranks.together()
-        if isinstance(self._pulse, Court):
-            self._pulse.close()
-        self._pulse = None
+        if isinstance(self._heartbeat, HeartbeatServer):
+            self._heartbeat.close()
+        self._heartbeat = None
         self.requests.close()
 
-    def _now(self) -> Beat:
+    def _now(self) -> Heartbeat:
         step, doing, since = self._place
-        return Beat(self._ranks.rank, socket.gethostname(), os.getpid(), step, doing, time.monotonic() - since)
+        return Heartbeat(self._ranks.rank, socket.gethostname(), os.getpid(), step, doing, time.monotonic() - since)
 
     def _write(
         self,

@@ -9,7 +9,7 @@ _ORDER = {"data": 0, "step": 1}  # within a step
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """Heartbeat of a rank. doing: starting, data, step, evaluation, saving or ending; seconds: for how long."""
 
     rank: int
@@ -33,7 +33,7 @@ class Heard:
     """Last heartbeat of a rank. ago: seconds since `beat` came. gone: whether its connection is closed. words: its last
     ones; "" of a regular end, None where it said none."""
 
-    beat: Beat
+    beat: Heartbeat
     ago: float = 0.0
     gone: bool = False
     words: str | None = None
@@ -69,7 +69,7 @@ def verdict(heard: Mapping[int, Heard], limits: Limits) -> str | None:
     return _hang([each.beat for each in ranks], limits)
 
 
-def _hang(beats: list[Beat], limits: Limits) -> str | None:
+def _hang(beats: list[Heartbeat], limits: Limits) -> str | None:
     """Return the line that names the ranks at fault for a hang: those behind the others, who wait for them in a step.
 
     None where they are behind by what may take as long as it takes: an evaluation, a checkpoint, a start.

@@ -1,7 +1,7 @@
 """Supervision of a rank: a parent process restarts it after a fault, from the run's newest checkpoint.
 
-No rank asks another: where one fails, the pulse ends all, and each supervisor starts its own again; they meet in the
-same attempt, on a port of its own, so that no rank takes the last attempt's process for one of this.
+No rank asks another: where one fails, the heartbeat ends all, and each supervisor starts its own again; they meet in
+the same attempt, on a port of its own, so that no rank takes the last attempt's process for one of this.
 """
 
 from __future__ import annotations

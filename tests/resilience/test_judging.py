@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sacl_ds.faults.ending import Status, may_follow
-from sacl_ds.faults.judging import Beat, Heard, Limits, verdict
+from sacl_ds.faults.judging import Heard, Heartbeat, Limits, verdict
 
 LIMITS = Limits(peer=60, step=600)
 DOINGS = ("starting", "data", "step", "evaluation", "saving", "ending")
@@ -20,7 +20,7 @@ def ranks(draw: st.DrawFn, words: bool = True, gone: bool = True, late: bool = T
     found = {}
     for number in draw(st.lists(st.integers(0, 50), min_size=1, max_size=6, unique=True)):
         doing, step = draw(st.sampled_from(DOINGS)), draw(st.integers(10, 13))
-        beat = Beat(number, f"node{number // 8}", 4000 + number, step, doing, draw(st.floats(0, 2000)))
+        beat = Heartbeat(number, f"node{number // 8}", 4000 + number, step, doing, draw(st.floats(0, 2000)))
         found[number] = Heard(
             beat,
             ago=draw(st.floats(0, 200)) if late else 0.0,
@@ -30,7 +30,7 @@ def ranks(draw: st.DrawFn, words: bool = True, gone: bool = True, late: bool = T
     return found
 
 
-def place(beat: Beat) -> tuple[int, int]:
+def place(beat: Heartbeat) -> tuple[int, int]:
     """How far a rank has come; what lies between two steps comes ahead of the wait for the later one's data."""
     return beat.step, {"data": 1, "step": 2}.get(beat.doing, 0)
 
@@ -111,7 +111,7 @@ def test_the_order_of_ranks_does_not_matter(heard: dict[int, Heard]) -> None:
 
 def test_a_rank_that_waits_for_the_end_of_the_first_is_not_missed() -> None:
     """It has said that it ends, and says no more, while the first one draws its plots for minutes."""
-    beats = [Beat(number, "node0", 4000 + number, 20, "ending", 500.0) for number in (0, 1)]
+    beats = [Heartbeat(number, "node0", 4000 + number, 20, "ending", 500.0) for number in (0, 1)]
     assert verdict({0: Heard(beats[0]), 1: Heard(beats[1], ago=500.0, words="")}, LIMITS) is None
     assert verdict({0: Heard(beats[0]), 1: Heard(beats[1], ago=500.0)}, LIMITS) is not None
 

@@ -1,4 +1,4 @@
-"""The pulse between ranks over real sockets: who is said to be lost, by whom, and that strangers change nothing."""
+"""The heartbeat between ranks over real sockets: who is said to be lost, by whom, and that strangers change nothing."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from dataclasses import dataclass, field
 import pytest
 
 from sacl_ds.faults import pulse
-from sacl_ds.faults.judging import Beat, Limits
-from sacl_ds.faults.pulse import Address, Court, Witness
+from sacl_ds.faults.heartbeat import Address, HeartbeatClient, HeartbeatServer
+from sacl_ds.faults.judging import Heartbeat, Limits
 
 INTERVAL = 0.25  # seconds between beats here
 LIMITS = Limits(peer=1.5, step=600)
 SOON = 2.5  # seconds in which what the system tells is passed on
 SILENCE = LIMITS.peer + 2 * INTERVAL  # seconds after which nothing is to have been said
 
-WITNESS = """
+CLIENT = """
 import os, sys
 from sacl_ds.faults import pulse
-from sacl_ds.faults.judging import Beat, Limits
+from sacl_ds.faults.judging import Heartbeat, Limits
 pulse.INTERVAL = float(sys.argv.pop())
 host, port, token, rank, doing = sys.argv[1:]
-now = lambda: Beat(int(rank), "there", os.getpid(), 7, doing, 0.0)
+now = lambda: Heartbeat(int(rank), "there", os.getpid(), 7, doing, 0.0)
 act = lambda said, speaks, mistake: print("verdict", said, flush=True)
-witness = pulse.Witness(pulse.Address(host, int(port), token), now, Limits(1.5, 600), act, True)
+client = pulse.HeartbeatClient(pulse.Address(host, int(port), token), now, Limits(1.5, 600), act, True)
 print("ready", flush=True)
 for line in sys.stdin:
-    witness.say(line.strip())
+    client.say(line.strip())
     print("said", flush=True)
 """
 
@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Place:
-    """A rank of this process: what it does, and what its pulse made it do."""
+    """A rank of this process: what it does, and what its heartbeat made it do."""
 
     rank: int
     doing: str = "step"
@@ -56,8 +56,8 @@ class Place:
     mistake: bool | None = None
     when: threading.Event = field(default_factory=threading.Event)
 
-    def now(self) -> Beat:
-        return Beat(self.rank, f"node{self.rank}", 4000 + self.rank, 7, self.doing, 0.0)
+    def now(self) -> Heartbeat:
+        return Heartbeat(self.rank, f"node{self.rank}", 4000 + self.rank, 7, self.doing, 0.0)
 
     def act(self, said: str, speaks: bool, mistake: bool) -> None:
         self.mistake = mistake
@@ -73,16 +73,16 @@ class Place:
 
 @dataclass
 class Job:
-    """A court and witnesses, in this process."""
+    """A server and clients, in this process."""
 
     first: Place
-    court: Court
+    server: HeartbeatServer
     others: list[Place]
-    witnesses: list[Witness]
+    clients: list[HeartbeatClient]
 
     @property
     def address(self) -> Address:
-        return self.court.address
+        return self.server.address
 
     def verdicts(self, seconds: float) -> list[tuple[str, bool]]:
         """What any rank was made to do, so many seconds from now."""
@@ -96,26 +96,26 @@ def job() -> Iterator[Callable[..., Job]]:
 
     def make(count: int, world: int | None = None, limits: Limits = LIMITS) -> Job:
         first = Place(0)
-        court = Court("127.0.0.1", first.now, limits, first.act, world or count + 1)
+        server = HeartbeatServer("127.0.0.1", first.now, limits, first.act, world or count + 1)
         others = [Place(number) for number in range(1, count + 1)]
-        witnesses = [Witness(court.address, p.now, limits, p.act, speaks=p.rank == 1) for p in others]
-        made.append(Job(first, court, others, witnesses))
+        clients = [HeartbeatClient(server.address, p.now, limits, p.act, speaks=p.rank == 1) for p in others]
+        made.append(Job(first, server, others, clients))
         return made[-1]
 
     yield make
     for each in made:
-        for witness in each.witnesses:
-            witness.close()
-        each.court.close()
+        for client in each.clients:
+            client.close()
+        each.server.close()
 
 
 @pytest.fixture
 def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A witness in a process of its own, which does as it is told over its stdin."""
+    """A client in a process of its own, which does as it is told over its stdin."""
     started: list[subprocess.Popen[str]] = []
 
     def start(address: Address, rank: int, doing: str = "step") -> subprocess.Popen[str]:
-        line = [sys.executable, "-c", WITNESS, address.host, str(address.port), address.token, str(rank), doing]
+        line = [sys.executable, "-c", CLIENT, address.host, str(address.port), address.token, str(rank), doing]
         line.append(str(INTERVAL))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         child = subprocess.Popen(line, **pipes)
@@ -130,10 +130,10 @@ def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         child.communicate()
 
 
-def beaten(court: Court, rank: int) -> None:
-    """Wait until the court has heard that rank."""
+def beaten(server: HeartbeatServer, rank: int) -> None:
+    """Wait until the server has heard that rank."""
     until = time.monotonic() + 10
-    while rank not in court._heard:
+    while rank not in server._heard:
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -143,10 +143,10 @@ def test_all_is_well(job: Callable[..., Job]) -> None:
 
 
 def test_a_process_that_is_killed(job: Callable[..., Job], process: Callable[..., subprocess.Popen[str]]) -> None:
-    """The court says it, and once; the others are told the same and are silent."""
+    """The server says it, and once; the others are told the same and are silent."""
     made = job(2, world=4)
     child = process(made.address, 3)
-    beaten(made.court, 3)
+    beaten(made.server, 3)
     child.kill()
     said, speaks = made.first.told(SOON)
     assert speaks
@@ -170,8 +170,8 @@ def test_a_mistake_of_one_is_a_mistake_of_all(number: int, job: Callable[..., Jo
     """No rank is started anew for what no restart mends, whichever met it."""
     made = job(3)
     for rank in (1, 2, 3):
-        beaten(made.court, rank)
-    (made.court, *made.witnesses)[number].say("no such file", True)
+        beaten(made.server, rank)
+    (made.server, *made.clients)[number].say("no such file", True)
     for place in [made.first, *made.others]:
         if place.rank != number:
             assert place.told(SOON)[0].endswith("failed: no such file")
@@ -183,10 +183,10 @@ def test_a_verdict_that_is_reached_while_a_beat_is_answered(
 ) -> None:
     """It comes with the next beat: the connection stays."""
     made, name = job(1), socket.gethostname()
-    beaten(made.court, 1)
+    beaten(made.server, 1)
 
     def host() -> str:
-        made.court._said = "rank 0 failed: no such file"
+        made.server._said = "rank 0 failed: no such file"
         return name
 
     monkeypatch.setattr(socket, "gethostname", host)
@@ -197,7 +197,7 @@ def test_a_process_that_stands_still(job: Callable[..., Job], process: Callable[
     """And the others are told though it fetches no verdict."""
     made = job(1, world=3)
     child = process(made.address, 2, "data")
-    beaten(made.court, 2)
+    beaten(made.server, 2)
     os.kill(child.pid, signal.SIGSTOP)
     begun = time.monotonic()
     said, _ = made.first.told(LIMITS.peer + 5)
@@ -216,9 +216,9 @@ def test_a_rank_that_never_comes(job: Callable[..., Job]) -> None:
 
 
 def test_the_first_rank_fails_by_itself(job: Callable[..., Job]) -> None:
-    """It says so itself, so its pulse does nothing; nobody else says it."""
+    """It says so itself, so its heartbeat does nothing; nobody else says it."""
     made = job(3)
-    made.court.say("rank 0 cannot write")
+    made.server.say("rank 0 cannot write")
     for place in made.others:
         assert place.told(1) == ("rank 0 on node0 (process 4000) failed: rank 0 cannot write", False)
     assert made.first.acted == []
@@ -229,8 +229,8 @@ def test_all_fail_alike(order: str, job: Callable[..., Job], process: Callable[.
     """For a reason that each knows: no rank takes another's end for a loss, whichever comes to its own end first."""
     made = job(2, world=4)
     child = process(made.address, 3)
-    beaten(made.court, 3)
-    ends: list[Callable[[], None]] = [made.court.silence, *(w.silence for w in made.witnesses)]
+    beaten(made.server, 3)
+    ends: list[Callable[[], None]] = [made.server.silence, *(w.silence for w in made.clients)]
     for end in ends if order == "first ahead" else reversed(ends):
         end()
     if order == "first ahead":  # the one that is slow to end was told that the first one's end means nothing
@@ -240,22 +240,22 @@ def test_all_fail_alike(order: str, job: Callable[..., Job], process: Callable[.
 
 
 def test_the_end_of_a_run_takes_its_time(job: Callable[..., Job]) -> None:
-    """Witnesses have said that they end, and the first one is slow: nobody is missed, and the end is silent."""
+    """Clients have said that they end, and the first one is slow: nobody is missed, and the end is silent."""
     made = job(3)
-    for witness in made.witnesses:
-        witness.close()
+    for client in made.clients:
+        client.close()
     assert made.verdicts(SILENCE) == []
-    made.court.close()
+    made.server.close()
     assert made.verdicts(2 * INTERVAL) == []
 
 
-COURT = """
+SERVER = """
 import os, sys, time
 from sacl_ds.faults import pulse
-from sacl_ds.faults.judging import Beat, Limits
+from sacl_ds.faults.judging import Heartbeat, Limits
 pulse.INTERVAL = float(sys.argv[1])
-court = pulse.Court("127.0.0.1", lambda: Beat(0, "here", os.getpid(), 7, "step", 0.0), Limits(1.5, 600), print, 3)
-print(court.address.port, court.address.token, flush=True)
+server = pulse.HeartbeatServer("127.0.0.1", lambda: Heartbeat(0, "here", os.getpid(), 7, "step", 0.0), Limits(1.5, 600), print, 3)
+print(server.address.port, server.address.token, flush=True)
 time.sleep(60)
 """
 
@@ -263,14 +263,14 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_first_rank_is_lost(number: signal.Signals) -> None:
     """All others end by themselves, and those say it that were asked to."""
-    child = subprocess.Popen([sys.executable, "-c", COURT, str(INTERVAL)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", SERVER, str(INTERVAL)], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         port, token = child.stdout.readline().split()
         places = [Place(1), Place(2)]
         for place in places:
             address = Address("127.0.0.1", int(port), token)
-            Witness(address, place.now, LIMITS, place.act, speaks=place.rank == 1)
+            HeartbeatClient(address, place.now, LIMITS, place.act, speaks=place.rank == 1)
         time.sleep(3 * INTERVAL)
         child.send_signal(number)
         for place in places:
@@ -289,7 +289,7 @@ def test_a_first_rank_that_is_not_there() -> None:
         place = Place(1)
         address = Address("127.0.0.1", closed.getsockname()[1], "x")
         with pytest.raises(OSError, match="refused"):
-            Witness(address, place.now, LIMITS, place.act, speaks=True)
+            HeartbeatClient(address, place.now, LIMITS, place.act, speaks=True)
 
 
 def line_of(token: object, beat: object, words: object) -> bytes:
@@ -314,7 +314,7 @@ STRANGE = {
 @pytest.mark.parametrize("sent", STRANGE.values(), ids=STRANGE.keys())
 def test_strangers_change_nothing(sent: bytes, job: Callable[..., Job]) -> None:
     made = job(1)
-    beaten(made.court, 1)
+    beaten(made.server, 1)
     for leave in (True, False):
         with socket.create_connection((made.address.host, made.address.port), timeout=5) as stranger:
             try:
@@ -324,10 +324,10 @@ def test_strangers_change_nothing(sent: bytes, job: Callable[..., Job]) -> None:
                 stranger.shutdown(socket.SHUT_WR)
                 assert stranger.recv(100) == b""
             except (BrokenPipeError, ConnectionResetError):
-                pass  # the court has hung up
+                pass  # the server has hung up
     assert made.verdicts(2 * INTERVAL) == []
-    assert set(made.court._heard) == {1}
-    made.witnesses[0].say("heard all the same")
+    assert set(made.server._heard) == {1}
+    made.clients[0].say("heard all the same")
     assert made.first.told(SOON)[0].endswith("failed: heard all the same")
 
 

@@ -17,14 +17,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sacl_ds.faults.judging import Beat, Heard, Limits, verdict
+from sacl_ds.faults.judging import Heard, Heartbeat, Limits, verdict
 
 INTERVAL = 1.0  # seconds between beats
 _TOLD = 3.0  # seconds that the first rank waits for the others to fetch its verdict
 _LONGEST = 1 << 16  # bytes of a line
 _ALIKE = ""  # the verdict where all ranks end for one reason, of which each knows
 
-Now = Callable[[], Beat]
+Now = Callable[[], Heartbeat]
 Act = Callable[[str, bool, bool], None]  # on a verdict: whether this rank is to say it, and whether it is a mistake
 
 
@@ -37,7 +37,7 @@ class Address:
     token: str
 
 
-class Court:
+class HeartbeatServer:
     """Heartbeat server, on the first rank: hears all others, and itself."""
 
     def __init__(self, host: str, now: Now, limits: Limits, act: Act, world: int) -> None:
@@ -58,7 +58,7 @@ class Court:
         self._ending = threading.Event()
         self._closed = threading.Event()
         self._wakes, self._woken = socket.socketpair()
-        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def say(self, words: str, mistake: bool = False) -> None:
         """Report that this rank fails by itself, with these last words; returns when all others are told."""
@@ -172,7 +172,7 @@ class Court:
             said = json.loads(line)
             if said["token"] != self.address.token:
                 return False
-            beat, words, mistake = Beat(**said["beat"]), said["words"], said["mistake"]
+            beat, words, mistake = Heartbeat(**said["beat"]), said["words"], said["mistake"]
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
         owners[peer] = beat.rank
@@ -190,7 +190,7 @@ class Court:
         return verdict is None
 
 
-class Witness:
+class HeartbeatClient:
     """Heartbeat client, on every other rank."""
 
     def __init__(self, address: Address, now: Now, limits: Limits, act: Act, speaks: bool) -> None:
@@ -201,7 +201,7 @@ class Witness:
         self._socket.settimeout(INTERVAL)
         self._lock = threading.Lock()
         self._silent = False
-        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def say(self, words: str, mistake: bool = False) -> None:
         """Send this rank's last words, "" for a regular end. From now on it hears no verdict."""
