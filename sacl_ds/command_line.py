@@ -224,7 +224,7 @@ def check_hostfile() -> None:
 
 
 def launcher_option(words: list[str], names: tuple[str, ...]) -> str | None:
-    """Return the value of one of the deepspeed launcher's own options on its command line, or None."""
+    """Return the value of a launcher's own option from its command line, which ends at the script, or None."""
     for word, after in zip(words, [*words[1:], ""], strict=True):
         if word.endswith(".py"):
             return None  # from here on the script's own

@@ -56,12 +56,11 @@ def least_weights(
     tile: int = TILE,
     done: Callable[[int], None] = lambda tiles: None,
 ) -> Found:
-    """The `top` pairs of least weight under `bound`; by_similarity: of the largest cosine above it, the teacher's where
-    there is one.
+    """Find the `top` pairs of least weight under `bound`, or by cosine the greatest above it.
 
-    Weights have mean 1 over all negatives of an anchor in the set; none is removed. Pairs of rows that share an id are
-    no negatives. done(1) is called after each of `tile_count` tiles, one a thread. Raises UserError for a sharpness
-    that leaves the range of numbers.
+    by_similarity: by cosine, the teacher's if there is one. Weights have mean 1 over all negatives of an anchor in the
+    set; none is removed. Pairs of rows that share an id are no negatives. done(1) is called after each of `tile_count`
+    tiles, one a thread. Raises UserError for a sharpness that leaves the range of numbers.
     """
     image, text, ids = (torch.from_numpy(each) for each in (pairs.image, pairs.text, pairs.pair_ids))
     teacher = None

@@ -63,7 +63,7 @@ def weight_histograms(drawn: Sequence[tuple[str, Mapping[str, np.ndarray]]], pat
 
 
 def share_curves(curves: Mapping[str, Calibrated], share: float, under: float, path: Path) -> None:
-    """Share of the negatives under a weight against the sharpness, with what was found."""
+    """Plot the share of negatives under a weight against the sharpness, and mark the calibrated one."""
     figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for number, (name, found) in enumerate(curves.items()):
         reached = "not reached" if found.sharpness is None else f"{found.sharpness:.3g}"
@@ -79,7 +79,8 @@ def share_curves(curves: Mapping[str, Calibrated], share: float, under: float, p
 
 
 def fall_curve(cosines: np.ndarray, threshold: float, sharpness: float, share: float, path: Path) -> None:
-    """The distribution of the teacher's cosines, and the weight that falls from `threshold` on (1 where it is flat)."""
+    """Plot the distribution of the teacher's cosines, and the weight that falls from `threshold` on (1 where it is
+    flat)."""
     figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     axis.hist(cosines.ravel(), 120, color="C0", alpha=0.5)
     axis.set(yscale="log", xlabel="cosine of the teacher", ylabel="pairs in the mini-batches")

@@ -190,6 +190,7 @@ def _print(subjects: list[dict[str, Any]]) -> None:
 
 
 def _write(subjects: list[dict[str, Any]], out: Path) -> None:
+    """Write scan.json and scan.parquet."""
     edges = [float(edge) if math.isfinite(edge) else None for edge in EDGES]  # JSON has no infinity
     whole = {
         "edges": edges,

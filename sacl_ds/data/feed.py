@@ -124,6 +124,7 @@ class _Shuffled:
         self._samples.close()
 
     def _shuffle(self, blocks: Iterator[Block]) -> Iterator[tuple[Place, Any]]:
+        """Yield the samples of each block in its order to serve, reading the next block as this one empties."""
         held: list[Any] | None = None
         for block, following in pairwise(blocks):
             if held is None:

@@ -84,6 +84,7 @@ _ROWS: dict[str, Callable[[Facts], Any]] = {
 
 
 def _cells(seen: Examination, node: str) -> dict[str, str]:
+    """Format what is known of a node, by the names of the table's rows."""
     contact, facts = seen.contacts.get(node), seen.facts.get(node)
     cells: dict[str, Any] = {"ranks": seen.slots[node]}
     if contact:

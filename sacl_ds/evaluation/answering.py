@@ -148,7 +148,7 @@ def _figures(answered: Sequence[_Answered]) -> dict[str, tuple[float, float]]:
 
 
 def _unknown(answers: Sequence[str], questions: Sequence[Question]) -> list[str]:
-    """Return a line where no answer that people gave to a question is among those to choose from."""
+    """Return no line, or one where no answer that people gave to a question is among those to choose from."""
     known = set(answers)
     lost = [each for each in questions if each.answers and known.isdisjoint(answer_weights(each))]
     if not lost:
@@ -160,7 +160,7 @@ def _unknown(answers: Sequence[str], questions: Sequence[Question]) -> list[str]
 
 
 def _alike(answers: Sequence[str], rows: Sequence[Sequence[int]]) -> list[str]:
-    """Return a line where answers have the same tokens, so that only the first of them is ever given."""
+    """Return no line, or one where answers have the same tokens, so that only the first of them is ever given."""
     counts = Counter(map(tuple, rows))
     alike = [answer for answer, row in zip(answers, rows, strict=True) if counts[tuple(row)] > 1]
     if not alike:

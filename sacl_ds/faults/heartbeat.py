@@ -125,6 +125,7 @@ class HeartbeatServer:
         selector.close()
 
     def _judgement(self) -> str | None:
+        """Return the verdict that stands or is reached now, by heartbeats or for ranks that never came; else None."""
         with self._lock:
             if self._said is not None:
                 return self._said

@@ -258,7 +258,7 @@ class Similarities:
         return (x.sub_(shift) if shift else x).exp_(), shift, r
 
     def logarithms(self, row: Side, column: Side) -> tuple[Tensor, Tensor]:
-        """Return z and r of a tile."""
+        """Return z, scale times cosine, and r = -log s of a tile."""
         cosine = row.features @ column.features.T
         teacher_cosine = None
         if self.regulation.teacher:

@@ -42,7 +42,7 @@ class SaclModel(nn.Module):
         # its own caption chooses an image's patches before ITC has seen them
         self.captions_choose = bool(by_text) and config.patch_selection.placement == "published"
 
-        def bert(layers: int, reads_image: bool):  # type: ignore[no-untyped-def]
+        def bert_settings(layers: int, reads_image: bool):  # type: ignore[no-untyped-def]
             return bert_config(
                 vocab_size=vocab_size,
                 width=config.text_width,
@@ -54,8 +54,8 @@ class SaclModel(nn.Module):
                 init_std=0.02 if config.init_gain is None else config.init_gain * config.text_width**-0.5,
             )
 
-        self.text_encoder = TextEncoder(bert(config.text_layers, reads_image=False))
-        fusion = bert(config.fusion_layers, reads_image=True)
+        self.text_encoder = TextEncoder(bert_settings(config.text_layers, reads_image=False))
+        fusion = bert_settings(config.fusion_layers, reads_image=True)
         self.fusion_encoder = FusionEncoder(fusion, image_width)
         self.image_projection = Projection(image_width, config.embed_dim)
         self.text_projection = Projection(config.text_width, config.embed_dim)

@@ -77,7 +77,7 @@ class FrozenModels:
     def targets(
         self, step: Step, teacher: Features | None, momentum: Features | None, tokens: Tensor | None
     ) -> Targets:
-        """Make the targets of a step from these models' outputs; tokens: logits of the masked tokens."""
+        """Combine these models' outputs and the queue to a step's targets; tokens: logits of the masked tokens."""
         keys = None
         if self.momentum and momentum:
             from sacl_ds.losses.queue import Keys

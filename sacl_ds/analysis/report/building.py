@@ -209,6 +209,7 @@ def _gallery(
 
 
 def _retrieval(subject: Subject, held_out: HeldOut, against: str, truth: SceneTruth | None, folder: Path) -> Section:
+    """Compare retrieval with that of the run `against` on the same held-out pairs."""
     other = load_subject(against, "none", subject.device)
     names = labels([subject.name, against])
     count = len(held_out.pairs) + held_out.pairs.skipped

@@ -30,6 +30,7 @@ Series = Sequence[float]
 
 @contextmanager
 def _axes(path: Path, size: tuple[float, float] = _SIZE) -> Iterator[Axes]:
+    """Make axes in the report's style; saved to `path`, with a legend outside, when the block ends."""
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
              "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
              "legend.fontsize": 9}  # fmt: skip

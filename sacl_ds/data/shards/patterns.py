@@ -77,7 +77,7 @@ def _expand(pattern: str, setting: str, typed: bool) -> list[str]:
     pattern = expanded(pattern)
     if not pattern.startswith("@"):
         shards = sorted(_braces(pattern, setting)) if pattern else []
-        return shards if typed else _only_plain(shards, setting)
+        return shards if typed else _require_plain(shards, setting)
     try:
         lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -86,10 +86,11 @@ def _expand(pattern: str, setting: str, typed: bool) -> list[str]:
     shards = [
         shard for line in lines if line and not line.startswith("#") for shard in _braces(expanded(line), setting)
     ]
-    return _only_plain(shards, f"{setting}: the list {pattern[1:]}")
+    return _require_plain(shards, f"{setting}: the list {pattern[1:]}")
 
 
-def _only_plain(shards: list[str], where: str) -> list[str]:
+def _require_plain(shards: list[str], where: str) -> list[str]:
+    """Return the shards. Raises UserError where one runs a command, or is opened by other means than fetching it."""
     for shard in shards:
         if not is_plain(shard):
             what = "runs a command" if shard.startswith("pipe:") else "is opened by other means than fetching it"
