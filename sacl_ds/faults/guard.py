@@ -161,7 +161,7 @@ class Guard:
         _leave(Exit.MISTAKE if mistake else Exit.FAULT)
 
     def _first_cause(self, said: str) -> str:
-        """Return the cause that the others ended by, where this rank stood still meanwhile and takes their end for the cause."""
+        """Return the cause that the others ended by; a rank that stood still meanwhile takes their end for it."""
         there = read_status(self._folder)
         if there is None or may_follow(there, self._start) or (there.message in said and there.start == self._start):
             return said

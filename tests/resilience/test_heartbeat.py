@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sacl_ds.faults import pulse
+from sacl_ds.faults import heartbeat
 from sacl_ds.faults.heartbeat import Address, HeartbeatClient, HeartbeatServer
 from sacl_ds.faults.judging import Heartbeat, Limits
 
@@ -26,13 +26,13 @@ SILENCE = LIMITS.peer + 2 * INTERVAL  # seconds after which nothing is to have b
 
 CLIENT = """
 import os, sys
-from sacl_ds.faults import pulse
+from sacl_ds.faults import heartbeat
 from sacl_ds.faults.judging import Heartbeat, Limits
-pulse.INTERVAL = float(sys.argv.pop())
+heartbeat.INTERVAL = float(sys.argv.pop())
 host, port, token, rank, doing = sys.argv[1:]
 now = lambda: Heartbeat(int(rank), "there", os.getpid(), 7, doing, 0.0)
 act = lambda said, speaks, mistake: print("verdict", said, flush=True)
-client = pulse.HeartbeatClient(pulse.Address(host, int(port), token), now, Limits(1.5, 600), act, True)
+client = heartbeat.HeartbeatClient(heartbeat.Address(host, int(port), token), now, Limits(1.5, 600), act, True)
 print("ready", flush=True)
 for line in sys.stdin:
     client.say(line.strip())
@@ -42,8 +42,8 @@ for line in sys.stdin:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "INTERVAL", INTERVAL)
-    monkeypatch.setattr(pulse, "_TOLD", 3 * INTERVAL)
+    monkeypatch.setattr(heartbeat, "INTERVAL", INTERVAL)
+    monkeypatch.setattr(heartbeat, "_TOLD", 3 * INTERVAL)
 
 
 @dataclass
@@ -251,10 +251,11 @@ def test_the_end_of_a_run_takes_its_time(job: Callable[..., Job]) -> None:
 
 SERVER = """
 import os, sys, time
-from sacl_ds.faults import pulse
+from sacl_ds.faults import heartbeat
 from sacl_ds.faults.judging import Heartbeat, Limits
-pulse.INTERVAL = float(sys.argv[1])
-server = pulse.HeartbeatServer("127.0.0.1", lambda: Heartbeat(0, "here", os.getpid(), 7, "step", 0.0), Limits(1.5, 600), print, 3)
+heartbeat.INTERVAL = float(sys.argv[1])
+message = Heartbeat(0, "here", os.getpid(), 7, "step", 0.0)
+server = heartbeat.HeartbeatServer("127.0.0.1", lambda: message, Limits(1.5, 600), print, 3)
 print(server.address.port, server.address.token, flush=True)
 time.sleep(60)
 """
