@@ -59,8 +59,8 @@ gpu: venv
 
 docs: venv
 	python -m sacl_ds.config_help docs/configuration.md
-	python -m sacl_ds.model.cost_page docs/lab/presets.md
-	python -m sacl_ds.planning.page docs/lab/scaling.md
+	python tools/presets_page.py docs/lab/presets.md
+	python tools/scaling_page.py docs/lab/scaling.md
 	python tests/support/documented.py docs/lab/mistakes.md
 
 clean:

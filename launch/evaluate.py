@@ -4,7 +4,7 @@ import sys
 
 from sacl_ds.command_line import exit_status
 from sacl_ds.launcher import take_place
-from sacl_ds.tasks.options import read_evaluation_options
+from sacl_ds.tasks.configuration import read_evaluation_options
 
 EXAMPLE = "deepspeed launch/evaluate.py checkpoint=runs/vqa-scenes-001"
 

@@ -4,7 +4,7 @@ import sys
 
 from sacl_ds.command_line import exit_status, should_resume, under_supervision
 from sacl_ds.launcher import take_place
-from sacl_ds.tasks.options import read_finetune_options
+from sacl_ds.tasks.configuration import read_finetune_options
 
 EXAMPLE = "deepspeed launch/finetune.py --task vqa --ds_config ds_configs/zero2.json checkpoint=runs/scenes-001"
 

@@ -15,12 +15,12 @@ from typing import NoReturn
 import yaml
 
 from sacl_ds.config import RunConfig, TrainingConfig
-from sacl_ds.config.paths import expanded
+from sacl_ds.config.room import expanded
 from sacl_ds.config_file import Config, load_config
 from sacl_ds.errors import FULL, Fault, SharedError, Stopped, UserError
 from sacl_ds.faults import restarts
-from sacl_ds.faults.ending import Exit
 from sacl_ds.faults.guard import Guard, current
+from sacl_ds.faults.restarts import Exit
 
 _HELP = """
 settings (all of them with defaults: docs/configuration.md, or '?'):

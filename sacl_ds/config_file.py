@@ -12,10 +12,10 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import RunConfig, TrainingConfig
-from sacl_ds.config.typed import remember_typed
+from sacl_ds.config.room import remember_typed
 from sacl_ds.errors import UserError, nearest
+from sacl_ds.files import require_unchanged
 from sacl_ds.yaml_files import BadYaml, parse_yaml, plain_yaml
 
 _DEEPEST = 20  # rooms in rooms

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.data.batch import places_of
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.pictures import Picture

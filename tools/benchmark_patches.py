@@ -25,10 +25,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from sacl_ds.analysis.device import device_named
+from sacl_ds.analysis.inputs import device_named
 from sacl_ds.command_line import Parser, exit_status
 from sacl_ds.config import PRESETS, LossConfig, ModelConfig
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.errors import UserError

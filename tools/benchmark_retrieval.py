@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sacl_ds.command_line import Parser, exit_status
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.errors import UserError
+from sacl_ds.evaluation.first_stage import rank_candidates
 from sacl_ds.evaluation.metrics import recall_of_places
-from sacl_ds.evaluation.retrieval.figures import KS, OWN, Truth
-from sacl_ds.evaluation.retrieval.first_stage import rank_candidates
+from sacl_ds.evaluation.ranking import KS, OWN, Truth
 from sacl_ds.telemetry.progress import counting_stages
 
 

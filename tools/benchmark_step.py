@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from sacl_ds.command_line import Parser, exit_status
 from sacl_ds.config import PRESETS
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from sacl_ds.benchmark.setting import BenchmarkSetting
+    from step_benchmark.setting import BenchmarkSetting
+
     from sacl_ds.machine import Machine
 
 ROOT = Path(__file__).parent.parent
@@ -75,8 +76,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 def chosen(asked: list[str] | None) -> list[str]:
-    from sacl_ds.benchmark.ours import CASES
-    from sacl_ds.benchmark.peers import peers
+    from step_benchmark.ours import CASES
+    from step_benchmark.peers import peers
 
     known = [*peers(), *CASES]
     for name in asked or []:
@@ -87,7 +88,8 @@ def chosen(asked: list[str] | None) -> list[str]:
 
 def check(names: list[str], setting: BenchmarkSetting, machine: Machine) -> None:
     """UserError for what no step could be built with."""
-    from sacl_ds.benchmark.ours import CASES, run_of
+    from step_benchmark.ours import CASES, run_of
+
     from sacl_ds.distributed import world_size
     from sacl_ds.ds_config import resolve
 
@@ -103,9 +105,10 @@ def check(names: list[str], setting: BenchmarkSetting, machine: Machine) -> None
 
 def build(name: str, setting: BenchmarkSetting, machine: Machine) -> Any:
     """The step of that name, with a batch of its own."""
-    from sacl_ds.benchmark.ours import CASES, OurStep
-    from sacl_ds.benchmark.peers import OpenClipStep
-    from sacl_ds.benchmark.setting import random_batch
+    from step_benchmark.ours import CASES, OurStep
+    from step_benchmark.peers import OpenClipStep
+    from step_benchmark.setting import random_batch
+
     from sacl_ds.distributed import rank, world_size
 
     batch = random_batch(setting, setting.batch // world_size(), rank())
@@ -130,9 +133,10 @@ def memory_of(name: str, words: list[str]) -> float | None:
 
 def measure(names: list[str], setting: BenchmarkSetting, machine: Machine, options: argparse.Namespace) -> Any:
     """{name: Measured}, without memory."""
-    from sacl_ds.benchmark.measure import seconds_of
-    from sacl_ds.benchmark.ours import OurStep
-    from sacl_ds.benchmark.report import Measured
+    from step_benchmark.measure import seconds_of
+    from step_benchmark.ours import OurStep
+    from step_benchmark.report import Measured
+
     from sacl_ds.distributed import sum_over_ranks, world_size
     from sacl_ds.telemetry.throughput import Throughput
 
@@ -186,10 +190,11 @@ def main() -> None:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here; leave it out, or take cpu")
-    from sacl_ds.benchmark.measure import peak_bytes
-    from sacl_ds.benchmark.peers import load, peers
-    from sacl_ds.benchmark.report import as_json, plot, rows_of, table
-    from sacl_ds.benchmark.setting import BenchmarkSetting, model_config
+    from step_benchmark.measure import peak_bytes
+    from step_benchmark.peers import load, peers
+    from step_benchmark.report import as_json, plot, rows_of, table
+    from step_benchmark.setting import BenchmarkSetting, model_config
+
     from sacl_ds.distributed import rank
     from sacl_ds.ds_config import read_ds_config
     from sacl_ds.telemetry.throughput import device_peak

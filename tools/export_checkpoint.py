@@ -10,7 +10,7 @@ import os
 import sys
 
 from sacl_ds.command_line import Parser, exit_status
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 
 FORMS = {
     "hf": "both towers as transformers' ChineseCLIPModel, for AutoModel and pipelines, without this package",

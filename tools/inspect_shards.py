@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.data.contact_sheet import COLUMNS, ROWS, draw_sheet
 from sacl_ds.data.inspection import LISTED, Inspection, Repeats, expected_samples, inspect_shards, quantiles
-from sacl_ds.data.making.survey import size
+from sacl_ds.data.making.record import size
 from sacl_ds.data.shards.patterns import expand
 from sacl_ds.errors import UserError
 

@@ -13,16 +13,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sacl_ds.config.paths import user_path
-from sacl_ds.data.making.record import Record
-from sacl_ds.data.making.record_lists import (
+from sacl_ds.config.room import user_path
+from sacl_ds.data.making.lists import (
     coco_records,
     folder_records,
     karpathy_records,
     scene_records,
     table_records,
 )
-from sacl_ds.data.making.survey import Survey, describe, require_space, sampled_survey, survey
+from sacl_ds.data.making.record import Record, Survey, describe, require_space, sampled_survey, survey
 from sacl_ds.data.making.writer import SKIPPED, list_skipped, write_shards
 from sacl_ds.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Memory and traffic of real steps on 1 to 4 ranks, at ZeRO 0 to 3, beside the formulas of `sacl_ds.planning`.
+"""Memory and traffic of real steps on 1 to 4 ranks, at ZeRO 0 to 3, beside the formulas of `tools/scaling/`.
 
 Every case is a job of fresh processes over gloo, on the CPU: the model is built, DeepSpeed started as in ds_configs/
 (with smaller buckets, since the model is), and three steps are made as pre-training makes them. What a step sends is
@@ -21,20 +21,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from scaling.case import LENGTH, PAIRS, PREDICTED, SIZES, TEACHER, VOCABULARY, Case
+from scaling.checking import Compared, row_of
+from scaling.ranks import on_ranks
+from scaling.record import record_row
+from scaling.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
 
 from sacl_ds.command_line import Parser, exit_status
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import resolve
 from sacl_ds.errors import UserError
 from sacl_ds.machine import this_machine
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.planning.case import LENGTH, PAIRS, PREDICTED, SIZES, TEACHER, VOCABULARY, Case
-from sacl_ds.planning.checking import Compared, row_of
-from sacl_ds.planning.ranks import on_ranks
-from sacl_ds.planning.record import record_row
-from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors, storage_bytes
 from sacl_ds.training.engine import build_engine, prepare_model, start_process
 from sacl_ds.training.objective import PretrainObjective
 from sacl_ds.training.step import Step, contrastive_step

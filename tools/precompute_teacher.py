@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sacl_ds.config.paths import expanded
+from sacl_ds.config.room import expanded
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.data.teacher_features import BESIDE, FeatureFolder

@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from scaling.job import PlannedJob, Zero
+from scaling.ranks import on_ranks
+from scaling.record import record_limited
 
 from sacl_ds.command_line import Parser, exit_status
 from sacl_ds.config import RunConfig
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.text import IGNORED
 from sacl_ds.ds_config import read_ds_config, resolve
 from sacl_ds.machine import this_machine
-from sacl_ds.planning.job import PlannedJob, Zero
-from sacl_ds.planning.ranks import on_ranks
-from sacl_ds.planning.record import record_limited
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, LENGTH, PAIRS = 4000, 12, 4

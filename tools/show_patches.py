@@ -13,10 +13,10 @@ import sys
 import torch
 from torch import Tensor
 
-from sacl_ds.analysis.device import device_named
+from sacl_ds.analysis.inputs import device_named
 from sacl_ds.analysis.patches import draw, load_selecting, look
 from sacl_ds.command_line import Parser, exit_status
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes

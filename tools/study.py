@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sacl_ds.command_line import exit_status
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.errors import UserError
 
 
@@ -31,12 +31,10 @@ def main() -> None:
         raise UserError(f"--processes {options.processes}: at least 1")
 
     import torch
-
-    from sacl_ds.study.plan import read_plan
-    from sacl_ds.study.progress import StudyProgress
-    from sacl_ds.study.report import write_summary
-    from sacl_ds.study.runner import finished, run_plan
-    from sacl_ds.study.trial import Folder
+    from weight_study.plan import read_plan
+    from weight_study.report import StudyProgress, write_summary
+    from weight_study.runner import finished, run_plan
+    from weight_study.trial import Folder
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     if device == "cuda" and not torch.cuda.is_available():

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sacl_ds.command_line import exit_status
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.errors import UserError
 
 
@@ -33,10 +33,10 @@ def main() -> None:
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes {options.processes}: at least 1")
 
-    from sacl_ds.study.patches.plan import read_plan
-    from sacl_ds.study.patches.summary import draw_kept, speed_table, write_table
-    from sacl_ds.study.patches.tasks import QuestionAnswering
-    from sacl_ds.study.patches.trial import finished, run_plan, speeds, trained
+    from patch_study.plan import read_plan
+    from patch_study.summary import draw_kept, speed_table, write_table
+    from patch_study.tasks import QuestionAnswering
+    from patch_study.trial import finished, run_plan, speeds, trained
 
     plan = read_plan(options.plan).only(options.arms, options.seeds)
     if options.speed:

@@ -9,7 +9,7 @@ import os
 import sys
 
 from sacl_ds.analysis import commands, compare
-from sacl_ds.analysis.report import command as report
+from sacl_ds.analysis.report import building as report
 from sacl_ds.command_line import Parser, exit_status
 
 EXAMPLE = """example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sacl_ds.config.paths import expanded
+from sacl_ds.config.room import expanded
 
 _RAW = argparse.RawDescriptionHelpFormatter
 _SUBJECT = "finished run, RUN/checkpoints/step_N, or features saved by --save-features"

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from sacl_ds.losses.distribution import EDGES
 
 if TYPE_CHECKING:
-    from sacl_ds.analysis.calibration import Calibrated
+    from sacl_ds.analysis.calibrate import Calibrated
     from sacl_ds.analysis.ranking import Curve
 
 _TITLES = {"image_to_text": "image anchors, texts weighed", "text_to_image": "text anchors, images weighed"}

@@ -15,14 +15,12 @@ import pyarrow as arrow
 import torch
 from pyarrow import parquet
 
-from sacl_ds.analysis.inputs import described, examine, regulation_for
+from sacl_ds.analysis.inputs import described, examine, in_order, labels, per_cent, progress, regulation_for, say, table
 from sacl_ds.analysis.pairs import Pairs
-from sacl_ds.analysis.terminal import labels, per_cent, progress, say, table
-from sacl_ds.analysis.threads import in_order
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
 from sacl_ds.losses.distribution import EDGES, THRESHOLDS, Weighed, quantiles, weigh
-from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
+from sacl_ds.telemetry.records import DIRECTIONS, QUANTILES
 
 _MEANS = ("effective", "effective_share", "mass", "shape")
 

@@ -21,11 +21,10 @@ from sacl_ds.config import CaptionFilter, RunConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.data.batch import Batch, TrainingView
 from sacl_ds.data.collate import Collator, Item
-from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.order import Place
-from sacl_ds.data.sample import Sample, Source
-from sacl_ds.data.scene_source import SceneSource
+from sacl_ds.data.sample import BadSample, Sample, SampleFault, Source
+from sacl_ds.data.scenes import SceneSource
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.reading import RawSample
 from sacl_ds.data.shards.source import ShardSource
@@ -234,7 +233,7 @@ def source_count(source: Source) -> int:
 
 def _of_checkpoint(path: Path) -> tuple[SaclModel, RunConfig, Tokenizer, int]:
     # DeepSpeed takes seconds to import, and finished runs do not need it
-    from sacl_ds.training.saved_checkpoint import read_checkpoint
+    from sacl_ds.training.checkpoint_folder import read_checkpoint
 
     folder = path.parent.parent
     for name in (CONFIG, TOKENIZER):

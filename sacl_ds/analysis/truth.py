@@ -17,7 +17,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
 from sacl_ds.losses.weights import log_weights
 
-COCO = "coco:test"  # the shard of pairs from `sacl_ds.analysis.coco`
+COCO = "coco:test"  # the shard of pairs from `sacl_ds.analysis.detect`
 _ROWS = 256  # anchors at a time
 
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sacl_ds.config.paths import PathText
-from sacl_ds.config.room import Fraction, Natural, Positive, PositiveFloat, Room
+from sacl_ds.config.room import Fraction, Natural, PathText, Positive, PositiveFloat, Room
 
 Detail = Literal["partial", "simple", "detailed"]
 

@@ -8,8 +8,7 @@ from pydantic import Field, model_validator
 
 from sacl_ds.config.data import ScenesConfig
 from sacl_ds.config.loss import LossConfig
-from sacl_ds.config.paths import PathText
-from sacl_ds.config.room import Fraction, Natural, NaturalFloat, Positive, PositiveFloat, Room
+from sacl_ds.config.room import Fraction, Natural, NaturalFloat, PathText, Positive, PositiveFloat, Room
 from sacl_ds.config.training import OptimConfig, TrainConfig, TrainingConfig
 
 TaskName = Literal["retrieval", "vqa", "nlvr2"]

@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from sacl_ds.config.data import Detail
-from sacl_ds.config.paths import PathText
-from sacl_ds.config.room import Fraction, Natural, NaturalFloat, PositiveFloat, Room
+from sacl_ds.config.room import Fraction, Natural, NaturalFloat, PathText, PositiveFloat, Room
 
 
 class LossConfig(Room):

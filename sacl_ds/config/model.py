@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sacl_ds.config.paths import PathText
-from sacl_ds.config.room import Fraction, Positive, PositiveFloat, Room
+from sacl_ds.config.room import Fraction, PathText, Positive, PositiveFloat, Room
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+_typed: set[str] = set()
+
+
+def remember_typed(value: Any) -> None:
+    """Remember a setting from the command line: a text, or lists and mappings of texts."""
+    if isinstance(value, str):
+        _typed.add(value.strip())
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            remember_typed(inner)
+
+
+def was_typed(text: str) -> bool:
+    return text.strip() in _typed
+
+
+_BEFORE_PATHS = ("@", "local-dir:")  # of a list of shards; of timm
+
+
+def expanded(path: str) -> str:
+    """Expand `~`, also after `@` and `local-dir:`; other text, such as a hub name, is returned as it is."""
+    before = next((each for each in _BEFORE_PATHS if path.startswith(each)), "")
+    return before + os.path.expanduser(path.removeprefix(before))
+
+
+PathText = Annotated[str, AfterValidator(expanded)]  # a setting
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Convert a path that a user gave to a Path; for argparse's `type` and for arguments in Python."""
+    return Path(expanded(os.fspath(path)))
 
 
 def _of_64_bits(value: int) -> int:

@@ -10,8 +10,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from sacl_ds.config.model import ModelConfig
-from sacl_ds.config.paths import PathText
-from sacl_ds.config.room import Fraction, Natural, NaturalFloat, Positive, PositiveFloat, Room
+from sacl_ds.config.room import Fraction, Natural, NaturalFloat, PathText, Positive, PositiveFloat, Room
 from sacl_ds.errors import UserError
 
 

@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
-from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import SampleFault
 from sacl_ds.data.text import IGNORED, Tokenizer
 
 _PLACES = ("token_places", "mlm_places")
@@ -273,3 +274,8 @@ def _start(batches: Iterator[Moved], device: torch.device, copies: torch.cuda.St
     pinned = batch.pin_memory()
     with torch.cuda.stream(copies):
         return pinned.to(device)
+
+
+def take(states: Tensor, places: Tensor) -> Tensor:
+    """Return states[places], (n, ...), with a deterministic gradient: that of plain indexing with repeats is not."""
+    return embedding(places, states.flatten(1)).unflatten(1, states.shape[1:])

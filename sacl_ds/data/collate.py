@@ -15,10 +15,9 @@ from torch.utils.data import default_collate
 from sacl_ds.data.batch import Batch, TrainingView, View, concatenate
 from sacl_ds.data.captions import normalised
 from sacl_ds.data.draws import hash64, words
-from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage
 from sacl_ds.data.order import Place
-from sacl_ds.data.sample import Sample
+from sacl_ds.data.sample import BadSample, Sample, SampleFault
 from sacl_ds.data.text import IGNORED, attention_mask, mask_tokens, pad
 
 if TYPE_CHECKING:  # few runs have one

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.data.draws import hash64
 from sacl_ds.errors import UserError, nearest
+from sacl_ds.files import require_unchanged
 
 _COLUMNS = "key", "group"
 _SHARD = "shard"

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from sacl_ds.checksums import parsed
 from sacl_ds.data.captions import BadText, captions_of
 from sacl_ds.data.images import BadImage, ImageFacts, examine
-from sacl_ds.data.shards.layout import stats_path
 from sacl_ds.data.shards.patterns import is_remote
-from sacl_ds.data.shards.tars import PROBLEM, image_of, read_samples
+from sacl_ds.data.shards.tars import PROBLEM, image_of, read_samples, stats_path
 from sacl_ds.errors import UserError
+from sacl_ds.files import parsed
 
 LISTED = 20  # broken samples, and shards with wrong stats
 EXAMPLES = 3  # of repeated images and captions

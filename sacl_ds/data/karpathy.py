@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.data.inside import require_relative
-from sacl_ds.data.json_files import each_entry, read_json, text_of
+from sacl_ds.data.json_files import each_entry, read_json, require_relative, text_of
 from sacl_ds.errors import UserError
 
 

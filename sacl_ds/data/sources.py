@@ -14,8 +14,7 @@ from sacl_ds.data.batch import TrainingView, View
 from sacl_ds.data.collate import Collator
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.sample import Source
-from sacl_ds.data.scene_source import SceneSource
-from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.scenes import Scenes, SceneSource
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView, TrainView
 

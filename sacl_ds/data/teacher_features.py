@@ -18,11 +18,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sacl_ds.checksums import row_check
 from sacl_ds.data.order import Place
 from sacl_ds.data.sample import Sample
 from sacl_ds.data.shards.patterns import is_remote
 from sacl_ds.errors import UserError
+from sacl_ds.files import row_check
 
 BESIDE = "beside"
 _OPEN = 128  # files kept open

@@ -17,9 +17,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.data.draws import words
 from sacl_ds.errors import CannotLoad, UserError
+from sacl_ds.files import require_unchanged
 
 # loader workers are the parallelism; threads inside a forked one would only warn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

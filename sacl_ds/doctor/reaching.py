@@ -9,18 +9,72 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from sacl_ds.doctor.bandwidth import MARK
+import torch
+import torch.distributed as dist
+
 from sacl_ds.doctor.comparison import AllReduce, Contact
-from sacl_ds.doctor.facts import Facts, Request
-from sacl_ds.doctor.hosts import travelling
+from sacl_ds.doctor.facts import Facts, Request, travelling
+
+MARK = "sacl_ds all-reduce: "
+SECONDS = 60.0  # until the ranks have met
+_ROUNDS = 7
+_BYTES = {"nccl": 256_000_000, "gloo": 16_000_000}
+
+
+def measure() -> dict[str, float | int | str] | None:
+    """Measure the all-reduce; all ranks call it. The first returns ranks, megabytes, GB/s of a rank (both ways alike).
+
+    Raises RuntimeError where the sum is not that of all ranks, or ranks do not meet in time.
+    """
+    cuda = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=SECONDS))
+    world, rank = dist.get_world_size(), dist.get_rank()
+    values = torch.empty(_BYTES[backend] // 4, device=device)
+    seconds = []
+    for _ in range(_ROUNDS):
+        values.fill_(float(rank + 1))
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(values)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        expected = world * (world + 1) / 2
+        if not bool((values == expected).all()):
+            raise RuntimeError(f"rank {rank}: an all-reduce gave {values.min().item()}, not {expected}")
+    size = values.numel() * values.element_size()
+    took = statistics.median(seconds[2:])  # the first ones set up connections
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank:
+        return None
+    sent = 2 * (world - 1) / world * size
+    return {"ranks": world, "megabytes": size / 1e6, "bandwidth": sent / took / 1e9, "backend": backend}
+
+
+def main() -> None:
+    found = measure()
+    if found:
+        print(MARK + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+
 
 FACTS = "sacl_ds facts: "  # before a node's JSON: a login script may print lines of its own
 _CONNECT, _GATHER, _REDUCE = 10, 180.0, 180.0  # seconds
@@ -117,7 +171,7 @@ def all_reduce(options: list[str]) -> AllReduce:
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    own = ["--no_local_rank", "--master_port", str(port), "--module", "sacl_ds.doctor.bandwidth"]
+    own = ["--no_local_rank", "--master_port", str(port), "--module", "sacl_ds.doctor.reaching"]
     process = subprocess.Popen(
         [launcher, *options, *own],
         stdin=subprocess.DEVNULL,

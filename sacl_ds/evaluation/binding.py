@@ -8,8 +8,7 @@ import torch
 from sacl_ds.data.batch import View
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scene_language import COLOUR, SHAPE, UNSAID, Scene, phrase
-from sacl_ds.data.scene_rendering import render
-from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.scenes import Scenes, render
 from sacl_ds.data.text import attention_mask, pad
 from sacl_ds.model.sacl import SaclModel
 

@@ -9,7 +9,7 @@ import torch
 from sacl_ds.config import CaptionFilter, RunConfig
 from sacl_ds.data.batch import View
 from sacl_ds.data.sample import Source
-from sacl_ds.data.scene_source import SceneSource
+from sacl_ds.data.scenes import SceneSource
 from sacl_ds.data.sources import held_out_scenes
 from sacl_ds.model.sacl import SaclModel
 
@@ -34,8 +34,8 @@ def held_out_evaluator(run: RunConfig) -> Evaluator | None:
 
     def evaluate(model: SaclModel, view: View, device: torch.device) -> dict[str, tuple[float, float]]:
         from sacl_ds.evaluation.binding import binding_accuracy
-        from sacl_ds.evaluation.retrieval.data import RetrievalSet
-        from sacl_ds.evaluation.retrieval.evaluate import evaluate_retrieval
+        from sacl_ds.evaluation.retrieval import evaluate_retrieval
+        from sacl_ds.evaluation.retrieval_set import RetrievalSet
 
         data = RetrievalSet(source, count, true_of_both)
         figures = evaluate_retrieval(model, data, view, device, batch_size).figures

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from sacl_ds.data.faults import BadSample, SampleFault
+from sacl_ds.data.sample import BadSample, SampleFault
 from sacl_ds.distributed import gather_objects, rank, world_size
 from sacl_ds.errors import SharedError
 

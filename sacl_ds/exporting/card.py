@@ -2,16 +2,136 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from sacl_ds import __version__
-from sacl_ds.exporting.settings import last_name
-from sacl_ds.exporting.source import ExportSource
+from sacl_ds.config import RunConfig
+from sacl_ds.config_file import read_yaml
+from sacl_ds.data.text import Tokenizer
+from sacl_ds.errors import UserError
+from sacl_ds.files import require_unchanged
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.saved import CONFIG, WEIGHTS, load_model
+from sacl_ds.tasks.configuration import run_of, saved_state
+from sacl_ds.telemetry.records import METRICS, read
+
+_LOCAL_MODEL = "local-dir:"
+_PLACE = re.compile(r"[/~.]|[A-Za-z]+:")  # of a path, an address or a command, which may hold a password; no hub name
+_LOADED = {"start": None, "image_weights": None, "image_pretrained": False}  # the export has the weights
+
+
+def travelling(settings: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Reduce folders and addresses in config.yaml to their last names. Raises UserError where the image encoder is
+    described in a folder of timm's that is gone."""
+    made: dict[str, Any] = {name: _named(value) for name, value in settings.items()} | {"output_dir": None}
+    model = dict(settings["model"])
+    encoder = str(model["image_encoder"])
+    if encoder.startswith(_LOCAL_MODEL):
+        model |= _architecture(Path(encoder.removeprefix(_LOCAL_MODEL)), model, label)
+    keys = ("image_encoder", "image_encoder_arguments")
+    made["model"] = {**_named(model), **{key: model[key] for key in keys if key in model}, **_LOADED}
+    return made
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _named(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_named(inner) for inner in value]
+    if isinstance(value, str) and (_PLACE.match(value) or value.startswith("@")):
+        return last_name(value)
+    return value
+
+
+def last_name(place: str) -> str:
+    """Return the last part of a path or address; only 'pipe' for a command, which may hold secrets."""
+    if place.startswith("pipe:"):
+        return "pipe"
+    return place.partition("?")[0].rstrip("/").rpartition("/")[2] or "."
+
+
+def _architecture(folder: Path, model: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Read the architecture from timm's folder, as settings that need the folder no more."""
+    file = folder / "config.json"
+    try:
+        said = json.loads(file.read_text())
+        return {
+            "image_encoder": str(said["architecture"]),
+            "image_encoder_arguments": {**said.get("model_args", {}), **(model.get("image_encoder_arguments") or {})},
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{label}: model.image_encoder is described in {file}, which cannot be read ({type(error).__name__}); put "
+            "it back"
+        ) from None
+
+
+_BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    label: str  # what error lines begin with
+    folder: Path  # of the run
+    model: SaclModel  # on the CPU, float32, eval
+    run: RunConfig  # model and, for a pre-training run, everything else
+    settings: Mapping[str, Any]  # config.yaml as it stands, of any kind of run
+    tokenizer: Tokenizer
+    step: int | None  # of the weights, where that is told
+    figures: dict[str, float]  # of the last evaluation up to that step; of the best weights where those are kept
+    chance: dict[str, float]
+
+
+def read_source(checkpoint: str) -> ExportSource:
+    """Read a finished run, its checkpoints/step_N (of any ZeRO stage), or an earlier export. Raises UserError."""
+    label, folder = f"checkpoint={checkpoint}", run_of(checkpoint)
+    state, step = saved_state(checkpoint)
+    model, run, tokenizer = load_model(folder, "checkpoint", state)
+    whole = step is None
+    if step is None:
+        step = _step(folder / WEIGHTS)
+    figures, chance = _evaluated(folder, step, whole)
+    settings = read_yaml(folder / CONFIG)
+    return ExportSource(label, folder, model.eval(), run, settings, tokenizer, step, figures, chance)
+
+
+def _step(weights: Path) -> int | None:
+    """Read the step that `save_weights` noted in the file, or None."""
+    try:
+        with safe_open(weights, "pt") as file:
+            step = json.loads((file.metadata() or {}).get("sacl_ds", "{}")).get("step")
+    except (OSError, ValueError, AttributeError, SafetensorError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _evaluated(folder: Path, step: int | None, best: bool) -> tuple[dict[str, float], dict[str, float]]:
+    lines = [line for line in read(folder / METRICS) if isinstance(line.get("evaluation"), dict)]
+    lines = [line for line in lines if step is None or line.get("step", 0) <= step]
+    chance = _numbers(lines[-1].get("chance")) if lines else {}
+    if best and (folder / _BEST).exists():
+        require_unchanged(folder, str(folder), _BEST)
+        try:
+            return _numbers(json.loads((folder / _BEST).read_text()).get("figures")), chance
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / _BEST} cannot be read: {error}; put it right, or remove it") from None
+    return (_numbers(lines[-1]["evaluation"]) if lines else {}), chance
+
+
+def _numbers(values: object) -> dict[str, float]:
+    if not isinstance(values, dict):
+        return {}
+    return {str(name): float(value) for name, value in values.items() if isinstance(value, (int, float))}
+
 
 _VERSIONS = ("torch", "transformers", "timm")
 _PAPER = """\

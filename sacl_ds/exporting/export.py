@@ -3,25 +3,93 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
-from transformers import ChineseCLIPProcessor
+from transformers import ChineseCLIPProcessor, PerceiverImageProcessor
 
 from sacl_ds import __version__
-from sacl_ds.checksums import seal
-from sacl_ds.config.paths import user_path
+from sacl_ds.config import ModelConfig
+from sacl_ds.config.room import user_path
 from sacl_ds.data.text import Tokenizer
-from sacl_ds.exporting.card import card
+from sacl_ds.errors import UserError
+from sacl_ds.exporting.card import ExportSource, card, read_source, travelling
 from sacl_ds.exporting.chinese_clip import chinese_clip, largest_difference, require_equal
-from sacl_ds.exporting.folder import new_folder, require_free
-from sacl_ds.exporting.processor import image_processor
-from sacl_ds.exporting.settings import travelling
-from sacl_ds.exporting.source import ExportSource, read_source
+from sacl_ds.files import flush, seal
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, write_tensors
-from sacl_ds.model.starts.quiet import quiet
+from sacl_ds.model.starts.pretrained import quiet
+
+
+@contextmanager
+def new_folder(out: Path, setting: str) -> Iterator[Path]:
+    """Make a folder beside `out` to write into; it is renamed to `out` when the block ends, removed when it fails.
+
+    setting: what error lines call it. Raises UserError where `out` holds something already, or cannot be written.
+    """
+    label = f"{setting} {out}"
+    require_free(out, setting)
+    target = user_path(out).absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{label} cannot be made: {error.strerror}; choose another folder") from None
+    try:
+        yield temporary
+        _release(temporary)
+        require_free(out, setting)
+        temporary.rename(target)
+        flush(target.parent)
+    except OSError as error:
+        raise UserError(f"{label} cannot be written: {error.strerror or error}; make room, or choose another") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(out: Path, setting: str) -> None:
+    """Raises UserError where `out` is neither absent nor an empty folder."""
+    target = user_path(out)
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{setting} {out} is there already, and nothing is overwritten; choose another folder")
+
+
+def _release(folder: Path) -> None:
+    """Flush the folder to the disk, with the usual rights: temporary folders and safetensors files are private."""
+    mask = _umask()
+    for path in (*folder.rglob("*"), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        flush(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def image_processor(config: ModelConfig) -> PerceiverImageProcessor:
+    """Make the image processor, Perceiver's: it crops the middle square before it resizes, as `CanonicalView` does.
+
+    CLIP's and Chinese CLIP's resize first and crop whole pixels, which moves a picture by up to half a pixel.
+    """
+    square = {"height": config.image_size, "width": config.image_size}
+    return PerceiverImageProcessor(
+        size=square,
+        crop_size=square,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        do_convert_rgb=True,
+    )
+
 
 FORMS = ("hf", "safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

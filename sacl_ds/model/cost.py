@@ -3,7 +3,7 @@
 FLOPs are 2 for each multiply-add of matrix products, convolution and attention, as torch's FlopCounterMode counts them;
 norms, activations, softmax and the batch's similarity matrix (2 N d a pair) are left out. What is kept is counted in
 float32, with attention that stores no matrix of its own, without dropout and without activation checkpointing.
-docs/lab/presets.md has the figures of the presets (`sacl_ds.model.cost_page`).
+docs/lab/presets.md has the figures of the presets (`presets_page`).
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sacl_ds.config import PatchSelectionConfig
+from sacl_ds.data.batch import take
 from sacl_ds.errors import UserError
-from sacl_ds.model.indexing import take
 from sacl_ds.model.vision import ImageEncoder, ImageStates
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sacl_ds.checksums import require_unchanged, seal
 from sacl_ds.config import ModelConfig, RunConfig, TrainingConfig
 from sacl_ds.config_file import read_yaml, resolve_layers
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
+from sacl_ds.files import require_unchanged, seal
 from sacl_ds.model.placing import fill, require_weights
 from sacl_ds.model.sacl import SaclModel
 

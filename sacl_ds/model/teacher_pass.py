@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sacl_ds.data.batch import View
 from sacl_ds.data.collate import stacked
-from sacl_ds.data.faults import BadSample
 from sacl_ds.data.images import BadImage
+from sacl_ds.data.sample import BadSample
 from sacl_ds.data.shards.reading import RawSample
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.data.teacher_features import ShardFeatures

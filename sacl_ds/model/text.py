@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer
 
-from sacl_ds.model.indexing import take
+from sacl_ds.data.batch import take
 
 
 def bert_config(

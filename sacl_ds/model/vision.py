@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sacl_ds.config import PatchSelectionConfig
+from sacl_ds.data.batch import take
 from sacl_ds.errors import CannotLoad, UserError
-from sacl_ds.model.indexing import take
 from sacl_ds.model.placing import require_finite, require_none_lacking
 
 if TYPE_CHECKING:

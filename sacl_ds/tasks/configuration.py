@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from sacl_ds.command_line import evaluation_parser, read_options, training_parser
 from sacl_ds.config.finetune import TASKS, FinetuneConfig, task_defaults
-from sacl_ds.config.paths import user_path
+from sacl_ds.config.room import user_path
 from sacl_ds.config_file import Layer, merged, read_layers, read_yaml, resolve_layers
+from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError, nearest
+from sacl_ds.model.placing import fill
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.model.saved import TOKENIZER, WEIGHTS, finished_weights
+from sacl_ds.model.starts.report import StartReport
+from sacl_ds.model.starts.start import load_starts, tokenizer_source
+from sacl_ds.model.starts.whole import place_run
+from sacl_ds.tasks.task import Task
+from sacl_ds.training.checkpoint_folder import read_checkpoint
 
 CONFIG = "config.yaml"
 _CHECKPOINTS = "checkpoints"
@@ -113,3 +127,68 @@ def _task(option: str | None, said: Any) -> str:
         close = nearest(str(name), TASKS)
         raise UserError(f"--task {name}: choose {', '.join(TASKS)}{f' (did you mean {close}?)' if close else ''}")
     return str(name)
+
+
+def read_finetune_options(purpose: str, example: str) -> tuple[argparse.Namespace, FinetuneConfig | None]:
+    """Read the options of launch/finetune.py; None where the command line only asked something, now answered. Raises
+    UserError."""
+
+    def resolved(options: argparse.Namespace) -> FinetuneConfig:
+        return finetune_config(options.task, options.config, options.overrides)
+
+    return read_options(training_parser(purpose, example, task=True), resolved, FinetuneConfig)
+
+
+def read_evaluation_options(purpose: str, example: str) -> FinetuneConfig | None:
+    """Read the options of launch/evaluate.py; None where the command line only asked something, now answered. Raises
+    UserError."""
+
+    def resolved(options: argparse.Namespace) -> FinetuneConfig:
+        return evaluation_config(options.task, options.config, options.overrides)
+
+    return read_options(evaluation_parser(purpose, example), resolved, FinetuneConfig)[1]
+
+
+def saved_state(checkpoint: str) -> tuple[dict[str, Tensor], int | None]:
+    """Read the weights of a finished run (the best it kept) or of its checkpoints/step_N, and their step if it is told.
+    Raises UserError."""
+    path, folder = user_path(checkpoint), run_of(checkpoint)
+    if path != folder:
+        state, stood = read_checkpoint(path)
+        return state, stood.step
+    if not (folder / WEIGHTS).exists():
+        raise UserError(f"checkpoint={checkpoint}: no {WEIGHTS} there; give a finished run, or its checkpoints/step_N")
+    return finished_weights(folder, f"checkpoint={checkpoint}"), None
+
+
+def task_tokenizer(run: FinetuneConfig) -> Tokenizer | None:
+    """Load the tokenizer of the model that the task starts from; None where one is to be trained. Raises UserError."""
+    if run.checkpoint:
+        return Tokenizer.load(run_of(run.checkpoint) / TOKENIZER, run.model.max_tokens, "checkpoint")
+    source = tokenizer_source(run.model)
+    return Tokenizer.load(source[0], run.model.max_tokens, source[1]) if source else None
+
+
+def starting_model(run: FinetuneConfig, tokenizer: Tokenizer, resume: bool) -> tuple[SaclModel, StartReport | None]:
+    """Build the pre-trained model that the task's is made of, the same on every rank.
+
+    tokenizer: the task's; the model that it starts from may know fewer words. resume: all weights follow.
+    """
+    torch.manual_seed(run.seed)
+    if resume:
+        return SaclModel(run.model, tokenizer.size, pretrained=False), None
+    begin = task_tokenizer(run) or tokenizer
+    model = SaclModel(run.model, begin.size, pretrained=run.checkpoint is None)
+    if run.checkpoint is None:
+        return model, load_starts(model, run.model)
+    state, _ = saved_state(run.checkpoint)
+    source = place_run(model, run.model, run_of(run.checkpoint), state, f"checkpoint={run.checkpoint}")
+    return model, StartReport(list(model.state_dict()), [source])
+
+
+def trained_model(task: Task, tokenizer: Tokenizer, state: dict[str, Tensor], label: str) -> nn.Module:
+    """Build the task's model with all of its weights from `state`. Raises UserError where they are not its own."""
+    run = task.run
+    model: Any = task.model(SaclModel(run.model, tokenizer.size, pretrained=False), tokenizer)
+    fill(model, state, label, f": its weights are not of a model for {run.task} with these settings")
+    return model

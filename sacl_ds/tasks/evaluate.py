@@ -14,17 +14,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sacl_ds.atomic import write_text
 from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.distributed import barrier, broadcast_object, raise_on_all_ranks, rank, world_size
 from sacl_ds.errors import UserError
+from sacl_ds.files import write_text
 from sacl_ds.model.sacl import autocast
 from sacl_ds.model.saved import TOKENIZER
-from sacl_ds.tasks.configuration import run_of
-from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.task import EvaluationContext, Outcome, Task
-from sacl_ds.tasks.weights import saved_state, trained_model
+from sacl_ds.tasks.configuration import run_of, saved_state, trained_model
+from sacl_ds.tasks.task import EvaluationContext, Outcome, Task, task_of
 from sacl_ds.telemetry.progress import RunProgress, counting_stages, duration
 
 RESULTS = "results.json"

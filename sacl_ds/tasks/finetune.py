@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,18 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from sacl_ds.checksums import unseal
 from sacl_ds.config.finetune import FinetuneConfig
-from sacl_ds.data.downstream.examples import example_order
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.distributed import barrier, raise_on_all_ranks, rank
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard
-from sacl_ds.model.saved import CONFIG, TOKENIZER, seal_run
-from sacl_ds.tasks.best import FILE as BEST
-from sacl_ds.tasks.best import Best
+from sacl_ds.files import require_unchanged, unseal, write_text
+from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights, seal_run
+from sacl_ds.tasks.configuration import saved_state, starting_model, task_tokenizer, trained_model
 from sacl_ds.tasks.evaluate import evaluated, judged, report
-from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.task import EvaluationContext, Task
-from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer, trained_model
+from sacl_ds.tasks.examples import example_order
+from sacl_ds.tasks.task import EvaluationContext, Task, task_of
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
 from sacl_ds.training.checkpoint import Identity
@@ -37,6 +36,52 @@ from sacl_ds.training.run import RECORDS, START, Job, opened, train
 from sacl_ds.training.run_folder import check_space
 from sacl_ds.training.step import Losses, Step
 from sacl_ds.training.task import Figures, Training, TrainingTask
+
+BEST = "best.json"
+
+
+class Best:
+    """Keeper of the best weights. Its state is the same on all ranks, since the metrics are."""
+
+    def __init__(self, folder: Path, main: str, resumed_at: int | None) -> None:
+        """Begin anew, or go on from the folder's best.
+
+        resumed_at: steps done by the resumed run; a later best is not taken over, since it will come again. Raises
+        UserError where best.json cannot be read.
+        """
+        self.folder, self.main = folder, main
+        self.step, self.value = 0, -math.inf
+        file = folder / BEST
+        if resumed_at is None or not file.exists():
+            return
+        require_unchanged(folder, f"--resume: {folder}", BEST)
+        try:
+            kept = json.loads(file.read_text())
+            step, value, figure = int(kept["step"]), float(kept["value"]), str(kept["figure"])
+            if not math.isfinite(value):
+                raise ValueError(f"its value is {value}")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"--resume: {file} cannot be read: {error}; remove it, and the next best is kept") from None
+        if step <= resumed_at and figure == main and (folder / WEIGHTS).exists():
+            self.step, self.value = step, value
+
+    def offer(self, step: int, figures: Figures, state: Callable[[], dict[str, Tensor]]) -> bool:
+        """Keep the weights if `figures` are the best so far; every rank calls it. Returns whether they are.
+
+        state: collective, whole on rank 0.
+        """
+        value = figures[self.main][0]
+        if not value > self.value and self.step:
+            return False
+        self.step, self.value = step, value
+        weights = state()
+        if rank() == 0:
+            save_weights(weights, self.folder, step)
+            said = {name: figure[0] for name, figure in figures.items()}
+            kept = {"step": step, "figure": self.main, "value": value, "figures": said}
+            write_text(self.folder / BEST, json.dumps(kept, indent=2))
+        barrier()
+        return True
 
 
 class FineTuning(TrainingTask):

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sacl_ds.telemetry.metrics import METRICS, read
+from sacl_ds.telemetry.records import METRICS, read
 
 
 def plot_run(run_folder: Path, task: str = "retrieval") -> list[Path]:

@@ -19,11 +19,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds import provenance
-from sacl_ds.atomic import flush, write_text
-from sacl_ds.checksums import Written, checksum
 from sacl_ds.distributed import barrier, broadcast_object, gather_objects, raise_on_all_ranks, rank, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import FULL, UserError
+from sacl_ds.files import Written, checksum, flush, write_text
 from sacl_ds.model.saved import CONFIG, TOKENIZER
 from sacl_ds.training import fragments
 from sacl_ds.training.checkpoint_folder import (
@@ -33,6 +32,7 @@ from sacl_ds.training.checkpoint_folder import (
     MOMENTUM,
     STATE,
     Manifest,
+    Retention,
     RunState,
     complete,
     frozen_tensors,
@@ -49,7 +49,6 @@ from sacl_ds.training.checkpoint_folder import (
     verify,
 )
 from sacl_ds.training.engine import fill_parameters, whole_parameters
-from sacl_ds.training.retention import Retention
 from sacl_ds.training.tensor_files import Entry, Fragments, write_entries
 
 if TYPE_CHECKING:  # not every run has one

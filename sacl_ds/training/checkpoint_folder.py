@@ -14,15 +14,58 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from sacl_ds import checksums
-from sacl_ds.checksums import Written, first_changed, write_manifest
+from sacl_ds.config import TrainConfig
 from sacl_ds.errors import UserError
+from sacl_ds.files import Written, first_changed, write_manifest
+from sacl_ds.files import read_manifest as read_sealed
 from sacl_ds.model import saved
 from sacl_ds.training.tensor_files import Fragments
+
+
+class Judged(Protocol):
+    """Interface of a checkpoint: its step, and held-out metrics of that step by name, where it was evaluated."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Rule for the checkpoints to keep.
+
+    newest: so many (None: all). every: those at multiples of so many steps, too. best: the one where the metric of this
+    name is highest (the first of equals), too.
+    """
+
+    newest: int | None = None
+    every: int | None = None
+    best: str | None = None
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> Retention:
+        return cls(train.keep_checkpoints, train.keep_every, train.keep_best)
+
+    def superseded(self, saved: list[Judged]) -> set[int]:
+        """Return the steps of the checkpoints that may go, among all there are; never the newest."""
+        if self.newest is None:
+            return set()
+        steps = sorted(each.step for each in saved)
+        stay = set(steps[-self.newest :])
+        if self.every:
+            stay |= {step for step in steps if step % self.every == 0}
+        if self.best:
+            judged = [each for each in saved if not math.isnan(each.figures.get(self.best, math.nan))]
+            best = max(judged, key=lambda each: (each.figures[self.best], -each.step), default=None)  # type: ignore[index]
+            stay |= {best.step} if best else set()
+        return set(steps) - stay
+
 
 FOLDER, LATEST, STATE, MANIFEST = "checkpoints", "latest", "state.json", "manifest.json"
 FROZEN, MOMENTUM = "frozen.safetensors", "momentum.safetensors"
@@ -111,7 +154,7 @@ def read_state(folder: Path) -> RunState:
 def read_manifest(folder: Path) -> Manifest:
     """Raises UserError."""
     try:
-        values, files = checksums.read_manifest(folder / MANIFEST, ("files", "shapes"))
+        values, files = read_sealed(folder / MANIFEST, ("files", "shapes"))
         shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
         for name, shape in shapes.items():
             if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) > sys.maxsize:
@@ -209,3 +252,27 @@ def state_json(state: RunState) -> str:
 
 def _line(error: BaseException) -> Any:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+_PREFIX = "model."  # the objective's name for the model
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], RunState]:
+    """Read RUN/checkpoints/step_N: the model's state in fp32 on the CPU, as `SaclModel` names it, and the run's state.
+
+    Raises UserError where the folder holds no complete checkpoint, or a damaged one. No pickle is read.
+    """
+    try:
+        state = read_state(folder)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no complete checkpoint (no {STATE}); give RUN/checkpoints/step_N, or a finished run"
+        ) from None
+    manifest = read_manifest(folder)
+    verify(folder, sorted(manifest.files), manifest)
+    weights = trained_weights(folder, manifest) | frozen_tensors(folder, manifest)
+    return {
+        name.removeprefix(_PREFIX): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+        if name.startswith(_PREFIX)
+    }, state

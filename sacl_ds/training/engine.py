@@ -27,7 +27,22 @@ from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Ranks
 from sacl_ds.launcher import take_place
 from sacl_ds.machine import Machine, this_machine
-from sacl_ds.model.fused_norm import use_fused_layer_norm
+
+
+def use_fused_layer_norm(module: nn.Module) -> int:
+    """Replace every nn.LayerNorm inside `module` by apex's; returns how many. Needs NVIDIA's apex."""
+    from apex.normalization import FusedLayerNorm
+
+    exchanged = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.LayerNorm) and child.elementwise_affine and child.bias is not None:
+                fused = FusedLayerNorm(child.normalized_shape, eps=child.eps)
+                fused.weight, fused.bias = child.weight, child.bias
+                setattr(parent, name, fused)
+                exchanged += 1
+    return exchanged
+
 
 # every engine imports DeepSpeed's Muon, which compiles functions where they are defined: seconds of imports in each
 # process, for an optimizer that no run uses

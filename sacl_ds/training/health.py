@@ -20,7 +20,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.faults import SampleFault
+from sacl_ds.data.sample import SampleFault
 from sacl_ds.distributed import (
     broadcast_object,
     gather_objects,

@@ -17,14 +17,13 @@ from sacl_ds.data.loader import Loadable
 from sacl_ds.distributed import gather_rows, max_over_ranks, rank, row_counts, sum_over_ranks, world_size
 from sacl_ds.errors import Fault, SharedError, Stopped, UserError, nearest
 from sacl_ds.faults.guard import Guard
-from sacl_ds.telemetry.metrics import MetricLog
 from sacl_ds.telemetry.progress import RunProgress
+from sacl_ds.telemetry.records import MetricLog
 from sacl_ds.telemetry.throughput import Throughput, device_peak, take_memory_peak
 from sacl_ds.training import checkpoint
-from sacl_ds.training.checkpoint_folder import figures_of
+from sacl_ds.training.checkpoint_folder import Retention, figures_of
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.health import BadSteps, Ledger, Stops
-from sacl_ds.training.retention import Retention
 from sacl_ds.training.schedules import learning_rate_factor
 from sacl_ds.training.step import Losses, Step
 from sacl_ds.training.task import Figures, Training

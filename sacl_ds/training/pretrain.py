@@ -16,7 +16,6 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sacl_ds.checksums import unseal
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch, View
 from sacl_ds.data.loader import BatchLoader
@@ -26,16 +25,18 @@ from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.distributed import broadcast_object, raise_on_all_ranks, rank, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Guard
+from sacl_ds.files import unseal
+from sacl_ds.model.cost import ModelCost
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, save_weights, seal_run
 from sacl_ds.model.teacher import Teacher, load_teacher
 from sacl_ds.telemetry.progress import RunProgress, counting, duration, retrieval_table
-from sacl_ds.telemetry.weight_records import WeightRecords
+from sacl_ds.telemetry.records import WeightRecords
+from sacl_ds.telemetry.throughput import RowFlops
 from sacl_ds.training import schedules
 from sacl_ds.training.checkpoint import Identity
 from sacl_ds.training.engine import consolidated_state_dict, prepare_model, whole_parameters
 from sacl_ds.training.health import Cautions, optimizer_step
-from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objective import PretrainObjective, step_regulation
 from sacl_ds.training.records import step_record
 from sacl_ds.training.run import RECORDS, START, Job, opened, train
@@ -43,10 +44,28 @@ from sacl_ds.training.run_folder import TEACHER, check_space, with_saved_positio
 from sacl_ds.training.step import FrozenModels, Losses, Step, contrastive_step, rows_not_finite
 from sacl_ds.training.task import Figures, Training, TrainingTask
 
-if TYPE_CHECKING:  # what not every run loads
+if TYPE_CHECKING:
     from sacl_ds.data.shards.index import ShardIndex
     from sacl_ds.model.momentum import Momentum
     from sacl_ds.model.starts.report import StartReport
+
+_SPECIAL = 2  # [CLS] and [SEP], which MLM never predicts
+
+
+def pair_flops(run: RunConfig, vocab_size: int) -> RowFlops | None:
+    """Return FLOPs of forward and backward a pair, by its caption's length; None if the image encoder's are unknown."""
+
+    try:
+        cost = ModelCost(run.model, vocab_size=vocab_size)
+    except UserError:
+        return None
+
+    def flops(tokens: int) -> float:
+        predicted = run.loss.mlm_probability * (tokens - _SPECIAL)
+        return cost.with_texts(tokens, predicted).pretraining(run.losses).training_flops
+
+    return RowFlops.through(flops)
+
 
 _VOCABULARY_CAPTIONS = 100_000
 

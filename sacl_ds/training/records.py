@@ -12,7 +12,7 @@ from sacl_ds.data.batch import Batch, duplicates
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts
 from sacl_ds.losses import Regulation
 from sacl_ds.losses.distribution import Lowest, Weighed, quantiles, weigh
-from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
+from sacl_ds.telemetry.records import DIRECTIONS, QUANTILES
 
 Row = dict[str, Any]
 _INFORMATION = ("pmi_positive", "pmi_negative", "pmi_negative_target", "infonce_bound")
@@ -26,7 +26,7 @@ def step_record(
     batch: Batch,
     lowest: int,
 ) -> tuple[list[Row], list[Row]]:
-    """Make a step's rows of figures and of the `lowest` pairs of least weight, for `sacl_ds.telemetry.weight_records`.
+    """Make a step's rows of figures and of the `lowest` pairs of least weight, for `sacl_ds.telemetry.records`.
 
     features, teacher: what the step's ITC compared, (b, d) unit features of this rank's images and texts, (b, d_t) of
     the teacher. losses: of the step, with `logit_scale` and the figures on mutual information. Every rank calls it; the

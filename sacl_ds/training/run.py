@@ -17,9 +17,9 @@ from sacl_ds.distributed import barrier, broadcast_object, raise_on_all_ranks, r
 from sacl_ds.ds_config import EngineConfig, resolve, zero_stage
 from sacl_ds.faults.guard import Guard, guarding
 from sacl_ds.machine import Machine
-from sacl_ds.telemetry.metrics import METRICS, MetricLog
 from sacl_ds.telemetry.progress import RunProgress
-from sacl_ds.telemetry.weight_records import FOLDER as WEIGHT_RECORDS
+from sacl_ds.telemetry.records import FOLDER as WEIGHT_RECORDS
+from sacl_ds.telemetry.records import METRICS, MetricLog
 from sacl_ds.training import checkpoint
 from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.engine import build_engine, cores, local_ranks, ranks

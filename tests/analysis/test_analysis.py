@@ -21,10 +21,10 @@ from pyarrow import parquet
 from saved import saved_run
 from tars import jpeg, write_tar
 
-from sacl_ds.analysis.calibration import calibrated, share_under, sharpness_for
+from sacl_ds.analysis.calibrate import calibrated, share_under, sharpness_for
+from sacl_ds.analysis.inputs import labels, per_cent
 from sacl_ds.analysis.scan import DIRECTIONS, mini_batches, scan
 from sacl_ds.analysis.subject import Pairs, data_source, load_subject, pictures, read_pairs, regulation_of
-from sacl_ds.analysis.terminal import labels, per_cent
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError

@@ -12,8 +12,7 @@ from pyarrow import csv, parquet
 from saved import saved_run
 from tars import collator, write_tars
 
-from sacl_ds.analysis.groups import connected, repeats, spread
-from sacl_ds.analysis.low_weights import least_weights, tile_count
+from sacl_ds.analysis.suspects import connected, least_weights, repeats, spread, tile_count
 from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.order import Place
 from sacl_ds.data.shards.index import index_shards

@@ -14,10 +14,8 @@ from pyarrow import parquet
 from saved import saved_run
 from scipy import stats
 
-from sacl_ds.analysis.compare import add_parser
-from sacl_ds.analysis.disagreement import Disagreement
-from sacl_ds.analysis.mini_batch import mini_batch
-from sacl_ds.analysis.pairs import Pairs
+from sacl_ds.analysis.compare import Disagreement, add_parser
+from sacl_ds.analysis.pairs import Pairs, mini_batch
 from sacl_ds.analysis.subject import data_source, load_subject, read_pairs
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
@@ -224,7 +222,7 @@ def test_mistakes(runs: tuple[Path, Path], tmp_path: Path, arguments: tuple[str,
 
 def test_help_is_light() -> None:
     code = (
-        "import sys, sacl_ds.analysis.compare, sacl_ds.analysis.report.command;"
+        "import sys, sacl_ds.analysis.compare, sacl_ds.analysis.report.building;"
         "print([m for m in ('torch', 'numpy', 'matplotlib', 'pyarrow', 'jinja2') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,17 +21,16 @@ from tars import jpeg, write_tar
 
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report import sections
-from sacl_ds.analysis.report.command import add_parser
-from sacl_ds.analysis.report.examples import gallery, lowest_of
+from sacl_ds.analysis.report.building import add_parser
+from sacl_ds.analysis.report.examples import gallery, lowest_of, side_by_side
 from sacl_ds.analysis.report.page import Card, Section, Strip, clean, percent, render, shown
-from sacl_ds.analysis.report.retrieval import side_by_side
-from sacl_ds.analysis.report.truth import SceneTruth
+from sacl_ds.analysis.report.sections import SceneTruth
 from sacl_ds.analysis.subject import data_source, load_subject, read_pairs
 from sacl_ds.config import RunConfig
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Regulation
-from sacl_ds.telemetry.weight_records import FIGURES, read_figures, read_lowest
+from sacl_ds.telemetry.records import FIGURES, read_figures, read_lowest
 
 ITC = ["loss.matching_weight=0", "loss.mlm_weight=0"]
 LONG = "endless " * 3000

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from starting import program
+from step_benchmark.peers import EQUAL, OWN, Towers, own_towers, peers
+from step_benchmark.setting import BenchmarkSetting, lengths, random_batch
 
-from sacl_ds.benchmark.peers import EQUAL, OWN, Towers, own_towers, peers
-from sacl_ds.benchmark.setting import BenchmarkSetting, lengths, random_batch
 from sacl_ds.config import ModelConfig
 from sacl_ds.model.cost import ModelCost
 from sacl_ds.model.sacl import SaclModel

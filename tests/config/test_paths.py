@@ -11,7 +11,7 @@ import sacl_ds
 from sacl_ds.command_line import evaluation_parser, training_parser
 from sacl_ds.config import RunConfig
 from sacl_ds.config.finetune import FinetuneConfig
-from sacl_ds.config.paths import expanded
+from sacl_ds.config.room import expanded
 from sacl_ds.config_file import read_layers, resolve_layers
 from sacl_ds.data.shards.patterns import expand
 from sacl_ds.errors import UserError

@@ -14,14 +14,14 @@ from PIL import Image
 from tars import collator, jpeg, loader, sample, write_tar
 
 from sacl_ds.data.captions import BadText, captions_of, normalised
-from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.images import BadImage, examine
 from sacl_ds.data.inspection import inspect_shards
 from sacl_ds.data.json_files import each_entry, read_json, read_json_lines
 from sacl_ds.data.karpathy import karpathy_split
-from sacl_ds.data.making.record_lists import coco_records
+from sacl_ds.data.making.lists import coco_records
 from sacl_ds.data.order import Block, Place
 from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import BadSample, SampleFault
 from sacl_ds.data.shards.index import ShardIndex, count_samples
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.errors import UserError, one_line

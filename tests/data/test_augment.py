@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from sacl_ds.data.augment import OPERATIONS, FinetuneView, drawn_operations
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.transforms import TrainView
+from sacl_ds.tasks.task import OPERATIONS, FinetuneView, drawn_operations
 
 GREY = 128
 

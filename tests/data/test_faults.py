@@ -17,14 +17,13 @@ from tars import batches, global_keys, loader, sample, write_tar, write_tars
 
 from sacl_ds.data.batch import Batch
 from sacl_ds.data.order import Block, Place
-from sacl_ds.data.shards import cache as shard_cache
 from sacl_ds.data.shards import index, reading
-from sacl_ds.data.shards.cache import ShardCache
+from sacl_ds.data.shards import opening as shard_cache
 from sacl_ds.data.shards.index import index_shards
-from sacl_ds.data.shards.layout import stats_path
-from sacl_ds.data.shards.opening import Heart, open_shard
-from sacl_ds.data.shards.read_ahead import ReadAhead
+from sacl_ds.data.shards.opening import Heart, ShardCache, open_shard
 from sacl_ds.data.shards.reading import ShardReading
+from sacl_ds.data.shards.source import ReadAhead
+from sacl_ds.data.shards.tars import stats_path
 from sacl_ds.errors import UserError
 
 SIZES = (15, 20, 12)

@@ -24,7 +24,7 @@ from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.errors import UserError
-from sacl_ds.telemetry.weight_records import read_figures
+from sacl_ds.telemetry.records import read_figures
 
 Table = dict[str, list]
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from sacl_ds.data.contact_sheet import COLUMNS, ROWS, caption_lines, draw_sheet
 from sacl_ds.data.inspection import Example, inspect_shards, quantiles
+from sacl_ds.data.making.lists import scene_records
 from sacl_ds.data.making.record import Record
-from sacl_ds.data.making.record_lists import scene_records
 from sacl_ds.data.making.writer import write_shards
 
 

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 
 from sacl_ds.data.batch import TrainingView
 from sacl_ds.data.collate import Collator
-from sacl_ds.data.downstream.examples import ExampleSource, example_order
-from sacl_ds.data.downstream.retrieval import (
+from sacl_ds.data.loader import BatchLoader
+from sacl_ds.data.sample import BadSample
+from sacl_ds.errors import UserError
+from sacl_ds.tasks.examples import ExampleSource, example_order
+from sacl_ds.tasks.retrieval.task import (
     CaptionedImage,
     EvaluationImages,
     TrainingPairs,
     as_sample,
     karpathy_images,
+    retrieval_set,
 )
-from sacl_ds.data.faults import BadSample
-from sacl_ds.data.loader import BatchLoader
-from sacl_ds.errors import UserError
-from sacl_ds.tasks.retrieval import retrieval_set
 
 
 def written(folder: Path, entries: object, name: str = "k.json") -> Path:

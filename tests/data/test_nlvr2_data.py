@@ -9,9 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sacl_ds.data.augment import FinetuneView
-from sacl_ds.data.downstream.examples import ExampleSource, example_order
-from sacl_ds.data.downstream.nlvr2 import (
+from sacl_ds.data.loader import BatchLoader
+from sacl_ds.data.order import Place
+from sacl_ds.data.sample import BadSample
+from sacl_ds.data.scene_language import COLOUR, COLOURS, SHAPE, SHAPES, Scene
+from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.text import Tokenizer, train_wordpiece
+from sacl_ds.data.transforms import CanonicalView
+from sacl_ds.errors import UserError
+from sacl_ds.tasks.examples import ExampleSource, example_order
+from sacl_ds.tasks.nlvr2.data import (
     SceneStatements,
     Statement,
     StatementBatch,
@@ -19,14 +26,7 @@ from sacl_ds.data.downstream.nlvr2 import (
     nlvr2_statements,
     scene_statements,
 )
-from sacl_ds.data.faults import BadSample
-from sacl_ds.data.loader import BatchLoader
-from sacl_ds.data.order import Place
-from sacl_ds.data.scene_language import COLOUR, COLOURS, SHAPE, SHAPES, Scene
-from sacl_ds.data.scenes import Scenes
-from sacl_ds.data.text import Tokenizer, train_wordpiece
-from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.errors import UserError
+from sacl_ds.tasks.task import FinetuneView
 
 SAID = "the left image has a dog and the right image has two cats"
 

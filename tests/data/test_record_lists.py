@@ -16,8 +16,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from sacl_ds.data.images import BadImage, examine
-from sacl_ds.data.making.record_lists import coco_records, folder_records, karpathy_records, table_records
-from sacl_ds.data.making.survey import survey
+from sacl_ds.data.making.lists import coco_records, folder_records, karpathy_records, table_records
+from sacl_ds.data.making.record import survey
 from sacl_ds.data.making.writer import write_shards
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.source import ShardSource

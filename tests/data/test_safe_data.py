@@ -21,21 +21,20 @@ from tars import jpeg, write_tar, write_tars
 from sacl_ds.analysis.report.building import write_report
 from sacl_ds.analysis.subject import data_source
 from sacl_ds.config_file import load_config
-from sacl_ds.data.downstream.nlvr2 import nlvr2_statements
-from sacl_ds.data.downstream.retrieval import karpathy_images
-from sacl_ds.data.downstream.vqa import vqa_questions
 from sacl_ds.data.images import BadImage, examine
-from sacl_ds.data.making.record_lists import coco_records, karpathy_records, table_records
+from sacl_ds.data.making.lists import coco_records, karpathy_records, table_records
 from sacl_ds.data.making.writer import write_shards
 from sacl_ds.data.pictures import Picture
-from sacl_ds.data.shards.cache import ShardCache
 from sacl_ds.data.shards.index import index_shards
-from sacl_ds.data.shards.opening import Heart
+from sacl_ds.data.shards.opening import Heart, ShardCache
 from sacl_ds.data.shards.patterns import expand
 from sacl_ds.data.shards.source import ShardSource
 from sacl_ds.data.shards.tars import read_samples
 from sacl_ds.data.teacher_features import FeatureFolder
 from sacl_ds.errors import UserError
+from sacl_ds.tasks.nlvr2.data import nlvr2_statements
+from sacl_ds.tasks.retrieval.task import karpathy_images
+from sacl_ds.tasks.vqa.data import vqa_questions
 
 # commands
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from starting import program
 
-from sacl_ds.data.making.record_lists import karpathy_records, scene_records
-from sacl_ds.data.making.survey import survey
+from sacl_ds.data.making.lists import karpathy_records, scene_records
+from sacl_ds.data.making.record import survey
 from sacl_ds.data.making.writer import Record, write_shards
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.shards.index import index_shards

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tars import batches, jpeg
 from webdataset import TarWriter
 
-from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.inspection import inspect_shards
 from sacl_ds.data.order import Block, Place
+from sacl_ds.data.sample import BadSample, SampleFault
 from sacl_ds.data.shards.index import ShardIndex, count_samples
 from sacl_ds.data.shards.source import ShardSource
 

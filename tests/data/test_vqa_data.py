@@ -15,25 +15,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sacl_ds.data.downstream.examples import ExampleSource, ImageFile, example_order
-from sacl_ds.data.downstream.question_batch import QuestionBatch, QuestionCollator
-from sacl_ds.data.downstream.scene_questions import SceneQuestions, scene_questions
-from sacl_ds.data.downstream.vqa import (
-    Question,
-    answer_list,
-    answer_weights,
-    visual_genome_questions,
-    vqa_questions,
-)
-from sacl_ds.data.faults import BadSample
 from sacl_ds.data.loader import BatchLoader
 from sacl_ds.data.order import Place
+from sacl_ds.data.sample import BadSample
 from sacl_ds.data.scene_language import COLOURS
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView, TrainView
-from sacl_ds.data.vocabulary import with_words
 from sacl_ds.errors import UserError
+from sacl_ds.tasks.examples import ExampleSource, ImageFile, example_order
+from sacl_ds.tasks.vqa.batch import QuestionBatch, QuestionCollator
+from sacl_ds.tasks.vqa.data import (
+    Question,
+    SceneQuestions,
+    answer_list,
+    answer_weights,
+    scene_questions,
+    visual_genome_questions,
+    vqa_questions,
+    with_words,
+)
 
 QUESTIONS = {
     "info": {"version": "2.0"},

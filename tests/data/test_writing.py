@@ -15,8 +15,8 @@ import sources
 from pyarrow import parquet
 from starting import ROOT
 
+from sacl_ds.data.making.lists import table_records
 from sacl_ds.data.making.record import BrokenSample, Record
-from sacl_ds.data.making.record_lists import table_records
 from sacl_ds.data.making.writer import list_skipped, write_shards
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.source import ShardSource

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from stages import IDENTITY, STEPS, Stage, engine_of, steps, weights_of
 
 from sacl_ds.training import checkpoint
-from sacl_ds.training.checkpoint_folder import rank_files, read_manifest
-from sacl_ds.training.saved_checkpoint import read_checkpoint
+from sacl_ds.training.checkpoint_folder import rank_files, read_checkpoint, read_manifest
 from sacl_ds.training.tensor_files import Fragments
 
 MORE = 2  # steps

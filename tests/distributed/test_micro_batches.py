@@ -15,18 +15,16 @@ from vqa_questions import PLACEMENTS, batch_of, pretrained
 
 from sacl_ds.config import RunConfig
 from sacl_ds.data.batch import Batch
-from sacl_ds.data.downstream.nlvr2 import StatementBatch
-from sacl_ds.data.faults import SampleFault
+from sacl_ds.data.sample import SampleFault
 from sacl_ds.data.text import IGNORED
 from sacl_ds.losses import HardNegatives
 from sacl_ds.machine import this_machine
 from sacl_ds.model.momentum import Momentum
-from sacl_ds.model.nlvr2 import Nlvr2Model
-from sacl_ds.model.vqa import VqaModel
-from sacl_ds.training.nlvr2 import Nlvr2Objective
+from sacl_ds.tasks.nlvr2.data import StatementBatch
+from sacl_ds.tasks.nlvr2.model import Nlvr2Model, Nlvr2Objective
+from sacl_ds.tasks.vqa.model import VqaModel, VqaObjective
 from sacl_ds.training.objective import CachedGradients, PretrainObjective
 from sacl_ds.training.step import FrozenModels, Step, contrastive_step, summed_step
-from sacl_ds.training.vqa import VqaObjective
 
 ROWS = 2  # of a micro-batch: each pair has one possible hard negative, so that ITM has nothing to draw
 

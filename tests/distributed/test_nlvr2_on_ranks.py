@@ -8,17 +8,16 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from sacl_ds.data.downstream.nlvr2 import SceneStatements, Statement, StatementBatch, scene_statements
-from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import BadSample, SampleFault
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import SharedError
-from sacl_ds.evaluation.nlvr2 import evaluate_statements
-from sacl_ds.model.nlvr2 import Nlvr2Model
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.training.nlvr2 import Nlvr2Objective
+from sacl_ds.tasks.nlvr2.data import SceneStatements, Statement, StatementBatch, scene_statements
+from sacl_ds.tasks.nlvr2.model import Nlvr2Model, Nlvr2Objective
+from sacl_ds.tasks.nlvr2.task import evaluate_statements
 
 ROWS, STATEMENTS = 8, 23
 SELECTIONS = {

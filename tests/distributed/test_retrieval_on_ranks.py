@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from sacl_ds.data.downstream.retrieval import karpathy_images
 from sacl_ds.errors import UserError
-from sacl_ds.evaluation.retrieval.encoding import encode
-from sacl_ds.evaluation.retrieval.evaluate import evaluate_retrieval
-from sacl_ds.evaluation.retrieval.first_stage import rank_candidates
-from sacl_ds.evaluation.retrieval.rerank import match_scores
+from sacl_ds.evaluation.encoding import encode
+from sacl_ds.evaluation.first_stage import rank_candidates
+from sacl_ds.evaluation.rerank import match_scores
+from sacl_ds.evaluation.retrieval import evaluate_retrieval
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.tasks.retrieval import retrieval_set
+from sacl_ds.tasks.retrieval.task import karpathy_images, retrieval_set
 
 COUNT, BATCH = 10, 3  # 4 + 3 + 3 images on three ranks, so that two of them have a round less
 MISSING = (0, 3, 6, 9)  # all of the first of three ranks

@@ -10,23 +10,25 @@ import torch.distributed as dist
 from ranks import on_ranks
 from vqa_questions import PLACEMENTS, batch_of, pretrained
 
-from sacl_ds.data.downstream.question_batch import QuestionBatch, QuestionCollator
-from sacl_ds.data.downstream.scene_image import SceneImage
-from sacl_ds.data.downstream.scene_questions import scene_questions
-from sacl_ds.data.downstream.vqa import Question, answer_list
 from sacl_ds.data.order import Place
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.data.vocabulary import with_words
 from sacl_ds.distributed import rank
 from sacl_ds.errors import SharedError
-from sacl_ds.evaluation.answering import VqaResult, evaluate_questions
-from sacl_ds.evaluation.vqa import majority_answers, majority_baseline, vqa_accuracy
 from sacl_ds.machine import this_machine
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.vqa import VqaModel
-from sacl_ds.training.vqa import VqaObjective
+from sacl_ds.tasks.examples import SceneImage
+from sacl_ds.tasks.vqa.batch import QuestionBatch, QuestionCollator
+from sacl_ds.tasks.vqa.data import Question, answer_list, scene_questions, with_words
+from sacl_ds.tasks.vqa.evaluation import (
+    VqaResult,
+    evaluate_questions,
+    majority_answers,
+    majority_baseline,
+    vqa_accuracy,
+)
+from sacl_ds.tasks.vqa.model import VqaModel, VqaObjective
 
 QUESTIONS = 8
 WORDS = 100  # of the model; the tokenizers here have fewer
@@ -250,7 +252,7 @@ class _Missing:
     key = "image 7"
 
     def picture(self):  # type: ignore[no-untyped-def]
-        from sacl_ds.data.downstream.examples import ImageFile
+        from sacl_ds.tasks.examples import ImageFile
 
         return ImageFile(self.key, (Path("/nowhere/7.jpg"),)).picture()
 

@@ -17,10 +17,9 @@ from nodes import KEEP_ALIVE, cluster
 from rich.console import Console
 from starting import ROOT, program
 
+from sacl_ds.doctor.__main__ import show
 from sacl_ds.doctor.comparison import AllReduce, Contact, Examination, groups, judge
-from sacl_ds.doctor.facts import PACKAGES, Facts
-from sacl_ds.doctor.hosts import parse_env_file, parse_hostfile
-from sacl_ds.doctor.page import show
+from sacl_ds.doctor.facts import PACKAGES, Facts, parse_env_file, parse_hostfile
 from sacl_ds.errors import UserError
 
 VERSIONS = dict.fromkeys(("python", "sacl_ds", *PACKAGES), "1.0")

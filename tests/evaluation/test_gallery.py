@@ -8,10 +8,10 @@ import retrieving
 from PIL import Image
 
 from sacl_ds.errors import UserError
-from sacl_ds.evaluation.gallery import TOP, draw_gallery, telling
-from sacl_ds.evaluation.retrieval.data import pictures_of
-from sacl_ds.evaluation.retrieval.evaluate import evaluate_retrieval
-from sacl_ds.evaluation.retrieval.ranking import Listed, Ranking
+from sacl_ds.evaluation.ranking import Listed, Ranking
+from sacl_ds.evaluation.retrieval import evaluate_retrieval
+from sacl_ds.evaluation.retrieval_set import pictures_of
+from sacl_ds.tasks.retrieval.gallery import TOP, draw_gallery, telling
 from sacl_ds.telemetry.sheet import MARKED
 
 IMAGES, TEXTS = 12, 24

@@ -10,22 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sacl_ds.data.downstream.nlvr2 import SceneStatements, Statement, scene_statements
-from sacl_ds.data.faults import BadSample, SampleFault
 from sacl_ds.data.pictures import Picture
+from sacl_ds.data.sample import BadSample, SampleFault
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import SharedError, UserError
-from sacl_ds.evaluation.nlvr2 import (
+from sacl_ds.model.sacl import SaclModel
+from sacl_ds.tasks.nlvr2.data import SceneStatements, Statement, scene_statements
+from sacl_ds.tasks.nlvr2.model import Nlvr2Model
+from sacl_ds.tasks.nlvr2.task import (
     Nlvr2Result,
     accuracy_and_consistency,
     chance_consistency,
     evaluate_statements,
     group_of,
 )
-from sacl_ds.model.nlvr2 import Nlvr2Model
-from sacl_ds.model.sacl import SaclModel
 
 CPU = torch.device("cpu")
 

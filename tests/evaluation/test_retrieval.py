@@ -11,16 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.data.downstream.retrieval import karpathy_images
 from sacl_ds.errors import UserError
+from sacl_ds.evaluation import first_stage
+from sacl_ds.evaluation.encoding import encode
+from sacl_ds.evaluation.first_stage import best, mean_precisions, rank_candidates
 from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
-from sacl_ds.evaluation.retrieval import first_stage
-from sacl_ds.evaluation.retrieval.data import ImageRounds, pictures_of
-from sacl_ds.evaluation.retrieval.encoding import encode
-from sacl_ds.evaluation.retrieval.evaluate import evaluate_retrieval
-from sacl_ds.evaluation.retrieval.first_stage import best, mean_precisions, rank_candidates
-from sacl_ds.evaluation.retrieval.rerank import match_scores, reordered
-from sacl_ds.tasks.retrieval import retrieval_set
+from sacl_ds.evaluation.rerank import match_scores, reordered
+from sacl_ds.evaluation.retrieval import evaluate_retrieval
+from sacl_ds.evaluation.retrieval_set import ImageRounds, pictures_of
+from sacl_ds.tasks.retrieval.task import karpathy_images, retrieval_set
 
 VIEW = retrieving.view()
 numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, -0.25, 1e-30, -1e-30, float("nan"), float("-inf"), float("inf")])

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sacl_ds.data.downstream.examples import ImageFile
-from sacl_ds.data.downstream.vqa import Question
-from sacl_ds.evaluation.vqa import majority_answers, majority_baseline, normalise_answer, vqa_accuracy
+from sacl_ds.tasks.examples import ImageFile
+from sacl_ds.tasks.vqa.data import Question
+from sacl_ds.tasks.vqa.evaluation import majority_answers, majority_baseline, normalise_answer, vqa_accuracy
 
 CASES = {
     # numbers: zero to ten and none, as whole words, and none beyond

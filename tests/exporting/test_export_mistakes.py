@@ -24,10 +24,8 @@ import sacl_ds
 from sacl_ds.command_line import exit_status
 from sacl_ds.errors import UserError
 from sacl_ds.exporting import export
-from sacl_ds.exporting.card import card
-from sacl_ds.exporting.folder import new_folder
-from sacl_ds.exporting.settings import last_name
-from sacl_ds.exporting.source import read_source
+from sacl_ds.exporting.card import card, last_name, read_source
+from sacl_ds.exporting.export import new_folder
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,8 @@ def test_killed_while_writing_there_is_no_export(run: Path, tmp_path: Path) -> N
     code = f"""
 import os, signal
 from pathlib import Path
-from sacl_ds.exporting import export, folder
+from sacl_ds.exporting import export
+from sacl_ds.exporting import export as folder
 folder._release = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 export({str(run)!r}, "safetensors", Path({str(tmp_path / "out")!r}))
 """

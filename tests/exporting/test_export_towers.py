@@ -11,8 +11,7 @@ from tiny import varied
 from transformers import ChineseCLIPVisionConfig, ChineseCLIPVisionModel
 
 from sacl_ds.errors import UserError
-from sacl_ds.exporting.vision import VisionTower, tower_of
-from sacl_ds.exporting.widening import widened
+from sacl_ds.exporting.chinese_clip import VisionTower, tower_of, widened
 
 MEAN, STD = torch.tensor([0.48, 0.46, 0.41]), torch.tensor([0.27, 0.26, 0.28])
 

@@ -18,7 +18,7 @@ from saved import saved_run
 
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report.building import write_report
-from sacl_ds.analysis.report.recorded import recorded
+from sacl_ds.analysis.report.sections import recorded
 from sacl_ds.analysis.subject import load_subject
 from sacl_ds.config import ModelConfig
 from sacl_ds.config.finetune import FinetuneConfig
@@ -32,11 +32,9 @@ from sacl_ds.errors import UserError, one_line
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import load_model
 from sacl_ds.model.starts.weights_file import WeightsFile, read_weights
-from sacl_ds.tasks.best import Best
-from sacl_ds.tasks.configuration import evaluation_config
-from sacl_ds.tasks.weights import saved_state
-from sacl_ds.telemetry.metrics import MetricLog, read
-from sacl_ds.telemetry.weight_records import DIRECTIONS, FIGURES, LOWEST, read_figures, read_lowest
+from sacl_ds.tasks.configuration import evaluation_config, saved_state
+from sacl_ds.tasks.finetune import Best
+from sacl_ds.telemetry.records import DIRECTIONS, FIGURES, LOWEST, MetricLog, read, read_figures, read_lowest
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

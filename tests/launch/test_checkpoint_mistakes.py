@@ -12,7 +12,7 @@ from documented import assert_documented, said
 from starting import losses, start
 
 from sacl_ds.config import RunConfig
-from sacl_ds.faults.ending import read_status
+from sacl_ds.faults.restarts import read_status
 from sacl_ds.training.checkpoint_folder import complete
 
 SHORT = ["teacher.steps=0", "train.steps=4", "train.save_every=2", "train.eval_every=2", "optim.warmup_steps=1"]

@@ -14,10 +14,10 @@ from tars import batches, sample, write_tar
 from sacl_ds.analysis.report.page import Card, Headline, Section, Strip, Table, render
 from sacl_ds.config import DataConfig, ModelConfig, RunConfig
 from sacl_ds.config_file import load_config
-from sacl_ds.data.downstream.retrieval import karpathy_images
 from sacl_ds.data.shards.patterns import expand
 from sacl_ds.errors import UserError
 from sacl_ds.model.starts.weights_file import read_weights
+from sacl_ds.tasks.retrieval.task import karpathy_images
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.training.run_folder import open_run_folder
 

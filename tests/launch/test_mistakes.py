@@ -26,7 +26,7 @@ from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.config_file import load_config
 from sacl_ds.config_help import markdown, settings
 from sacl_ds.errors import UserError
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.records import read
 from sacl_ds.training.loop import out_of_memory
 from sacl_ds.training.run_folder import check_space
 

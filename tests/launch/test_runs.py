@@ -9,8 +9,8 @@ import pytest
 from faulty import dying
 from starting import losses, program, start
 
-from sacl_ds.checksums import require_unchanged
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.files import require_unchanged
+from sacl_ds.telemetry.records import read
 
 CONTRASTIVE_ONLY = ["loss.matching_weight=0", "loss.mlm_weight=0"]
 

@@ -12,8 +12,7 @@ import pytest
 from ranks import free_port
 from tars import loader, sample, write_tar
 
-from sacl_ds.telemetry.metrics import read
-from sacl_ds.telemetry.weight_records import read_figures
+from sacl_ds.telemetry.records import read, read_figures
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.soak

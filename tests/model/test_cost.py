@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from four_layers import PREDICTED, VOCABULARY, Held, batch, config, similarities
+from presets_page import page
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_ds.config import LossConfig, ModelConfig
 from sacl_ds.errors import UserError
 from sacl_ds.model.cost import BACKWARD, Cost, ModelCost
-from sacl_ds.model.cost_page import page
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.training.objective import PretrainObjective, Targets
 
@@ -141,4 +141,4 @@ def test_an_encoder_of_unknown_cost_says_so(name: str) -> None:
 
 
 def test_the_page_in_docs_is_what_the_command_prints(root: Path) -> None:
-    assert (root / "docs/lab/presets.md").read_text() == page(), "python -m sacl_ds.model.cost_page docs/lab/presets.md"
+    assert (root / "docs/lab/presets.md").read_text() == page(), "python -m presets_page docs/lab/presets.md"

@@ -20,12 +20,13 @@ from safetensors.numpy import load_file, save_file
 from saved import saved_run
 from starting import program, start
 from tars import write_tars
+from weight_study.cache import keep_array, keep_tensors, kept_array, kept_tensors
+from weight_study.runner import keep, results
 
 import sacl_ds
 from sacl_ds.analysis.patches import load_selecting
-from sacl_ds.analysis.report.recorded import recorded
+from sacl_ds.analysis.report.sections import recorded
 from sacl_ds.analysis.subject import load_subject, read_pairs
-from sacl_ds.checksums import FILE, require_unchanged, seal, unseal
 from sacl_ds.config import ModelConfig, RunConfig
 from sacl_ds.config.finetune import FinetuneConfig
 from sacl_ds.config_file import load_config
@@ -34,35 +35,32 @@ from sacl_ds.data.grouping import Grouping
 from sacl_ds.data.order import Place
 from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import Sample
-from sacl_ds.data.scene_source import SceneSource
-from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.scenes import Scenes, SceneSource
 from sacl_ds.data.shards.index import count_samples, index_shards
-from sacl_ds.data.shards.layout import stats_path
+from sacl_ds.data.shards.tars import stats_path
 from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader, ShardFeatures
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.held_out import held_out_evaluator
 from sacl_ds.exporting import export
-from sacl_ds.exporting.source import read_source
+from sacl_ds.exporting.card import read_source
+from sacl_ds.files import FILE, require_unchanged, seal, unseal
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import load_model, saved_model_config, seal_run
 from sacl_ds.model.starts.start import load_starts, tokenizer_source, with_positions
 from sacl_ds.model.teacher import load_teacher
-from sacl_ds.study.cache import keep_array, keep_tensors, kept_array, kept_tensors
-from sacl_ds.study.runner import keep, results
-from sacl_ds.tasks.best import Best
-from sacl_ds.tasks.configuration import evaluation_config, finetune_config
+from sacl_ds.tasks.configuration import evaluation_config, finetune_config, saved_state, starting_model, task_tokenizer
 from sacl_ds.tasks.evaluate import evaluate
-from sacl_ds.tasks.kinds import task_of
-from sacl_ds.tasks.vqa import ANSWERS
-from sacl_ds.tasks.weights import saved_state, starting_model, task_tokenizer
+from sacl_ds.tasks.finetune import Best
+from sacl_ds.tasks.task import task_of
+from sacl_ds.tasks.vqa.task import ANSWERS
 from sacl_ds.telemetry.plots import plot_run
-from sacl_ds.telemetry.weight_records import read_figures, read_lowest
+from sacl_ds.telemetry.records import read_figures, read_lowest
+from sacl_ds.training.checkpoint_folder import read_checkpoint
 from sacl_ds.training.health import BadSteps
 from sacl_ds.training.run import RECORDS
 from sacl_ds.training.run_folder import open_run_folder
-from sacl_ds.training.saved_checkpoint import read_checkpoint
 from sacl_ds.yaml_files import plain_yaml
 
 CPU = torch.device("cpu")

@@ -9,11 +9,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm
 
 from sacl_ds.config import ModelConfig
-from sacl_ds.data.downstream.nlvr2 import StatementBatch
-from sacl_ds.model.nlvr2 import Nlvr2Model
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import write_tensors
-from sacl_ds.training.nlvr2 import Nlvr2Objective
+from sacl_ds.tasks.nlvr2.data import StatementBatch
+from sacl_ds.tasks.nlvr2.model import Nlvr2Model, Nlvr2Objective
 
 SELECTIONS = {
     "none": None,

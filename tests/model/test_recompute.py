@@ -18,9 +18,9 @@ from sacl_ds.config import ModelConfig, RunConfig
 from sacl_ds.ds_config import resolve
 from sacl_ds.errors import UserError
 from sacl_ds.machine import Machine, this_machine
-from sacl_ds.model.nlvr2 import Nlvr2Model
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.model.vqa import VqaModel
+from sacl_ds.tasks.nlvr2.model import Nlvr2Model
+from sacl_ds.tasks.vqa.model import VqaModel
 from sacl_ds.training.engine import prepare_model
 from sacl_ds.training.objective import PretrainObjective, Targets
 

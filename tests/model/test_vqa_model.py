@@ -11,8 +11,7 @@ from vqa_questions import PLACEMENTS, batch_of, pretrained, questions, ragged
 
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import write_tensors
-from sacl_ds.model.vqa import VqaModel
-from sacl_ds.training.vqa import VqaObjective
+from sacl_ds.tasks.vqa.model import VqaModel, VqaObjective
 
 
 def vqa_model(selection: dict[str, object] | None = None, words: int = tiny.VOCABULARY) -> VqaModel:

@@ -31,8 +31,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.starts.start import load_starts, with_positions
 from sacl_ds.model.teacher import load_teacher
-from sacl_ds.tasks.configuration import finetune_config
-from sacl_ds.tasks.weights import starting_model, task_tokenizer
+from sacl_ds.tasks.configuration import finetune_config, starting_model, task_tokenizer
 
 State = dict[str, Tensor]
 CLIP_VIT = "vit_base_patch16_clip_quickgelu_224"

@@ -14,6 +14,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
+from scaling.checking import COLLECTIVES, Compared
+from scaling.job import PlannedJob, Zero
+from scaling.memory import activations, memory
+from scaling.record import read_record, record_limited, record_row
+from scaling.time import H100, StepTime, hours, step_flops, step_time
+from scaling.watch import SeenOnTheWire, allocations, live_tensors
+from scaling.wire import contrastive, contrastive_with_keys, total, transfers
+from scaling_page import page
 from starting import program
 
 from sacl_ds.command_line import exit_status
@@ -22,14 +30,6 @@ from sacl_ds.ds_config import read_ds_config
 from sacl_ds.errors import UserError
 from sacl_ds.losses import Keys, similarity_regulated_loss
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.planning.checking import COLLECTIVES, Compared
-from sacl_ds.planning.job import PlannedJob, Zero
-from sacl_ds.planning.memory import activations, memory
-from sacl_ds.planning.page import page
-from sacl_ds.planning.record import read_record, record_limited, record_row
-from sacl_ds.planning.time import H100, StepTime, hours, step_flops, step_time
-from sacl_ds.planning.watch import SeenOnTheWire, allocations, live_tensors
-from sacl_ds.planning.wire import contrastive, contrastive_with_keys, total, transfers
 
 
 def job(  # of `loss` and `momentum` settings by name
@@ -352,5 +352,5 @@ def test_options_that_do_not_fit_say_so(
 @pytest.mark.slow
 def test_the_page_in_docs_is_what_the_command_prints(root: Path) -> None:
     measured = read_record(root / "docs/lab/scaling_measured.json")
-    told = "python -m sacl_ds.planning.page docs/lab/scaling.md"
+    told = "python tools/scaling_page.py docs/lab/scaling.md"
     assert (root / "docs/lab/scaling.md").read_text() == page(measured), told

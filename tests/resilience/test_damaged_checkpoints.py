@@ -14,9 +14,7 @@ from lines import is_one_line
 from ranks import on_ranks
 
 from sacl_ds.errors import UserError
-from sacl_ds.training.checkpoint_folder import latest
-from sacl_ds.training.retention import Retention
-from sacl_ds.training.saved_checkpoint import read_checkpoint
+from sacl_ds.training.checkpoint_folder import Retention, latest, read_checkpoint
 
 
 def whole_run(rank: int, base: Path) -> None:

@@ -14,10 +14,9 @@ import pytest
 from faulty import going
 from starting import start
 
-from sacl_ds.faults.ending import Exit, read_status
-from sacl_ds.telemetry.metrics import read
-from sacl_ds.training.checkpoint_folder import latest
-from sacl_ds.training.saved_checkpoint import read_checkpoint
+from sacl_ds.faults.restarts import Exit, read_status
+from sacl_ds.telemetry.records import read
+from sacl_ds.training.checkpoint_folder import latest, read_checkpoint
 
 OFTEN = ["train.save_every=2", "train.eval_every=null", "records.every=0", "data.workers=0", "teacher.steps=0"]
 

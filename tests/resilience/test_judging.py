@@ -7,8 +7,8 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.faults.ending import Status, may_follow
 from sacl_ds.faults.judging import Heard, Heartbeat, Limits, verdict
+from sacl_ds.faults.restarts import Status, may_follow
 
 LIMITS = Limits(peer=60, step=600)
 DOINGS = ("starting", "data", "step", "evaluation", "saving", "ending")

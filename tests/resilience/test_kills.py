@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from starting import SMALL, program
 
 from sacl_ds import provenance
-from sacl_ds.faults.ending import Exit, Status, read_status
-from sacl_ds.telemetry.metrics import read
-from sacl_ds.training.checkpoint_folder import FOLDER, complete, latest, read_manifest, verify
-from sacl_ds.training.saved_checkpoint import read_checkpoint
+from sacl_ds.faults.restarts import Exit, Status, read_status
+from sacl_ds.telemetry.records import read
+from sacl_ds.training.checkpoint_folder import FOLDER, complete, latest, read_checkpoint, read_manifest, verify
 
 SOON = 15  # seconds in which no process of the run is left
 KILLS = 50

@@ -14,8 +14,8 @@ from nodes import Cluster, Running, cluster, until
 from ranks import free_port
 from starting import ROOT, SMALL, losses, start
 
-from sacl_ds.faults.ending import read_status
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.faults.restarts import read_status
+from sacl_ds.telemetry.records import read
 from sacl_ds.training.checkpoint_folder import FOLDER, latest, read_manifest, tag_of, verify
 
 LONG = ["train.steps=100000", "train.save_every=5", "train.keep_checkpoints=2", "train.eval_every=null"]

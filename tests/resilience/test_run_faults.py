@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from starting import ROOT, SCENES, losses, start
 
 from sacl_ds.data.scenes import Scenes, place_of
-from sacl_ds.faults.ending import Exit, read_status
-from sacl_ds.training.checkpoint_folder import latest
-from sacl_ds.training.saved_checkpoint import read_checkpoint
+from sacl_ds.faults.restarts import Exit, read_status
+from sacl_ds.training.checkpoint_folder import latest, read_checkpoint
 
 LONG = ["train.steps=100000", "train.save_every=5", "train.keep_checkpoints=2", "train.eval_every=null"]
 STEPS = 40  # of a run that is asked to stop behind the fourth; ranks look about once a second

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sacl_ds.faults.ending import Exit
+from sacl_ds.faults.restarts import Exit
 
 SUPERVISE = """
 import sys
@@ -58,7 +58,7 @@ while True:
 # as a run listens: prints the reason, once there is one
 LISTENING = """
 import os, sys, time
-from sacl_ds.faults import signals
+from sacl_ds.faults import guard as signals
 signals._EVERY, signals.IMPATIENT = 0.3, 1.0
 requests = signals.Requests()
 requests.listen(lambda: os._exit(70), float(sys.argv[1]))
@@ -278,7 +278,7 @@ def test_a_launcher_that_is_killed(grace: float, tmp_path: Path) -> None:
 def test_no_launcher_above() -> None:
     """A shell, pytest or a scheduler's own process is none: their end is no request."""
     child = subprocess.run(
-        [sys.executable, "-c", "from sacl_ds.faults.signals import launchers; print(launchers())"],
+        [sys.executable, "-c", "from sacl_ds.faults.guard import launchers; print(launchers())"],
         capture_output=True,
         text=True,
         timeout=30,

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import prepared
 from starting import program
+from weight_study.plan import Arm, Plan, read_plan
+from weight_study.runner import finished, run_plan
+from weight_study.summary import ArmSummary, rows, verdict
+from weight_study.trial import Folder
+from weight_study.weights import DirectionSimilarities, contrastive, log_weights
 
-from sacl_ds.analysis.calibration import sharpness_for
+from sacl_ds.analysis.calibrate import sharpness_for
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.metrics import ndcg
 from sacl_ds.losses import Regulation, similarity_regulated_loss
-from sacl_ds.study.plan import Arm, Plan, read_plan
-from sacl_ds.study.runner import finished, run_plan
-from sacl_ds.study.summary import ArmSummary, rows, verdict
-from sacl_ds.study.trial import Folder
-from sacl_ds.study.weights import DirectionSimilarities, contrastive, log_weights
 from sacl_ds.training.false_share import falling_weights
 
 N, SCALE = 13, 9.0

@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from patch_study.plan import PatchPlan, read_plan
+from patch_study.start import cells_of_patches
+from patch_study.summary import draw_kept, speed_table, write_table
+from patch_study.tasks import Pretraining, QuestionAnswering, build
+from patch_study.trial import finished, run_plan, speeds, trained
 from PIL import Image
 from ranks import prepared
 from starting import program
@@ -13,11 +18,6 @@ from starting import program
 from sacl_ds.data.scene_language import COLOUR, COLOURS, PLACE, SHAPE, SHAPES
 from sacl_ds.data.scenes import Scenes
 from sacl_ds.errors import UserError
-from sacl_ds.study.patches.plan import PatchPlan, read_plan
-from sacl_ds.study.patches.start import cells_of_patches
-from sacl_ds.study.patches.summary import draw_kept, speed_table, write_table
-from sacl_ds.study.patches.tasks import Pretraining, QuestionAnswering, build
-from sacl_ds.study.patches.trial import finished, run_plan, speeds, trained
 
 SELECTED = {"placement": "tower", "layers": [1, 2]}
 TINY = {

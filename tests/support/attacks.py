@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sacl_ds.errors import UserError
-from sacl_ds.telemetry.weight_records import DIRECTIONS, FIGURES, LOWEST, WeightRecords
+from sacl_ds.telemetry.records import DIRECTIONS, FIGURES, LOWEST, WeightRecords
 
 
 class Writes:

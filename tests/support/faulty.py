@@ -16,7 +16,7 @@ import psutil
 from deepspeed import DeepSpeedEngine
 from starting import SMALL, begin
 
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.records import read
 
 
 @dataclass

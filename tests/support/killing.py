@@ -15,8 +15,8 @@ from typing import Literal
 import psutil
 from faulty import Going
 
-from sacl_ds.faults.ending import read_status
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.faults.restarts import read_status
+from sacl_ds.telemetry.records import read
 from sacl_ds.training.checkpoint_folder import FOLDER, LATEST
 
 Victim = Literal["rank 0", "another rank", "a loader", "all"]

@@ -37,7 +37,7 @@ for _name in (
     "sacl_ds.command_line",
     "sacl_ds.config_help",
     "sacl_ds.evaluation.held_out",
-    "sacl_ds.evaluation.retrieval.evaluate",
+    "sacl_ds.evaluation.retrieval",
     "sacl_ds.training.pretrain",
     "tiny",
 ):

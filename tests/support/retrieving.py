@@ -12,11 +12,10 @@ from PIL import Image
 
 from sacl_ds.data.batch import View
 from sacl_ds.data.pictures import Picture
-from sacl_ds.data.scene_source import SceneSource
-from sacl_ds.data.scenes import Scenes
+from sacl_ds.data.scenes import Scenes, SceneSource
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.evaluation.retrieval.data import RetrievalSet
+from sacl_ds.evaluation.retrieval_set import RetrievalSet
 from sacl_ds.model.sacl import SaclModel
 
 CPU = torch.device("cpu")

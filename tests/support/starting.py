@@ -16,7 +16,7 @@ from typing import Any
 
 from ranks import free_port, prepared
 
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.records import read
 
 ROOT = Path(__file__).parents[2]
 SCENES = 320  # of the training data of SMALL

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.downstream.question_batch import QuestionBatch
 from sacl_ds.model.sacl import SaclModel
+from sacl_ds.tasks.vqa.batch import QuestionBatch
 
 PLACEMENTS = {
     "none": None,

@@ -12,7 +12,7 @@ from saved import saved_run
 from starting import program
 
 from sacl_ds.config.finetune import TASKS
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.records import read
 
 FILES = ["data.source=files", "train.global_batch_size=4", "train.steps=4", "train.log_every=1", "train.eval_every=4",
          "optim.warmup_steps=0", "evaluation.batch_size=5", "retrieval.rerank=3", "data.workers=0"]  # fmt: skip

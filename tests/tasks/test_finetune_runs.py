@@ -11,9 +11,9 @@ from safetensors import safe_open
 from saved import saved_run
 from starting import losses, program
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.config.finetune import TASKS
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.files import require_unchanged
+from sacl_ds.telemetry.records import read
 
 FEW = ["data.scenes.count=400", "data.scenes.eval_count=23", "train.global_batch_size=6", "train.steps=8",
        "train.log_every=1", "train.eval_every=4", "evaluation.batch_size=7", "retrieval.rerank=5",

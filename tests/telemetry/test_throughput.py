@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sacl_ds.config import LossConfig, RunConfig
 from sacl_ds.model.cost import ModelCost
 from sacl_ds.model.sacl import SaclModel
-from sacl_ds.telemetry.metrics import read
 from sacl_ds.telemetry.peaks import dense_peak
+from sacl_ds.telemetry.records import read
 from sacl_ds.telemetry.throughput import WARM_UP, RowFlops, Throughput, flops_text, take_memory_peak
-from sacl_ds.training.model_flops import pair_flops
 from sacl_ds.training.objective import PretrainObjective, Targets
+from sacl_ds.training.pretrain import pair_flops
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from sacl_ds.errors import UserError
-from sacl_ds.telemetry.weight_records import DIRECTIONS, FIGURES, LOWEST, WeightRecords, read_figures, read_lowest
+from sacl_ds.telemetry.records import DIRECTIONS, FIGURES, LOWEST, WeightRecords, read_figures, read_lowest
 
 
 def figures(direction: str, mass: float = -0.5) -> dict[str, object]:

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from lines import is_one_line
 
-from sacl_ds.checksums import Written
 from sacl_ds.errors import UserError
+from sacl_ds.files import Written
 from sacl_ds.training.checkpoint_folder import (
     Manifest,
     RunState,

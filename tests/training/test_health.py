@@ -6,7 +6,7 @@ import pytest
 from starting import start
 
 from sacl_ds.config_file import load_config
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.records import read
 from sacl_ds.training.health import Cautions
 
 

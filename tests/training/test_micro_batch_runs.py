@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from starting import start
 
-from sacl_ds.telemetry.metrics import read
-from sacl_ds.telemetry.weight_records import read_figures
+from sacl_ds.telemetry.records import read, read_figures
 
 # without ITM, whose negatives come from the micro-batch, and without anything drawn anew for other shapes
 SAME = ["loss.matching_weight=0", "model.dropout=0", "train.steps=6", "records.every=2", "data.scenes.count=64",

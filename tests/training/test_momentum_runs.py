@@ -9,7 +9,7 @@ from documented import assert_documented, said
 from safetensors.torch import load_file
 from starting import losses, start
 
-from sacl_ds.telemetry.metrics import read
+from sacl_ds.telemetry.records import read
 
 MOMENTUM = ["momentum.enabled=true", "momentum.queue_size=40", "data.scenes.count=64", "model.dropout=0"]
 STEPS = ["train.steps=8", "train.save_every=4", "loss.matching_weight=0"]

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from sacl_ds.model.indexing import take
+from sacl_ds.data.batch import take
 from sacl_ds.training.objective import Targets
 
 

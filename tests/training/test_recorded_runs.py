@@ -21,8 +21,7 @@ from sacl_ds.losses.distribution import EDGES
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.saved import load_model
 from sacl_ds.model.teacher import Teacher, load_teacher, teacher_features
-from sacl_ds.telemetry.metrics import read
-from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES, read_figures, read_lowest
+from sacl_ds.telemetry.records import DIRECTIONS, QUANTILES, read, read_figures, read_lowest
 
 CONTRASTIVE_ONLY = ["loss.matching_weight=0", "loss.mlm_weight=0"]
 # so small a learning rate changes no weight: those saved at the end are those of every step

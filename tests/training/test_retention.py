@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.training.retention import Retention
+from sacl_ds.training.checkpoint_folder import Retention
 
 
 @dataclass(frozen=True)

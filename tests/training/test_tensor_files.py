@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lines import is_one_line
 from safetensors.torch import load_file
 
-from sacl_ds.checksums import Written, checksum
 from sacl_ds.errors import UserError
+from sacl_ds.files import Written, checksum
 from sacl_ds.training.tensor_files import Entry, Fragments, fragment_name, write_entries
 
 DTYPES = [

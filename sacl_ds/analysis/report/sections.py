@@ -2,18 +2,84 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sacl_ds.analysis.report import plots
 from sacl_ds.analysis.report.page import Plot, Section, Table, percent, shown
 from sacl_ds.config import RunConfig
+from sacl_ds.data.scene_language import Caption, relevance
+from sacl_ds.data.scenes import DETAILS, Scenes, place_of
+from sacl_ds.data.sources import scene_size
+from sacl_ds.errors import UserError
 from sacl_ds.losses.distribution import EDGES, THRESHOLDS
-from sacl_ds.telemetry.weight_records import DIRECTIONS, QUANTILES
+from sacl_ds.telemetry.records import DIRECTIONS, FOLDER, METRICS, QUANTILES, read, read_figures, read_lowest
 from sacl_ds.training.schedules import alpha_end_step
+
+_LENGTHS = {"histogram": len(EDGES) - 1, "quantiles": len(QUANTILES), "under": len(THRESHOLDS)}
+_LARGEST = 1e30  # of a figure that can be drawn
+
+Record = dict[str, Any]
+
+
+def recorded(folder: Path, until: int | None = None) -> tuple[list[Record], list[Record], list[Record]]:
+    """(figures, the lightest pairs of the last step, lines of metrics.jsonl), up to that step. Raises UserError where
+    there are no records, or what stands there cannot be a run's."""
+    figures, metrics, last = read_figures(folder), read(folder / METRICS), None
+    if until is not None:
+        figures, metrics = ([line for line in lines if line["step"] <= until] for lines in (figures, metrics))
+        if not figures:
+            raise UserError(
+                f"{folder / FOLDER}: no step up to {until} was recorded; give a later checkpoint, or {folder}"
+            )
+        last = figures[-1]["step"]
+    lowest = read_lowest(folder, last)
+    here = f"{folder / FOLDER}: the record of step"
+    for record in figures:
+        if wrong := _wrong_figures(record):
+            raise UserError(f"{here} {record['step']} has {wrong}; remove its file")
+    for step in sorted({record["step"] for record in figures}):
+        if sorted(record["direction"] for record in figures if record["step"] == step) != sorted(DIRECTIONS):
+            raise UserError(f"{here} {step} has not one row a direction; remove its file")
+    for line in metrics:
+        if wrong := _wrong_line(line):
+            raise UserError(f"{folder / METRICS}: a line of step {line['step']} has {wrong}; remove it")
+    return figures, lowest, metrics
+
+
+def _wrong_figures(record: Record) -> str | None:
+    for name, length in _LENGTHS.items():
+        if len(record[name]) != length or not all(map(_is_number, record[name])):
+            return f"not {length} numbers under {name!r}"
+    if not all(0 <= count < 2**53 for count in (record["step"], record["pairs"], *record["histogram"])):
+        return "counts that no run has"
+    too_large = (name for name, value in record.items() if isinstance(value, float) and abs(value) > _LARGEST)
+    found = next(too_large, None)
+    return f"a figure {found!r} that cannot be drawn" if found else None
+
+
+def _wrong_line(line: Record) -> str | None:
+    if not 0 <= line["step"] < 2**53:
+        return "a step that no run has"
+    if not _is_number(line.get("duplicate_pairs", 0)):
+        return "no number under 'duplicate_pairs'"
+    for name in ("evaluation", "chance"):
+        figures = line.get(name, {})
+        if not isinstance(figures, dict) or not all(isinstance(value, (int, float, str)) for value in figures.values()):
+            return f"no figures under {name!r}"
+    return None if line.get("evaluation", True) else "no figures under 'evaluation'"
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number, or the text that stands for an unknown one."""
+    return type(value) in (int, float) and (abs(value) <= _LARGEST or math.isnan(value))
+
 
 ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 _INFORMATION = (
@@ -22,7 +88,6 @@ _INFORMATION = (
     ("pmi_negative_target", "E log 1/w", "#cf6a12", "--"),
     ("infonce_bound", "InfoNCE bound", "#777777", "-."),
 )
-Record = dict[str, Any]
 
 
 def about(run: RunConfig, folder: Path, figures: Sequence[Record], metrics: Sequence[Record]) -> Section:
@@ -238,3 +303,64 @@ def _number(value: Any) -> float | None:
         return None if value is None else float(value)
     except (TypeError, ValueError):
         return None
+
+
+class SceneTruth:
+    """Pictures and relevance of the scenes that a run is trained or evaluated on."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._size, self._first = scene_size(run.model.image_size), run.data.scenes.detail
+        self._captions = lru_cache(4096)(self._find_caption)
+
+    def picture(self, key: str) -> Image.Image | None:
+        """Draw the scene with that key; None for a key that is no scene's."""
+        place = place_of(key)
+        return None if place is None else Image.fromarray(self._scenes(*place).image(place[1]))
+
+    def relevance(self, caption_key: str, caption: str, picture_key: str) -> float | None:
+        """Share of the caption's statements that hold in the picture, 1.0 where it is true of it; None where it cannot
+        be known: keys of no scene, a caption that was not written for the scene of caption_key."""
+        written, place = self._captions(caption_key, caption), place_of(picture_key)
+        if written is None or place is None:
+            return None
+        return float(relevance([written], [self._scenes(*place).scene(place[1])])[0, 0])
+
+    def table(self, keys: Sequence[str], captions: Sequence[str]) -> np.ndarray:
+        """(n, n) float32: `relevance` of caption i to the picture of key j, NaN where it cannot be known."""
+        written = [self._captions(key, caption) for key, caption in zip(keys, captions, strict=True)]
+        places = [place_of(key) for key in keys]
+        found = np.full((len(keys), len(keys)), np.nan, np.float32)
+        rows = [row for row, caption in enumerate(written) if caption is not None]
+        columns = [column for column, place in enumerate(places) if place is not None]
+        said = [caption for caption in written if caption is not None]
+        scenes = [self._scenes(*place).scene(place[1]) for place in places if place is not None]
+        if said and scenes:
+            found[np.ix_(rows, columns)] = relevance(said, scenes)
+        return found
+
+    def _find_caption(self, key: str, text: str) -> Caption | None:
+        place = place_of(key)
+        if place is None:
+            return None
+        for detail in sorted(DETAILS, key=lambda each: each != self._first):
+            for caption in self._scenes(*place, detail).captions(place[1]):
+                if caption.text == text:
+                    return caption
+        return None
+
+    def _scenes(self, seed: int, index: int, detail: str = "partial") -> Scenes:
+        return Scenes(index + 1, seed, self._size, detail)
+
+
+def truth_of(run: RunConfig) -> SceneTruth | None:
+    """Return the truth about a run's pairs, or None for data of which nothing is known."""
+    return SceneTruth(run) if run.data.source == "scenes" else None
+
+
+def verdict(relevance: float | None, what: str) -> tuple[str, bool | None]:
+    """(badge, good) for a false negative: 'true of the picture' or how much of the caption holds."""
+    if relevance is None:
+        return "", None
+    if relevance == 1.0:
+        return f"true {what}", True
+    return f"{relevance:.0%} of it holds", False

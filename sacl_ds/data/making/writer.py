@@ -20,11 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sacl_ds.checksums import parsed, signed
 from sacl_ds.data.images import BadImage, examine
 from sacl_ds.data.making.record import BrokenSample, Record
-from sacl_ds.data.shards.layout import stats_path
+from sacl_ds.data.shards.tars import stats_path
 from sacl_ds.errors import UserError
+from sacl_ds.files import parsed, signed
 
 SKIPPED = "skipped.jsonl"
 _THREADS = 4

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import braceexpand
 
-from sacl_ds.config.paths import expanded
-from sacl_ds.config.typed import was_typed
+from sacl_ds.config.room import expanded, was_typed
 from sacl_ds.errors import UserError
 
 _MOST = 300_000  # shards that one pattern may stand for
@@ -32,7 +31,7 @@ def expand(pattern: str | Sequence[str], setting: str = "data.shards", *, typed:
     """Expand '/data/{000..010}.tar', '@list.txt' (a pattern a line), or several of them to the shards, in order.
 
     typed: the user wrote the pattern himself, on a command line or in Python, and may run commands by it; else only one
-    that `sacl_ds.config.typed` knows may. Raises UserError for no shard, a missing one, one that is named twice, and a
+    that `sacl_ds.config.room` knows may. Raises UserError for no shard, a missing one, one that is named twice, and a
     command that nobody typed.
     """
     shards = named(pattern, setting, typed=typed)

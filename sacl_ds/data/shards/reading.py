@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sacl_ds.data.faults import SampleFault
 from sacl_ds.data.order import Block, Place
-from sacl_ds.data.shards.cache import ShardCache
-from sacl_ds.data.shards.opening import Heart, Stream, open_shard, reason
+from sacl_ds.data.sample import SampleFault
+from sacl_ds.data.shards.opening import Heart, ShardCache, Stream, open_shard, reason
 from sacl_ds.data.shards.patterns import is_remote
 from sacl_ds.data.shards.tars import BadShard, samples_of, start_of
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.errors import CannotLoad, UserError
+from sacl_ds.files import require_unchanged
 from sacl_ds.model.placing import require_weights
-from sacl_ds.model.starts.quiet import quiet
 from sacl_ds.model.starts.weights_file import is_wrapped, read_weights
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show errors only and no bar until the block ends."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
 
 _FILES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")  # as they are sought
 

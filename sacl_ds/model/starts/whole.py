@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from sacl_ds.checksums import require_unchanged
 from sacl_ds.config import ModelConfig
 from sacl_ds.errors import UserError
+from sacl_ds.files import require_unchanged
 from sacl_ds.model.placing import place, require_parts, require_shapes
 from sacl_ds.model.sacl import MAX_LOGIT_SCALE, SaclModel
 from sacl_ds.model.saved import CONFIG, TOKENIZER, WEIGHTS, finished_weights, saved_model_config

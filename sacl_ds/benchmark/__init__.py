@@ -1,1 +1,0 @@
-"""The training step beside open_clip's: what tools/benchmark_step.py measures."""
