@@ -50,7 +50,9 @@ ALLOWED = {
     "weight_study": {
         "analysis", "config", "data", "errors", "evaluation", "files", "losses", "model", "training", "yaml_files",
     },
-    "patch_study": {"config", "data", "errors", "evaluation", "files", "model", "tasks", "training", "yaml_files"},
+    "patch_study": {
+        "analysis", "config", "data", "errors", "evaluation", "files", "model", "tasks", "training", "yaml_files",
+    },
     "scaling": {"config", "config_file", "ds_config", "errors", "model"},
     "training": {
         "files", "config", "data", "distributed", "ds_config", "errors", "faults", "launcher", "losses",

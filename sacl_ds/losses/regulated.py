@@ -299,9 +299,8 @@ def similarity_regulated_loss(
         settings: dict[str, object] = {**regulation.alike, "the backend": "reference" if tiles is None else "tiles"}
         settings |= {"statistics": bool(statistics)}
         settings |= {"soft_weight": float(soft_weight), "keys": keys and keys.kind, "logit_scale": logit_scale}
-        batch = GlobalBatch.gather(
-            (image, text), teacher, pair_ids, group, rows, known, tiles is None, settings, waits=statistics
-        )
+        compared = settings if known is None or statistics or not image.is_cuda else None  # else nothing waits
+        batch = GlobalBatch.gather((image, text), teacher, pair_ids, group, rows, known, tiles is None, compared)
         joint = None
         if keys is not None:
             from sacl_ds.losses.queue import dense_keys_loss, keys_loss

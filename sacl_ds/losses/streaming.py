@@ -100,14 +100,13 @@ class GlobalBatch:
         counts: list[int] | None = None,
         with_grad: bool = False,
         alike: Mapping[str, object] | None = None,
-        waits: bool = False,
     ) -> GlobalBatch:
         """Ask all ranks of `group`, which all call it. rows: (b, ...) to be sent by name; with_grad: and sent back.
 
         counts: where they are known, on all ranks or on none. Else the ranks exchange them, and compare what is to be
-        sent, and alike (`row_counts`). With counts these travel with the ids, so that no collective is added, and
-        are compared where the host does not wait for a device by that: on a CPU, and with `waits`. Without ids nothing
-        is compared then. Raises ValueError on every rank where no rank has a pair.
+        sent, and alike (`row_counts`). With counts these travel with the ids, so that no collective is added, and are
+        compared, for which the host waits, where there are ids and alike. Raises ValueError on every rank where no rank
+        has a pair.
         """
         image, text = features
         own_ids = None if pair_ids is None else ids_by_column(pair_ids)
@@ -125,7 +124,7 @@ class GlobalBatch:
             sent_counts = [count + int(known) for count in counts]
             parts = gather_rows(torch.cat([head, own_ids]), sent_counts, group).split(sent_counts)
             ids = torch.cat([part[int(known) :] for part in parts])
-            if known and (waits or not ids.is_cuda):
+            if known and alike is not None:
                 require_alike(torch.stack([part[0, 0] for part in parts]).tolist(), settings, group)
         send = gather_rows_with_grad if with_grad else start_gather_rows
         sent = {name: send(each, counts, group) for name, each in rows.items() if each is not None}
