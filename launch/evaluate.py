@@ -3,14 +3,12 @@
 import sys
 
 from sacl_ds.command_line import exit_status
-from sacl_ds.launcher import take_place
 from sacl_ds.tasks.configuration import read_evaluation_options
 
 EXAMPLE = "deepspeed launch/evaluate.py checkpoint=runs/vqa-scenes-001"
 
 
 def main() -> None:
-    take_place()
     run = read_evaluation_options(__doc__ or "", EXAMPLE)
     if run is None:
         return

@@ -3,14 +3,12 @@
 import sys
 
 from sacl_ds.command_line import exit_status, should_resume, under_supervision
-from sacl_ds.launcher import take_place
 from sacl_ds.tasks.configuration import read_finetune_options
 
 EXAMPLE = "deepspeed launch/finetune.py --task vqa --ds_config ds_configs/zero2.json checkpoint=runs/scenes-001"
 
 
 def main() -> int | None:
-    take_place()
     options, run = read_finetune_options(__doc__ or "", EXAMPLE)
     if run is None:
         return None

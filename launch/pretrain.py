@@ -11,13 +11,11 @@ from sacl_ds.command_line import (
     under_supervision,
 )
 from sacl_ds.config import RunConfig
-from sacl_ds.launcher import take_place
 
 EXAMPLE = "deepspeed --num_gpus 8 launch/pretrain.py --ds_config ds_configs/zero2.json train.steps=1000"
 
 
 def main() -> int | None:
-    take_place()
     options, run = read_options(training_parser(__doc__ or "", EXAMPLE), pretraining_config, RunConfig)
     if run is None:
         return None

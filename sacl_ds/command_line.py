@@ -128,6 +128,10 @@ def exit_status(main: Callable[[], int | None]) -> int:
     restarts.die_with_supervisor()
     guard: Callable[[], Guard | None] = current
     try:
+        if "RANK" not in os.environ:  # not started by deepspeed or torchrun
+            from sacl_ds.launcher import take_place
+
+            take_place()
         return main() or Exit.DONE
     except Stopped as stop:
         if _first():

@@ -55,12 +55,13 @@ def resolve_layers(layers: Sequence[Layer], root: type[Config]) -> Config:
         raise UserError(_explain(error, layers, root)) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, label: str | None = None) -> dict[str, Any]:
     """Read a configuration file without validating its settings.
 
-    Raises UserError, also where a finished run left it otherwise.
+    label: what error lines about a finished run begin with; None: its folder. Raises UserError, also where a
+    finished run left it otherwise.
     """
-    require_unchanged(path.parent, str(path.parent), path.name)
+    require_unchanged(path.parent, label or str(path.parent), path.name)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

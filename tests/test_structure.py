@@ -12,7 +12,6 @@ from documented import MISTAKES, mistakes_page
 # each room may import those named here (and the standard library and what is installed)
 ALLOWED = {
     "files": {"errors"},
-    "provenance": set(),
     "errors": set(),
     "config": {"config", "errors"},
     "yaml_files": {"errors"},
@@ -21,7 +20,7 @@ ALLOWED = {
     "machine": set(),
     "launcher": {"errors"},
     "ds_config": {"config", "errors", "machine"},
-    "command_line": {"config", "config_file", "config_help", "distributed", "errors", "faults"},
+    "command_line": {"config", "config_file", "config_help", "distributed", "errors", "faults", "launcher"},
     "distributed": {"errors"},
     "losses": {"distributed", "losses"},
     "faults": {"files", "errors", "faults"},
@@ -56,7 +55,7 @@ ALLOWED = {
     "scaling": {"config", "config_file", "ds_config", "errors", "model"},
     "training": {
         "files", "config", "data", "distributed", "ds_config", "errors", "faults", "launcher", "losses",
-        "machine", "model", "provenance", "telemetry", "training", "yaml_files",
+        "machine", "model", "telemetry", "training", "yaml_files",
     },
 }  # fmt: skip
 # what pre-training loads later, where a run asks for it, or never

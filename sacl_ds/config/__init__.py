@@ -3,8 +3,7 @@
 from sacl_ds.config.data import CaptionFilter, DataConfig, Detail, ScenesConfig
 from sacl_ds.config.loss import LossConfig, MomentumConfig, TeacherConfig
 from sacl_ds.config.model import PRESETS, ModelConfig, PatchSelectionConfig
-from sacl_ds.config.run import RecordsConfig, RunConfig
-from sacl_ds.config.training import KernelsConfig, OptimConfig, TrainConfig, TrainingConfig
+from sacl_ds.config.training import KernelsConfig, OptimConfig, RecordsConfig, RunConfig, TrainConfig, TrainingConfig
 
 __all__ = [
     "PRESETS",

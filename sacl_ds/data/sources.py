@@ -73,6 +73,7 @@ class TrainingData:
     source: Source
     order: GlobalOrder
     collator: Collator
+    canonical: View  # as evaluation sees samples
     fingerprint: str
 
 
@@ -112,7 +113,8 @@ def training_data(
     )
     batch = run.train.global_batch_size
     order = GlobalOrder(source.sets, batch, run.seed, data.streams, data.shuffle_buffer, source.weights)
-    return TrainingData(source, order, collator, _fingerprint(order, index))
+    canonical = View(CanonicalView(run.model.image_size), tokenizer)
+    return TrainingData(source, order, collator, canonical, _fingerprint(order, index))
 
 
 def _training_view(run: RunConfig) -> CanonicalView | TrainView:

@@ -17,7 +17,7 @@ from sacl_ds.evaluation.encoding import Encoded
 from sacl_ds.evaluation.first_stage import Ranked, rank_candidates
 from sacl_ds.evaluation.metrics import chance_recall
 from sacl_ds.evaluation.ranking import KS, Figures
-from sacl_ds.evaluation.retrieval_set import CocoIds
+from sacl_ds.evaluation.rounds import CocoIds
 
 DEPTH = 64  # of the lists: an image has up to 48 right captions, and ten captions are of none that the package knows
 _FOLDS = 5

@@ -14,8 +14,7 @@ from sacl_ds.data.sample import SampleFault
 from sacl_ds.data.text import attention_mask, pad
 from sacl_ds.distributed import gather_objects, gather_rows, rank, row_counts, world_size
 from sacl_ds.errors import SharedError
-from sacl_ds.evaluation.retrieval_set import Done, ImageRounds, LoadedImage, RetrievalSet
-from sacl_ds.evaluation.rounds import require_few, require_finite
+from sacl_ds.evaluation.rounds import Done, ImageRounds, LoadedImage, RetrievalSet, require_few, require_finite
 from sacl_ds.model.sacl import SaclModel
 
 

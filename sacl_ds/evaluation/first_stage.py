@@ -9,7 +9,7 @@ import numpy as np
 
 from sacl_ds.distributed import gather_objects, rank, world_size
 from sacl_ds.evaluation.metrics import average_precisions, best_relevant_places
-from sacl_ds.evaluation.retrieval_set import Done, unseen
+from sacl_ds.evaluation.rounds import Done, unseen
 
 _SCORES_AT_ONCE = 2**19
 

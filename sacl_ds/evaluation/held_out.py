@@ -35,7 +35,7 @@ def held_out_evaluator(run: RunConfig) -> Evaluator | None:
     def evaluate(model: SaclModel, view: View, device: torch.device) -> dict[str, tuple[float, float]]:
         from sacl_ds.evaluation.binding import binding_accuracy
         from sacl_ds.evaluation.retrieval import evaluate_retrieval
-        from sacl_ds.evaluation.retrieval_set import RetrievalSet
+        from sacl_ds.evaluation.rounds import RetrievalSet
 
         data = RetrievalSet(source, count, true_of_both)
         figures = evaluate_retrieval(model, data, view, device, batch_size).figures

@@ -15,7 +15,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.evaluation.encoding import Encoded, stacked
 from sacl_ds.evaluation.first_stage import Ranked
 from sacl_ds.evaluation.metrics import best_relevant_places
-from sacl_ds.evaluation.retrieval_set import Done, ImageRounds, RetrievalSet, unseen
+from sacl_ds.evaluation.rounds import Done, ImageRounds, RetrievalSet, unseen
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.model.vision import ImageStates
 

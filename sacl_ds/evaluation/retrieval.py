@@ -13,7 +13,7 @@ from sacl_ds.evaluation.encoding import Encoded, check, encode
 from sacl_ds.evaluation.first_stage import Ranked, rank_candidates
 from sacl_ds.evaluation.ranking import LISTED, Figures, Ranking, Truth, figures_of, ranking_of
 from sacl_ds.evaluation.rerank import candidate_scores, match_scores, reordered, with_similarity
-from sacl_ds.evaluation.retrieval_set import Done, RetrievalSet, unseen
+from sacl_ds.evaluation.rounds import Done, RetrievalSet, unseen
 from sacl_ds.model.sacl import SaclModel
 
 

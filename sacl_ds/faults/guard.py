@@ -18,8 +18,7 @@ from typing import Any, Literal
 import psutil
 
 from sacl_ds.errors import Fault, Stopped
-from sacl_ds.faults.heartbeat import Address, HeartbeatClient, HeartbeatServer
-from sacl_ds.faults.judging import Heartbeat, Limits
+from sacl_ds.faults.heartbeat import Address, Heartbeat, HeartbeatClient, HeartbeatServer, Limits
 from sacl_ds.faults.restarts import Exit, Status, attempt, may_follow, read_status
 
 _EVERY = 1.0  # seconds between looks at the launcher

@@ -17,7 +17,7 @@ from sacl_ds.config import ModelConfig, RunConfig, TrainingConfig
 from sacl_ds.config_file import read_yaml, resolve_layers
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
-from sacl_ds.files import require_unchanged, seal
+from sacl_ds.files import require_unchanged, seal, unseal
 from sacl_ds.model.placing import fill, require_weights
 from sacl_ds.model.sacl import SaclModel
 
@@ -46,6 +46,12 @@ def read_tensors(path: Path, label: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged header makes the library raise more than its own error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{label}: {path.name} cannot be read: {reason}") from None
+
+
+def begin_run(run: TrainingConfig, folder: Path) -> None:
+    """Write the configuration of a run that begins or goes on; what a finished one sealed there is open again."""
+    unseal(folder)
+    run.save(folder / CONFIG)
 
 
 def seal_run(folder: Path, *more: str) -> None:
@@ -93,7 +99,7 @@ def _model_config(folder: Path, values: dict[str, Any]) -> ModelConfig:
 
 def _run_config(folder: Path, setting: str) -> RunConfig:
     """Read the configuration of a pre-training run, or of one fine-tuned for retrieval, whose model is the same."""
-    values = read_yaml(folder / CONFIG)
+    values = read_yaml(folder / CONFIG, f"{setting}={folder}")
     task = values.get("task")
     if task is None:
         return resolve_layers([(f"in {folder / CONFIG}", values)], RunConfig)

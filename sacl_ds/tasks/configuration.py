@@ -55,7 +55,7 @@ def evaluation_config(task: str | None, file: str | None, overrides: list[str]) 
             "checkpoint is missing: checkpoint=RUN, the directory of a finished run, or RUN/checkpoints/step_N"
         )
     folder = run_of(str(said["checkpoint"]))
-    theirs = read_yaml(folder / CONFIG)
+    theirs = read_yaml(folder / CONFIG, f"checkpoint={folder}")
     if "task" in theirs:
         their_data = theirs.get("data")
         if not isinstance(their_data, dict) or "source" not in their_data:
@@ -111,7 +111,7 @@ def _defaults(task: str, said: dict[str, Any]) -> list[Layer]:
 
 def _model_of(folder: Path) -> Layer:
     """Return the model settings of a run, to start from."""
-    theirs = read_yaml(folder / CONFIG).get("model")
+    theirs = read_yaml(folder / CONFIG, f"checkpoint={folder}").get("model")
     if not isinstance(theirs, dict):
         raise UserError(f"{folder / CONFIG} has no room 'model'; give the directory of a run")
     return f"in {folder / CONFIG}", {"model": {**theirs, **_ORIGIN}}

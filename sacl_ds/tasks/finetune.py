@@ -29,7 +29,7 @@ from sacl_ds.tasks.examples import example_order
 from sacl_ds.tasks.task import EvaluationContext, Task, task_of
 from sacl_ds.telemetry.plots import plot_run
 from sacl_ds.telemetry.progress import RunProgress, duration
-from sacl_ds.training.checkpoint import Identity
+from sacl_ds.training.checkpoint_folder import Identity
 from sacl_ds.training.engine import consolidated_state_dict, prepare_model
 from sacl_ds.training.health import optimizer_step
 from sacl_ds.training.run import RECORDS, START, Job, opened, train

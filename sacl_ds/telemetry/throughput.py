@@ -59,10 +59,9 @@ class Throughput:
 
     def add(self, attention_mask: Tensor) -> None:
         """Add the (b, L) mask of a step's texts on this rank. Nothing waits for the device."""
-        if self.flops is not None:
-            tokens = attention_mask.sum(1).double()
-            found = torch.stack([torch.ones_like(tokens).sum(), tokens.sum(), tokens.square().sum()])
-            self._lengths += found.to(self.device, non_blocking=True)
+        tokens = attention_mask.sum(1).double()
+        found = torch.stack([torch.ones_like(tokens).sum(), tokens.sum(), tokens.square().sum()])
+        self._lengths += found.to(self.device, non_blocking=True)
 
     def lengths(self) -> Tensor:
         """Return and reset the sums since the last call, on this rank: (3,) float64 rows, tokens, squares of tokens a

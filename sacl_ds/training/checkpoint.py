@@ -7,10 +7,13 @@ ranks, and leave out what is not trained (0.19.8).
 
 from __future__ import annotations
 
+import platform
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,6 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from sacl_ds import provenance
 from sacl_ds.distributed import barrier, broadcast_object, gather_objects, raise_on_all_ranks, rank, world_size
 from sacl_ds.ds_config import zero_stage
 from sacl_ds.errors import FULL, UserError
@@ -31,9 +33,11 @@ from sacl_ds.training.checkpoint_folder import (
     LATEST,
     MOMENTUM,
     STATE,
+    Identity,
     Manifest,
     Retention,
     RunState,
+    Standing,
     complete,
     frozen_tensors,
     incomplete,
@@ -55,23 +59,6 @@ if TYPE_CHECKING:  # not every run has one
     from sacl_ds.model.momentum import Momentum
 
 _KEEP_ALL = Retention()
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Identity of a checkpoint's run. vocabulary: the tokenizer's fingerprint; data: the global order's."""
-
-    vocabulary: str
-    data: str
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Values saved beside a run's state: schedules as they stand, held-out metrics of this step."""
-
-    schedules: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,7 +99,7 @@ def save(
                     step=step, world=world_size(), zero_stage=zero_stage(engine.config), vocabulary=identity.vocabulary,
                     data=identity.data, optimizer_step=fragments.optimizer_step(engine), seed=identity.seed,
                     loss_scale=_loss_scale(engine), schedules=standing.schedules, figures=standing.figures,
-                    versions=provenance.versions(), commit=provenance.commit(),
+                    versions=versions(), commit=commit(),
                 )  # fmt: skip
                 if momentum:  # the same on all ranks
                     tensors = momentum.state()
@@ -285,3 +272,33 @@ def _restore_loss_scale(engine: DeepSpeedEngine, saved: dict[str, float]) -> Non
     if scaler and saved:
         whole = {name: int(value) for name, value in saved.items() if name in ("growth_interval", "_growth_tracker")}
         scaler.load_state_dict(saved | whole)
+
+
+PACKAGES = ("sacl_ds", "torch", "deepspeed", "transformers", "timm", "webdataset", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Return {package: version}, Python's among them; "absent" where one is not installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def commit() -> str:
+    """Return the git commit of this package's checkout, with "+" where tracked files differ; "" where it is none."""
+    here = Path(__file__).resolve().parent
+    try:
+        named = _git(here, "rev-parse", "HEAD")
+        tracked = _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        return named + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "") if tracked else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()

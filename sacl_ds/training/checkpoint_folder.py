@@ -23,7 +23,6 @@ from sacl_ds.errors import UserError
 from sacl_ds.files import Written, first_changed, write_manifest
 from sacl_ds.files import read_manifest as read_sealed
 from sacl_ds.model import saved
-from sacl_ds.training.tensor_files import Fragments
 
 
 class Judged(Protocol):
@@ -71,6 +70,23 @@ FOLDER, LATEST, STATE, MANIFEST = "checkpoints", "latest", "state.json", "manife
 FROZEN, MOMENTUM = "frozen.safetensors", "momentum.safetensors"
 FORMAT = 2  # 1 was DeepSpeed's own
 _TAG = re.compile(r"step_([0-9]{8,})")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Identity of a checkpoint's run. vocabulary: the tokenizer's fingerprint; data: the global order's."""
+
+    vocabulary: str
+    data: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Values saved beside a run's state: schedules as they stand, held-out metrics of this step."""
+
+    schedules: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,6 +197,8 @@ def rank_files(folder: Path, manifest: Manifest) -> list[Path]:
 
 def trained_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Read all trained parameters, fp32, on the CPU, as the engine's module names them. Raises UserError."""
+    from sacl_ds.training.tensor_files import Fragments
+
     return Fragments(rank_files(folder, manifest)).whole("weight", manifest.shapes)
 
 

@@ -25,7 +25,6 @@ from sacl_ds.distributed import barrier, broadcast_object, rank, world_size
 from sacl_ds.ds_config import EngineConfig
 from sacl_ds.errors import UserError
 from sacl_ds.faults.guard import Ranks
-from sacl_ds.launcher import take_place
 from sacl_ds.machine import Machine, this_machine
 
 
@@ -56,7 +55,10 @@ def start_process() -> tuple[torch.device, Machine]:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # a script started by its interpreter's path lacks what activation adds: ninja, for what DeepSpeed compiles
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    take_place()
+    if "RANK" not in os.environ:
+        from sacl_ds.launcher import take_place
+
+        take_place()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

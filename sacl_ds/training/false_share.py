@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sacl_ds.config import RunConfig
-from sacl_ds.data.batch import Batch
-from sacl_ds.distributed import gather_rows, row_counts
+from sacl_ds.data.loader import BatchLoader
+from sacl_ds.data.sources import TrainingData
+from sacl_ds.distributed import gather_rows, rank, row_counts, world_size
 from sacl_ds.errors import UserError
 from sacl_ds.model.teacher import Teacher, teacher_features
 
@@ -37,7 +37,7 @@ def falling_weights(cosines: np.ndarray, share: float, teacher_sharpness: float)
 
 
 def with_falling_weights(
-    run: RunConfig, batches: Iterator[Batch], teacher: Teacher, device: torch.device
+    run: RunConfig, data: TrainingData, teacher: Teacher, device: torch.device
 ) -> tuple[RunConfig, str]:
     """Calibrate the regulation so that weights fall for loss.false_share of the negatives, by the teacher's cosine.
 
@@ -48,6 +48,7 @@ def with_falling_weights(
     share = run.loss.false_share
     assert share is not None
     sharpness = FALLING_SHARPNESS if run.loss.teacher_sharpness is None else run.loss.teacher_sharpness
+    batches = iter(BatchLoader(data.source, data.order, data.collator, rank=rank(), world=world_size(), workers=0))
     cosines: list[Tensor] = []
     seen = 0
     while seen < _PAIRS:

@@ -20,8 +20,7 @@ from sacl_ds.faults.guard import Guard
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.telemetry.records import MetricLog
 from sacl_ds.telemetry.throughput import Throughput, device_peak, take_memory_peak
-from sacl_ds.training import checkpoint
-from sacl_ds.training.checkpoint_folder import Retention, figures_of
+from sacl_ds.training.checkpoint_folder import Retention, Standing, figures_of
 from sacl_ds.training.engine import set_learning_rates
 from sacl_ds.training.health import BadSteps, Ledger, Stops
 from sacl_ds.training.schedules import learning_rate_factor
@@ -45,7 +44,7 @@ class Loop:
         training = self.training
         self.run, self.task = training.run, training.task
         peak = device_peak(self.device, self.run.train.precision)
-        self.throughput = Throughput(self.task.rows, self.device, world_size(), training.row_flops, peak)
+        self.throughput = Throughput(self.task.rows, self.device, world_size(), None, peak)
         self.stops = Stops(self.device)
         self.rows, self.passes = self.run.micro_batches(world_size())
 
@@ -78,7 +77,7 @@ class Loop:
             self.guard.at(step, "starting" if first else "step")
             waited += time.perf_counter() - before
             ledger.add(batch.faults)
-            if self.training.row_flops is not None:
+            if self.training.row_flops:
                 self.throughput.add(batch.attention_mask)
             done = step + 1
             logged = done % train.log_every == 0 or done == train.steps or step == start
@@ -122,7 +121,9 @@ class Loop:
             like = nearest(keep.best, judged) or next(iter(judged))
             raise UserError(f"train.keep_best={keep.best}: no such held-out figure; there is {like}")
         self.guard.at(done, "saving")
-        standing = checkpoint.Standing(self.schedules(done), figures_of(judged))
+        from sacl_ds.training import checkpoint  # no run needs it before its first one
+
+        standing = Standing(self.schedules(done), figures_of(judged))
         folder, identity = self.training.folder, self.training.identity
         checkpoint.save(self.engine, folder, done, identity, self.task.momentum, keep, standing)
         self.guard.saved(done)
@@ -188,6 +189,8 @@ class Loop:
             torch.cuda.synchronize(self.device)  # else the clock stops while steps are still queued
         seconds = max(time.perf_counter() - clock, 1e-9)
         throughput, batch = self.throughput, self.run.train.global_batch_size
+        if self.training.row_flops:
+            throughput.flops = self.training.row_flops()
         figures = throughput.settle(done, steps, seconds, batch, sum_over_ranks(throughput.lengths()))
         peak = torch.tensor([take_memory_peak(self.device)], dtype=torch.float64, device=self.device)
         self.stops.pace(seconds / max(steps, 1))

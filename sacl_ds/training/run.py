@@ -20,7 +20,6 @@ from sacl_ds.machine import Machine
 from sacl_ds.telemetry.progress import RunProgress
 from sacl_ds.telemetry.records import FOLDER as WEIGHT_RECORDS
 from sacl_ds.telemetry.records import METRICS, MetricLog
-from sacl_ds.training import checkpoint
 from sacl_ds.training.checkpoint_folder import latest
 from sacl_ds.training.engine import build_engine, cores, local_ranks, ranks
 from sacl_ds.training.health import BAD_STEPS
@@ -106,6 +105,8 @@ def train(training: Training, job: Job, guard: Guard, progress: RunProgress, res
     start, resumed = 0, None
     with raise_on_all_ranks():
         if resume:
+            from sacl_ds.training import checkpoint
+
             resumed = checkpoint.resume(engine, folder, training.identity, task.momentum, training.id_columns)
             start = resumed.state.step
         task.begin(engine, start if resume else None)

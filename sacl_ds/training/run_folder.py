@@ -15,7 +15,7 @@ from typing import IO, Any
 from sacl_ds.config import ModelConfig, TrainingConfig
 from sacl_ds.distributed import broadcast_object, gather_objects, raise_on_all_ranks, rank
 from sacl_ds.errors import SharedError, UserError
-from sacl_ds.faults.judging import Limits
+from sacl_ds.faults.heartbeat import Limits
 from sacl_ds.files import require_unchanged
 from sacl_ds.model.saved import CONFIG, WEIGHTS
 from sacl_ds.training.checkpoint_folder import latest

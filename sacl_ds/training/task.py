@@ -3,10 +3,12 @@ hooks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
@@ -16,13 +18,24 @@ from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.sample import Source
 from sacl_ds.ds_config import EngineConfig
 from sacl_ds.telemetry.throughput import RowFlops
-from sacl_ds.training.checkpoint import Identity
+from sacl_ds.training.checkpoint_folder import Identity
 from sacl_ds.training.step import Losses, Step
 
 if TYPE_CHECKING:  # not every run has one
+    from sacl_ds.config import RunConfig
+    from sacl_ds.data.batch import View
     from sacl_ds.model.momentum import Momentum
+    from sacl_ds.model.sacl import SaclModel
 
 Figures = dict[str, tuple[float, float]]  # {name: (value, chance)} of an evaluation
+
+
+class Evaluator(Protocol):
+    def __call__(self, model: SaclModel, view: View, device: torch.device) -> Figures:
+        """Evaluate the model: {name: (value, chance)}; every rank calls it."""
+
+
+Evaluators: TypeAlias = "Callable[[RunConfig], Evaluator | None]"  # what a phase is judged by
 
 
 class TrainingTask:
@@ -71,7 +84,7 @@ class Training:
 
     objective: the module whose forward returns the losses, with the model in its attribute `model`. identity: what its
     checkpoints belong to. workers: loader processes asked for. max_bad_share: how many samples may be unusable.
-    id_columns: ids of a pair. row_flops: None where unknown.
+    id_columns: ids of a pair. row_flops: computes the FLOPs of a row for the log.
     """
 
     run: TrainingConfig
@@ -86,4 +99,4 @@ class Training:
     workers: int | None
     max_bad_share: float
     id_columns: int = 1
-    row_flops: RowFlops | None = None
+    row_flops: Callable[[], RowFlops | None] | None = None

@@ -134,6 +134,9 @@ def test_features_are_kept(tmp_path: Path) -> None:
     assert again.teacher is None
     assert again.urls == [""] * 50
     (tmp_path / "g/samples.parquet").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"samples\.parquet: its checksum is not that of its manifest"):
+        Pairs.load(tmp_path / "g")
+    (tmp_path / "g/checksums.json").unlink()
     with pytest.raises(UserError, match="no features that can be read"):
         Pairs.load(tmp_path / "g")
     replace(pairs, image=pairs.image[:-1]).save(tmp_path / "h")

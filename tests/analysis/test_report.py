@@ -304,7 +304,9 @@ def test_training_shards_that_are_gone(shards: Path, tmp_path: Path, browser: Br
 
 
 def test_a_run_that_is_not_finished(scenes: Path, tmp_path: Path, browser: Browser) -> None:
-    run = shutil.copytree(scenes, tmp_path / "running", ignore=shutil.ignore_patterns("report", "model.safetensors"))
+    run = shutil.copytree(
+        scenes, tmp_path / "running", ignore=shutil.ignore_patterns("report", "model.safetensors", "checksums.json")
+    )
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 6, "caution": "<b>sharpness</b> nears the logit scale"}) + "\n")
     for path in (run / "weights").iterdir():  # a single record

@@ -10,7 +10,7 @@ from PIL import Image
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.ranking import Listed, Ranking
 from sacl_ds.evaluation.retrieval import evaluate_retrieval
-from sacl_ds.evaluation.retrieval_set import pictures_of
+from sacl_ds.evaluation.rounds import pictures_of
 from sacl_ds.tasks.retrieval.gallery import TOP, draw_gallery, telling
 from sacl_ds.telemetry.sheet import MARKED
 

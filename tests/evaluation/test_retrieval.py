@@ -18,7 +18,7 @@ from sacl_ds.evaluation.first_stage import best, mean_precisions, rank_candidate
 from sacl_ds.evaluation.metrics import mean_average_precision, recall_at_k
 from sacl_ds.evaluation.rerank import match_scores, reordered
 from sacl_ds.evaluation.retrieval import evaluate_retrieval
-from sacl_ds.evaluation.retrieval_set import ImageRounds, pictures_of
+from sacl_ds.evaluation.rounds import ImageRounds, pictures_of
 from sacl_ds.tasks.retrieval.task import karpathy_images, retrieval_set
 
 VIEW = retrieving.view()

@@ -12,7 +12,7 @@ from sacl_ds.evaluation.encoding import Encoded
 from sacl_ds.evaluation.first_stage import rank_candidates
 from sacl_ds.evaluation.rerank import reordered
 from sacl_ds.evaluation.retrieval import evaluate_retrieval
-from sacl_ds.evaluation.retrieval_set import CocoIds
+from sacl_ds.evaluation.rounds import CocoIds
 
 DEPTH, MOVED = 64, 30
 STRANGERS = 3  # captions of the set that the package does not know, as the split has ten

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from sacl_ds.faults import heartbeat
-from sacl_ds.faults.heartbeat import Address, HeartbeatClient, HeartbeatServer
-from sacl_ds.faults.judging import Heartbeat, Limits
+from sacl_ds.faults.heartbeat import Address, Heartbeat, HeartbeatClient, HeartbeatServer, Limits
 
 INTERVAL = 0.25  # seconds between beats here
 LIMITS = Limits(peer=1.5, step=600)
@@ -27,7 +26,7 @@ SILENCE = LIMITS.peer + 2 * INTERVAL  # seconds after which nothing is to have b
 CLIENT = """
 import os, sys
 from sacl_ds.faults import heartbeat
-from sacl_ds.faults.judging import Heartbeat, Limits
+from sacl_ds.faults.heartbeat import Heartbeat, Limits
 heartbeat.INTERVAL = float(sys.argv.pop())
 host, port, token, rank, doing = sys.argv[1:]
 now = lambda: Heartbeat(int(rank), "there", os.getpid(), 7, doing, 0.0)
@@ -43,7 +42,7 @@ for line in sys.stdin:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "INTERVAL", INTERVAL)
-    monkeypatch.setattr(heartbeat, "_TOLD", 3 * INTERVAL)
+    monkeypatch.setattr(heartbeat, "_TOLD", 8 * INTERVAL)
 
 
 @dataclass
@@ -252,7 +251,7 @@ def test_the_end_of_a_run_takes_its_time(job: Callable[..., Job]) -> None:
 SERVER = """
 import os, sys, time
 from sacl_ds.faults import heartbeat
-from sacl_ds.faults.judging import Heartbeat, Limits
+from sacl_ds.faults.heartbeat import Heartbeat, Limits
 heartbeat.INTERVAL = float(sys.argv[1])
 message = Heartbeat(0, "here", os.getpid(), 7, "step", 0.0)
 server = heartbeat.HeartbeatServer("127.0.0.1", lambda: message, Limits(1.5, 600), print, 3)

@@ -7,7 +7,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sacl_ds.faults.judging import Heard, Heartbeat, Limits, verdict
+from sacl_ds.faults.heartbeat import Heard, Heartbeat, Limits, verdict
 from sacl_ds.faults.restarts import Status, may_follow
 
 LIMITS = Limits(peer=60, step=600)

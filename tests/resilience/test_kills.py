@@ -18,9 +18,9 @@ from killing import Death, Log, Paces, Plan, kill, plans
 from safetensors.torch import load_file
 from starting import SMALL, program
 
-from sacl_ds import provenance
 from sacl_ds.faults.restarts import Exit, Status, read_status
 from sacl_ds.telemetry.records import read
+from sacl_ds.training.checkpoint import versions as installed
 from sacl_ds.training.checkpoint_folder import FOLDER, complete, latest, read_checkpoint, read_manifest, verify
 
 SOON = 15  # seconds in which no process of the run is left
@@ -171,7 +171,7 @@ def page_of(told: list[Told], difference: Difference, seed: int) -> str:
     lost = [each.death.step - (each.after or 0) for each in told]
     saving = sum(each.death.phase.startswith(SAVING) for each in told)
     half = sum(bool(each.death.left.writing or each.death.left.removing) for each in told)
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
+    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
     return "\n".join(
         (
             f"{len(told)} kills (seed {seed}), {saving} of them while a checkpoint was saved; {half} left a checkpoint "

@@ -15,7 +15,7 @@ from sacl_ds.data.pictures import Picture
 from sacl_ds.data.scenes import Scenes, SceneSource
 from sacl_ds.data.text import Tokenizer, train_wordpiece
 from sacl_ds.data.transforms import CanonicalView
-from sacl_ds.evaluation.retrieval_set import RetrievalSet
+from sacl_ds.evaluation.rounds import RetrievalSet
 from sacl_ds.model.sacl import SaclModel
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from sacl_ds.telemetry.peaks import dense_peak
 from sacl_ds.telemetry.records import read
 from sacl_ds.telemetry.throughput import WARM_UP, RowFlops, Throughput, flops_text, take_memory_peak
 from sacl_ds.training.objective import PretrainObjective, Targets
-from sacl_ds.training.pretrain import pair_flops
+from sacl_ds.training.pretrain_task import pair_flops
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(whole: Path, folder: Path) -> Path:
     """The run as it was when stopped after step 4."""
     shutil.copytree(whole, folder)
-    (folder / "model.safetensors").unlink()
+    for name in ("model.safetensors", "checksums.json"):
+        (folder / name).unlink()
     shutil.rmtree(folder / "checkpoints/step_00000008")
     (folder / "checkpoints/latest").write_text("step_00000004")
     return folder

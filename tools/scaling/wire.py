@@ -94,7 +94,7 @@ def contrastive(job: PlannedJob) -> list[Transfer]:
     share = -(-job.pairs // _PARTS)
     sums = 5 * (2 if settings.loss.drop_below is not None else 1)  # greatest of two, then sums of three
     made = [
-        Transfer("ids", "all-gather", _ID * texts * job.id_columns),
+        Transfer("ids", "all-gather", _ID * (texts + job.world) * job.id_columns),  # and a row of settings a rank
         Transfer("text features", "all-gather", FLOAT * texts * width),
         Transfer("sums over texts", "all-reduce", FLOAT * texts * sums),
         Transfer("texts' weights", "all-gather", FLOAT * texts),
@@ -109,7 +109,7 @@ def contrastive_with_keys(job: PlannedJob) -> list[Transfer]:
     """List the transfers of the loss against a momentum model's keys: both sides' keys travel, no gradient returns."""
     texts = job.run.train.global_batch_size
     return [
-        Transfer("ids", "all-gather", _ID * texts * job.id_columns),
+        Transfer("ids", "all-gather", _ID * (texts + job.world) * job.id_columns),  # and a row of settings a rank
         Transfer("keys", "all-gather", 2 * FLOAT * texts * job.run.model.embed_dim),
         Transfer("teacher's features", "all-gather", 2 * FLOAT * texts * job.teacher_width),
     ]

@@ -19,7 +19,7 @@ from sacl_ds.model.sacl import SaclModel
 from sacl_ds.telemetry.throughput import RowFlops
 from sacl_ds.training.engine import build_engine, prepare_model, set_learning_rates
 from sacl_ds.training.objective import Features, PretrainObjective, Targets, step_regulation
-from sacl_ds.training.pretrain import pair_flops
+from sacl_ds.training.pretrain_task import pair_flops
 from sacl_ds.training.step import FrozenModels, Losses, contrastive_step
 from sacl_ds.training.step import Step as TrainingStep
 from step_benchmark.setting import BenchmarkSetting

@@ -22,7 +22,7 @@ from sacl_ds.data.scenes import SceneSource
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.errors import UserError
 from sacl_ds.evaluation.retrieval import RetrievalResult, evaluate_retrieval
-from sacl_ds.evaluation.retrieval_set import CocoIds, RetrievalSet, pictures_of
+from sacl_ds.evaluation.rounds import CocoIds, RetrievalSet, pictures_of
 from sacl_ds.files import write_text
 from sacl_ds.model.sacl import SaclModel
 from sacl_ds.tasks.examples import ExampleSource, ImageFile, images_folder, scenes_of
