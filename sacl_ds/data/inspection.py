@@ -17,8 +17,8 @@ import numpy as np
 
 from sacl_ds.data.captions import BadText, captions_of
 from sacl_ds.data.images import BadImage, ImageFacts, examine
-from sacl_ds.data.shards.patterns import is_remote
-from sacl_ds.data.shards.tars import PROBLEM, image_of, read_samples, stats_path
+from sacl_ds.data.shards.patterns import is_remote, stats_path
+from sacl_ds.data.shards.tars import PROBLEM, image_of, read_samples
 from sacl_ds.errors import UserError
 from sacl_ds.files import parsed
 

@@ -21,9 +21,9 @@ from sacl_ds.data.shards import index, reading
 from sacl_ds.data.shards import opening as shard_cache
 from sacl_ds.data.shards.index import index_shards
 from sacl_ds.data.shards.opening import Heart, ShardCache, open_shard
+from sacl_ds.data.shards.patterns import stats_path
 from sacl_ds.data.shards.reading import ShardReading
 from sacl_ds.data.shards.source import ReadAhead
-from sacl_ds.data.shards.tars import stats_path
 from sacl_ds.errors import UserError
 
 SIZES = (15, 20, 12)

@@ -10,8 +10,7 @@ from tars import sample, write_tar, write_tars
 
 from sacl_ds.data.order import GlobalOrder
 from sacl_ds.data.shards.index import index_shards
-from sacl_ds.data.shards.patterns import expand
-from sacl_ds.data.shards.tars import stats_path
+from sacl_ds.data.shards.patterns import expand, stats_path
 from sacl_ds.errors import UserError
 
 

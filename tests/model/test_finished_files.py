@@ -37,7 +37,7 @@ from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import Sample
 from sacl_ds.data.scenes import Scenes, SceneSource
 from sacl_ds.data.shards.index import count_samples, index_shards
-from sacl_ds.data.shards.tars import stats_path
+from sacl_ds.data.shards.patterns import stats_path
 from sacl_ds.data.teacher_features import FeatureFolder, FeatureReader, ShardFeatures
 from sacl_ds.data.text import Tokenizer
 from sacl_ds.data.transforms import CanonicalView

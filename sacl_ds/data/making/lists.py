@@ -20,7 +20,7 @@ from sacl_ds.data.karpathy import karpathy_split
 from sacl_ds.data.making.record import ImageFileLoader, Record, no_image
 from sacl_ds.data.making.tables import table_records
 from sacl_ds.data.scenes import Scenes
-from sacl_ds.data.shards.tars import IMAGE_EXTENSIONS
+from sacl_ds.data.shards.patterns import IMAGE_EXTENSIONS
 from sacl_ds.errors import UserError
 
 

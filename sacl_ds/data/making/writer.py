@@ -22,7 +22,7 @@ from typing import Any
 
 from sacl_ds.data.images import BadImage, examine
 from sacl_ds.data.making.record import BrokenSample, Record
-from sacl_ds.data.shards.tars import stats_path
+from sacl_ds.data.shards.patterns import stats_path
 from sacl_ds.errors import UserError
 from sacl_ds.files import parsed, signed
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sacl_ds.data.shards.opening import open_shard, reason
-from sacl_ds.data.shards.patterns import is_gone, is_remote, missing_shards, named
-from sacl_ds.data.shards.tars import count_in, stats_path
+from sacl_ds.data.shards.patterns import is_gone, is_remote, missing_shards, named, stats_path
+from sacl_ds.data.shards.tars import count_in
 from sacl_ds.errors import UserError
 from sacl_ds.files import parsed, signed
 

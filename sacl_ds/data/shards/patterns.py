@@ -12,6 +12,8 @@ import braceexpand
 from sacl_ds.config.room import expanded, was_typed
 from sacl_ds.errors import UserError
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of files in a shard, as img2dataset has them
+
 _MOST = 300_000  # shards that one pattern may stand for
 # what a list or a saved configuration may name; other protocols of fsspec open files in files and run templates
 _PLAIN = ("http", "https", "ftp", "s3", "s3a", "gs", "gcs", "hf", "ais", "az", "abfs", "abfss", "adl", "oci", "hdfs")
@@ -119,3 +121,9 @@ def _braces(pattern: str, setting: str) -> list[str]:
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or "no text"
+
+
+def stats_path(shard: str | Path) -> Path:
+    """Return the path of a shard's stats file: 00012.tar -> 00012_stats.json."""
+    shard = Path(shard)
+    return shard.with_name(f"{shard.stem}_stats.json")

@@ -18,8 +18,9 @@ from sacl_ds.data.pictures import Picture
 from sacl_ds.data.sample import BadSample, Sample, SampleFault
 from sacl_ds.data.shards.index import ShardIndex
 from sacl_ds.data.shards.opening import Heart, ShardCache
+from sacl_ds.data.shards.patterns import IMAGE_EXTENSIONS
 from sacl_ds.data.shards.reading import RawSample, ShardReading
-from sacl_ds.data.shards.tars import IMAGE_EXTENSIONS, PROBLEM, image_of
+from sacl_ds.data.shards.tars import PROBLEM, image_of
 from sacl_ds.errors import UserError
 
 Item = TypeVar("Item")

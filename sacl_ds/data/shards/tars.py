@@ -19,23 +19,13 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 from webdataset.tariterators import base_plus_ext
 
 from sacl_ds.data.shards.opening import Heart, Stream, open_shard, reason
-from sacl_ds.data.shards.patterns import is_remote
+from sacl_ds.data.shards.patterns import IMAGE_EXTENSIONS, is_remote
 from sacl_ds.errors import UserError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
-
-def stats_path(shard: str | Path) -> Path:
-    """Return the path of a shard's stats file: 00012.tar -> 00012_stats.json."""
-    shard = Path(shard)
-    return shard.with_name(f"{shard.stem}_stats.json")
-
 
 _BLOCK = 512  # bytes, of a tar's headers and padding
 _FARTHEST = 1 << 62  # bytes into a file
