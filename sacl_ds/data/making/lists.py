@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -19,9 +19,11 @@ from sacl_ds.data.json_files import each_entry, inside, read_json, text_of
 from sacl_ds.data.karpathy import karpathy_split
 from sacl_ds.data.making.record import ImageFileLoader, Record, no_image
 from sacl_ds.data.making.tables import table_records
-from sacl_ds.data.scenes import Scenes
 from sacl_ds.data.shards.patterns import IMAGE_EXTENSIONS
 from sacl_ds.errors import UserError
+
+if TYPE_CHECKING:  # it draws with torch
+    from sacl_ds.data.scenes import Scenes
 
 
 class FolderRecords:
@@ -195,6 +197,8 @@ class SceneRecords:
 
 def scene_records(count: int, seed: int, image_size: int, detail: str) -> SceneRecords:
     """Return records of `count` built-in scenes."""
+    from sacl_ds.data.scenes import Scenes
+
     return SceneRecords(Scenes(count, seed, image_size, detail))
 
 
