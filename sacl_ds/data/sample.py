@@ -107,6 +107,3 @@ class Source(Protocol):
 
     def captions(self, limit: int) -> Iterator[str]:
         """Yield captions of the first samples, at most `limit`, on which a vocabulary is trained."""
-
-    def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
-        """Decode every world-th of the first `limit` samples in their stored order, from number `rank` on."""

@@ -237,7 +237,3 @@ class SceneSource:
             yield from (caption.text for caption in self.scenes.captions(index))
             yield from (text for _, question, answer in self.scenes.questions(index) for text in (question, answer))
             yield self.scenes.pair_statement(index, (index + 1) % len(self.scenes))[0]
-
-    def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
-        for index in range(rank, min(len(self.scenes), limit or len(self.scenes)), world):
-            yield self.decode(index)

@@ -85,13 +85,8 @@ def ndcg(scores: np.ndarray, gains: np.ndarray, k: int) -> float:
     return float((reached[best > 0] / best[best > 0]).mean()) if (best > 0).any() else float("nan")
 
 
-def chance_recall_at_k(relevance: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
-    """Expected `recall_at_k` of a random ranking without ties."""
-    return chance_recall(relevance.sum(1), relevance.shape[1], ks)
-
-
 def chance_recall(counts: np.ndarray, candidates: int, ks: Sequence[int]) -> dict[int, float]:
-    """`chance_recall_at_k` where query i has counts[i] relevant ones among so many candidates."""
+    """Expected `recall_at_k` of a random ranking without ties; query i has counts[i] relevant candidates."""
     different, times = np.unique(counts, return_counts=True)
     result: dict[int, float] = {}
     for k in ks:

@@ -44,10 +44,6 @@ class ExampleSource:
     def captions(self, limit: int) -> Iterator[str]:
         raise NotImplementedError  # of a task, its texts are (`sacl_ds.tasks`)
 
-    def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Any]:
-        for number in range(rank, min(len(self.examples), limit or len(self.examples)), world):
-            yield self.decode(number)
-
 
 def example_order(source: ExampleSource, global_batch_size: int, seed: int) -> GlobalOrder:
     """Make the global order of examples: shuffled with 130,000 others, in most sets with all.

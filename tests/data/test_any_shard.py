@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sources import samples_of
 from tars import collator, jpeg, loader, sample, write_tar
 
 from sacl_ds.data.captions import BadText, captions_of, normalised
@@ -279,5 +280,5 @@ def test_the_changes_are_seen(folder: Path) -> None:
     """Of the tar that is mutated, four samples are read as it stands; else the trials would show nothing."""
     (folder / "shard.tar").write_bytes(mutated([], [(HEADERS[1], 148, 0)], len(WHOLE)))
     source = ShardSource(ShardIndex([str(folder / "shard.tar")], [[4]]))
-    assert [made.captions for made in source.iterate(None, 0, 1)] == [["one", "two"]] * 4
+    assert [made.captions for made in samples_of(source)] == [["one", "two"]] * 4
     assert len(HEADERS) == 24

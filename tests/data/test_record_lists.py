@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
+from sources import samples_of
 
 from sacl_ds.data.images import BadImage, examine
 from sacl_ds.data.making.lists import coco_records, folder_records, karpathy_records, table_records
@@ -34,7 +35,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     done = sources.run("make_shards", *arguments, "--out", tmp_path / "out", "--per-shard", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"3 samples in 2 shards under {tmp_path / 'out'} (0 were there already)\n"
-    found = list(ShardSource(index_shards(str(tmp_path / "out/{00000..00001}.tar"))).iterate(None, 0, 1))
+    found = list(samples_of(ShardSource(index_shards(str(tmp_path / "out/{00000..00001}.tar")))))
     assert [sample.key for sample in found] == ["000000000", "000000001", "000000002"]
     assert [sample.captions for sample in found] == captions
     assert [sample.image_bytes for sample in found] == [data for _, data in made]
@@ -53,7 +54,7 @@ def test_images_inside_parquet(form: str, tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "t.parquet")
     records = table_records(tmp_path / "t.parquet", tmp_path, "image")
     write_shards(records, tmp_path / "out", 10)
-    found = list(ShardSource(index_shards(str(tmp_path / "out/00000.tar"))).iterate(None, 0, 1))
+    found = list(samples_of(ShardSource(index_shards(str(tmp_path / "out/00000.tar")))))
     assert [(sample.image_bytes, sample.captions) for sample in found] == list(zip(made, sources.CAPTIONS, strict=True))
 
 
@@ -79,7 +80,7 @@ def test_any_text_survives_a_shard(captions: list[str], tmp_path_factory) -> Non
     folder = tmp_path_factory.mktemp("t")
     arguments = sources.coco(folder, [sources.images(folder)[0][0]], [captions])
     write_shards(coco_records(Path(arguments[2]), folder), folder / "out", 1)
-    (sample,) = ShardSource(index_shards(str(folder / "out/00000.tar"))).iterate(None, 0, 1)
+    (sample,) = samples_of(ShardSource(index_shards(str(folder / "out/00000.tar"))))
     assert sample.captions == [caption.strip() for caption in captions]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from attacks import Writes, one_line, records_of
 from PIL import Image
+from sources import samples_of
 from tars import jpeg, write_tar, write_tars
 
 from sacl_ds.analysis.report.building import write_report
@@ -119,9 +120,9 @@ def test_members_leave_their_tar_as_bytes_alone(tmp_path: Path, proof: Path, mon
     path = tar_of(tmp_path / "in/0.tar", *members)
     source = ShardSource(index_shards(str(path)))
     assert source.sets == [[6]]
-    found = list(source.iterate(4, 0, 1))
+    found = list(samples_of(source, 4, 0, 1))
     with pytest.raises(UserError, match=r"sample link0: its \.jpg is a link in the tar"):
-        list(source.iterate(5, 0, 1))
+        list(samples_of(source, 5, 0, 1))
     assert [each.key for each in found] == ["../../0", f"{tmp_path}/1", "a/./../2", "3"]
     assert all(each.captions == ["words"] for each in found)
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["0.tar"]
@@ -169,7 +170,9 @@ def test_headers_that_lie(tmp_path: Path) -> None:
         "from sacl_ds.data.shards.index import index_shards; from sacl_ds.data.shards.source import ShardSource\n"
         "from sacl_ds.errors import UserError\n"
         "for path in sys.argv[1:]:\n"
-        "    try: print([sample.key for sample in ShardSource(index_shards(path)).iterate(None, 0, 1)])\n"
+        "    try:\n"
+        "        source = ShardSource(index_shards(path))\n"
+        "        print([source.decode(raw).key for raw in source.whole(0)])\n"
         "    except UserError as error: print('error:', error)\n"
     )
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}

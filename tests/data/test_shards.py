@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sources import samples_of
 from starting import program
 
 from sacl_ds.data.making.lists import karpathy_records, scene_records
@@ -39,11 +40,11 @@ def test_written_shards_read_back(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".tar") == ["00000.tar", "00001.tar", "00002.tar"]
     written = source(str(tmp_path / "{00000..00002}.tar"))
     assert written.sets == [[10, 10, 5]]
-    found = list(written.iterate(None, 0, 1))
+    found = list(samples_of(written))
     assert [s.key for s in found] == [r.key for r in records(25)]
     assert [s.captions for s in found] == [list(r.captions) for r in records(25)]
     assert [s.image_bytes for s in found] == [r.load() for r in records(25)]
-    assert [s.key for s in written.iterate(8, 1, 3)] == ["000001", "000004", "000007"]
+    assert [s.key for s in samples_of(written, 8, 1, 3)] == ["000001", "000004", "000007"]
     with tarfile.open(tmp_path / "00000.tar") as tar:
         assert tar.getnames()[:3] == ["000000.jpg", "000000.txt", "000000.json"]
 
@@ -61,7 +62,7 @@ def test_writing_goes_on_where_it_stopped(tmp_path: Path) -> None:
         write_shards(broken, tmp_path, 10)
     assert [p.name for p in tmp_path.glob("*.tar")] == ["00000.tar"]
     assert write_shards(records(25), tmp_path, 10) == (2, 1)
-    assert len(list(source(str(tmp_path / "{00000..00002}.tar")).iterate(None, 0, 1))) == 25
+    assert len(list(samples_of(source(str(tmp_path / "{00000..00002}.tar"))))) == 25
     with pytest.raises(UserError, match="other samples"):
         write_shards(records(25), tmp_path, 12)
 
@@ -92,7 +93,7 @@ def test_make_shards_command(tmp_path: Path) -> None:
     program("tools/make_shards.py", "scenes", "--count", "30", "--out", tmp_path, "--per-shard", "20")
     written = source(str(tmp_path / "{00000..00001}.tar"))
     scenes = Scenes(30, 1)
-    for sample, index in zip(written.iterate(None, 0, 1), range(30), strict=True):
+    for sample, index in zip(samples_of(written), range(30), strict=True):
         assert sample.captions == scenes[index].captions
         assert (sample.picture.pixels().permute(1, 2, 0).numpy() == scenes.image(index)).all()
     assert len(scene_records(2, 1, 48, "simple")) == 2

@@ -13,6 +13,7 @@ import pyarrow as arrow
 import pytest
 import sources
 from pyarrow import parquet
+from sources import samples_of
 from starting import ROOT
 
 from sacl_ds.data.making.lists import table_records
@@ -116,7 +117,7 @@ def test_broken_samples_are_left_out(tmp_path: Path) -> None:
     assert "GIF" in skipped[4]["detail"]
     index = index_shards(str(tmp_path / "out/{00000..00003}.tar"))
     assert index.counts == [9, 6, 9, 0]
-    assert len(list(ShardSource(index).iterate(None, 0, 1))) == 24
+    assert len(list(samples_of(ShardSource(index)))) == 24
     # resumed in the middle, the same; without the option, refused
     whole = contents(tmp_path / "out")
     for name in ("00001.tar", "00002_stats.json", "skipped.jsonl"):
@@ -132,7 +133,7 @@ def test_an_empty_caption_among_others(tmp_path: Path) -> None:
     assert "t.tsv line 3: empty caption: number 2 of 3" in sources.error_of(sources.run("make_shards", *arguments))
     done = sources.run("make_shards", *arguments, "--skip-broken")
     assert done.stdout.splitlines()[1].startswith("left out 1 empty captions of samples that have others; see")
-    (sample,) = ShardSource(index_shards(str(tmp_path / "out/00000.tar"))).iterate(None, 0, 1)
+    (sample,) = samples_of(ShardSource(index_shards(str(tmp_path / "out/00000.tar"))))
     assert sample.captions == ["one", "three"]
 
 

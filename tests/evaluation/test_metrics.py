@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sacl_ds.evaluation.metrics import (
     chance_mean_average_precision,
-    chance_recall_at_k,
+    chance_recall,
     mean_average_precision,
     recall_at_k,
 )
@@ -53,7 +53,9 @@ def test_chance_is_what_random_rankings_give() -> None:
     relevance[:, 0] = True
     draws = [rng.random(relevance.shape) for _ in range(400)]
     recall = np.mean([list(recall_at_k(s, relevance, [1, 5]).values()) for s in draws], 0)
-    np.testing.assert_allclose(list(chance_recall_at_k(relevance, [1, 5]).values()), recall, atol=0.01)
+    np.testing.assert_allclose(
+        list(chance_recall(relevance.sum(1), relevance.shape[1], [1, 5]).values()), recall, atol=0.01
+    )
     average = np.mean([mean_average_precision(s, relevance) for s in draws])
     assert chance_mean_average_precision(relevance) == pytest.approx(average, abs=0.005)
 

@@ -7,13 +7,18 @@ import gzip
 import io
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as arrow
 from PIL import Image
 from pyarrow import parquet
 from starting import program
+
+from sacl_ds.data.sample import BadSample, Sample
+from sacl_ds.data.shards.source import ShardSource
+from sacl_ds.errors import UserError
 
 # awkward ones first: quotes, commas, a line break, other scripts, a tab
 CAPTIONS = [['He said "no", twice', "second\nline"], ["Ein Mädchen — 女孩 🙂"], ["tab\tinside", "'single'", "x"]]
@@ -105,3 +110,14 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.stderr.endswith(f"{line}\n")
     return line
+
+
+def samples_of(source: ShardSource, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Sample]:
+    """Decode every world-th of the first `limit` samples in their stored order; UserError for one that cannot be
+    used."""
+    every = (raw for shard in range(len(source.shards)) for raw in source.whole(shard))
+    for raw in islice(every, rank, limit, world):
+        try:
+            yield source.decode(raw)
+        except BadSample as error:
+            raise UserError(str(error.fault)) from None

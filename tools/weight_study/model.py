@@ -152,13 +152,6 @@ def trained_stem(settings: StemSettings, folder: Path) -> Stem:
 
 
 @torch.no_grad()
-def stem_accuracy(stem: Stem, scenes: Scenes) -> list[float]:
-    """Return the share of cells whose shape, colour, size, texture and background are all predicted right."""
-    cells = cells_of(np.stack([scenes.image(i) for i in range(len(scenes))])).flatten(0, 1)
-    truth, states = torch.from_numpy(truth_of_cells(scenes)).flatten(0, 1), stem(cells)
-    return [float((head(states).argmax(1) == truth[:, which]).float().mean()) for which, head in enumerate(stem.heads)]
-
-
 def truth_of_cells(scenes: Scenes) -> np.ndarray:
     """Return the classes of the scenes' cells, (count, CELLS, len(CLASSES)) int64."""
     truth = np.empty((len(scenes), CELLS, len(CLASSES)), np.int64)

@@ -186,12 +186,3 @@ class ShardSource:
             for raw in self.whole(shard, to_its_end=False):
                 with suppress(BadText):
                     yield from captions_of(raw.fields)
-
-    def iterate(self, limit: int | None, rank: int, world: int) -> Iterator[Sample]:
-        """Raises UserError for a sample that cannot be used: what is compared must be the same everywhere."""
-        every = (raw for shard in range(len(self.shards)) for raw in self.whole(shard))
-        for raw in islice(every, rank, limit, world):
-            try:
-                yield self.decode(raw)
-            except BadSample as error:
-                raise UserError(str(error)) from None
