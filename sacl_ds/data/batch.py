@@ -231,7 +231,7 @@ class Moves(Protocol):
 
 
 def ahead(batches: Iterable[Moved], device: torch.device) -> Iterator[Moved]:
-    """The batches in order, on `device`. What `batches` raises is raised in its place, behind the batches before it.
+    """The batches in order, on `device`. What `batches` raises is raised in its place, after the batches before it.
 
     On CUDA one batch more than was asked for is taken from `batches`, and copied on a stream of its own; a batch is to
     be used on the stream that is current where it is asked for. Elsewhere nothing is taken or copied ahead.
@@ -252,7 +252,7 @@ def _copied_ahead(batches: Iterator[Moved], device: torch.device) -> Iterator[Mo
         batch, failure = coming, None
         try:
             coming = _start(batches, device, copies)
-        except Exception as error:  # whatever it is, it belongs behind the batch at hand
+        except Exception as error:  # whatever it is, it belongs after the batch at hand
             failure = error
         yield batch
         del batch  # or its memory would be held while the batch after the next is copied

@@ -119,7 +119,7 @@ def render(scene: Scene, image_size: int, entropy: tuple[int, ...]) -> np.ndarra
 VERSION = 1  # raise it when any picture or sentence changes: studies compare like with like
 CAPTIONS_PER_SCENE = 4
 DETAILS = ("partial", "simple", "detailed")
-_INDEX_DIGITS = 9  # of a key, behind the seed
+_INDEX_DIGITS = 9  # of a key, after the seed
 _CAPTIONS, _PICTURE, _QUESTIONS, _PAIRS = range(1, 5)
 
 

@@ -192,7 +192,7 @@ def widened(tower: VisionTower, projection: Tensor, mean: Tensor, std: Tensor) -
     weight = torch.zeros(new, dtype=torch.float64)
     weight[:old] = math.sqrt(constant**2 * 2 * half / new + eps)
     tensors |= {"pre_layrnorm.weight": weight, "pre_layrnorm.bias": torch.zeros(new, dtype=torch.float64)}
-    # the last norm's bias: no product behind it has one, but an additional channel can be 1
+    # the last norm's bias: no product after it has one, but an additional channel can be 1
     last = tower.tensors["post_layernorm.weight"], tower.tensors["post_layernorm.bias"]
     tensors["post_layernorm.bias"][old] = 1.0
     made = _padded(_centred(projection.double() * last[0]), 1, added)

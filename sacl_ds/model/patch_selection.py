@@ -216,7 +216,7 @@ class _FirstHalf:
     block: Block
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, m, width) -> the same behind the block's attention, (n, heads, m, head width) keys, the query of [CLS].
+        """(n, m, width) -> the same after the block's attention, (n, heads, m, head width) keys, the query of [CLS].
 
         What timm's Attention computes, with the keys in hand.
         """

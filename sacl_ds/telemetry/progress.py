@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-_RATE = "_per_second"  # behind what rows are called
+_RATE = "_per_second"  # after what rows are called
 _SECONDS_BETWEEN_LINES = 15.0
 
 

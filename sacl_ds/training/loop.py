@@ -103,7 +103,7 @@ class Loop:
             if _due(done, train.save_every) or done == train.steps or stop:
                 self._save(done, result if judged else {})
             if stop and done < train.steps:
-                raise Stopped(f"stopped by {self.guard.requests.reason or 'another rank'} behind step {done}")
+                raise Stopped(f"stopped by {self.guard.requests.reason or 'another rank'} after step {done}")
             clock += time.perf_counter() - before  # neither is part of a step
         return result
 

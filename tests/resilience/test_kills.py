@@ -55,7 +55,7 @@ class Told:
 
 HEAD = "\n".join(
     (
-        "| | ranks | killed | behind step | while | s until all ended | checkpoint before | after | left half done |",
+        "| | ranks | killed | after step | while | s until all ended | checkpoint before | after | left half done |",
         "|---|---|---|---|---|---|---|---|---|",
     )
 )
@@ -177,7 +177,7 @@ def page_of(told: list[Told], difference: Difference, seed: int) -> str:
             f"{len(told)} kills (seed {seed}), {saving} of them while a checkpoint was saved; {half} left a checkpoint "
             f"half written or half removed. {versions}; {platform.machine()}, {os.cpu_count()} cores.",
             "",
-            "* every start behind a kill went on from the checkpoint that `latest` named, or from the beginning where "
+            "* every start after a kill went on from the checkpoint that `latest` named, or from the beginning where "
             f"there was none yet; lost were 0 to {max(lost)} steps, {sum(lost)} in all, and made again",
             f"* the batches of all {difference.steps} steps, in their order, are those of the run that was left alone, "
             "also where a step was made twice",

@@ -17,7 +17,7 @@ from sacl_ds.faults.restarts import Exit, read_status
 from sacl_ds.training.checkpoint_folder import latest, read_checkpoint
 
 LONG = ["train.steps=100000", "train.save_every=5", "train.keep_checkpoints=2", "train.eval_every=null"]
-STEPS = 40  # of a run that is asked to stop behind the fourth; ranks look about once a second
+STEPS = 40  # of a run that is asked to stop after the fourth; ranks look about once a second
 SOON = 10  # seconds in which all ranks end when one is gone
 
 
@@ -111,7 +111,7 @@ def test_a_killed_loader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_asked_to_stop(asked: int, tmp_path: Path) -> None:
-    """By SIGTERM to one rank: all stop behind the same step, with a checkpoint, and what follows is as without."""
+    """By SIGTERM to one rank: all stop after the same step, with a checkpoint, and what follows is as without."""
     with going(tmp_path / "run", f"train.steps={STEPS}", "data.workers=1") as run:
         run.reach(4)
         children = [child for rank in (0, 1) for child in run.children(rank)]

@@ -138,7 +138,7 @@ def _blocks(job: PlannedJob) -> list[_Block]:
     tokens, image_width = 1 + cost.patches, encoder.width
     whole = image.kept - _COLOURS * model.image_size**2 - tokens * (2 * image_width + 2)  # pixels, the last norm
     depth = len(encoder.vit.blocks)
-    read = text.kept - length * (width + 2)  # behind the embeddings
+    read = text.kept - length * (width + 2)  # after the embeddings
     state = length * width
     # inputs of norms, two or three a block; of queries, keys and values of a text, and keys and values of the image
     of_image = _Block(tokens * image_width, whole / depth, 2 * tokens * image_width)

@@ -54,7 +54,7 @@ def _engine(job: PlannedJob) -> list[Transfer]:
             Transfer("gradients", "all-reduce", times * sent, hidden=zero.double),
             Transfer("parameters", "all-gather", whole),
         ]
-    # parameters that always stay whole are gathered once, behind the optimizer's step, in float32
+    # parameters that always stay whole are gathered once, after the optimizer's step, in float32
     persistent = sum(FLOAT * _padded(job, size) for size, _ in job.sizes if size <= zero.persistent)
     return [
         Transfer("gradients", "reduce-scatter", times * _sent(job, job.sizes), hidden=True),

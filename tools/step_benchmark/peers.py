@@ -1,7 +1,7 @@
 """open_clip's step: its loss, optimizer and loop, over its own towers or over ours.
 
 As its training does it: AdamW as PyTorch builds it by default, with weight decay on matrices,
-DistributedDataParallel, autocast in bf16, no clipping, the temperature clamped behind the step. One peer has AdamW
+DistributedDataParallel, autocast in bf16, no clipping, the temperature clamped after the step. One peer has AdamW
 fused, as ours is. With several ranks its loss has --local-loss and --gather-with-grad, as for large batches.
 """
 

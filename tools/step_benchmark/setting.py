@@ -18,7 +18,7 @@ from sacl_ds.errors import UserError
 Captions = Literal["full", "real"]
 CAPTION_TOKENS, CAPTION_DEVIATION = 13.9, 3.9  # Flickr8k: 35,000 captions, words, marks, [CLS] and [SEP]
 _SHORTEST, _FIRST_WORD, _MASK = 5, 5, 4
-_PARTS_OF_TWELVE = (5, 10)  # layers of twelve behind which patches are left out
+_PARTS_OF_TWELVE = (5, 10)  # layers of twelve after which patches are left out
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class Pool:
     scenes: list[Scene]
     captions: list[Caption]  # n * k, scene after scene
     tokens: Tensor  # (n, CELLS, width) float32, of the stem
-    ids: Tensor  # (n * k, L) int64 token ids, 0 (the padding) behind their end
+    ids: Tensor  # (n * k, L) int64 token ids, 0 (the padding) after their end
     said: Tensor  # (n * k,) int64, equal for equal captions
 
     @property

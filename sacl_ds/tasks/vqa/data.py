@@ -66,7 +66,7 @@ def normalise_answer(text: str) -> str:
     """Normalise an answer: lower case, digits for zero to ten and none, no articles, contractions, no punctuation.
 
     Contractions get their known apostrophes. A mark goes without a trace where a space stands beside it anywhere in the
-    text, or a comma between digits does; elsewhere a space takes its place. Of the periods with no digit behind them
+    text, or a comma between digits does; elsewhere a space takes its place. Of the periods with no digit after them
     the first 32 go. So 'a/c' gives 'c', as 'a' is then an article, 'T-shirt' gives 't shirt', '1,000-2,000' gives
     '10002000'. May give the empty text.
     """

@@ -142,7 +142,7 @@ class VqaModel(nn.Module):
     def answer_losses(
         self, question_states: Tensor, question_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, rows: Tensor
     ) -> Tensor:
-        """(A,) float32: -log p of each answer's tokens behind [CLS], [SEP] included, summed.
+        """(A,) float32: -log p of each answer's tokens after [CLS], [SEP] included, summed.
 
         question_states (b, L, width), question_mask (b, L), answer_ids and answer_mask (A, La), rows (A,) int64: which
         question each answers.
