@@ -9,6 +9,8 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,14 +20,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sacl_ds.config.room import user_path
-from sacl_ds.data.contact_sheet import COLUMNS, ROWS, draw_sheet
-from sacl_ds.data.inspection import LISTED, Inspection, Repeats, expected_samples, inspect_shards, quantiles
+from sacl_ds.data.images import open_image
+from sacl_ds.data.inspection import LISTED, Example, Inspection, Repeats, expected_samples, inspect_shards, quantiles
 from sacl_ds.data.making.record import size
 from sacl_ds.data.shards.patterns import expand
 from sacl_ds.errors import UserError
+from sacl_ds.telemetry.sheet import LARGE, Tile, draw_rows
 
 EXAMPLE = """example:
   python tools/inspect_shards.py 'shards/{00000..00005}.tar' --sheet sheet.png"""
+COLUMNS, ROWS = 5, 4  # of the sheet
 BARS = 12  # rows of the histogram
 BAR_WIDTH = 40
 
@@ -164,6 +168,17 @@ def _lists(found: Inspection, folder: str) -> list[tuple[str, list[str]]]:
     return [(title, lines) for title, lines in lists if lines]
 
 
+def sheet_rows(examples: Sequence[Example]) -> list[tuple[str, list[Tile]]]:
+    """Rows of a sheet: each picture with its captions, shard and key."""
+    tiles = []
+    for example in examples[: COLUMNS * ROWS]:
+        encoded = open_image(example.image)
+        encoded.draft("RGB", (LARGE.width, LARGE.picture))
+        where = f"{Path(example.shard).name}  {example.key}"
+        tiles.append(Tile(encoded.convert("RGB"), example.captions, (where,)))
+    return [("", tiles[start : start + COLUMNS]) for start in range(0, len(tiles), COLUMNS)]
+
+
 def main() -> int:
     options = arguments()
     columns = (
@@ -187,7 +202,7 @@ def main() -> int:
         if options.json:
             options.json.write_text(json.dumps(found.summary(), indent=2) + "\n")
         if options.sheet:
-            draw_sheet(found.sheet, options.sheet)
+            draw_rows(sheet_rows(found.sheet), options.sheet, LARGE)
         report(found, Console(width=None if sys.stdout.isatty() else 80, highlight=False))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTH, _PICTURE, _GAP, _LINE, _LINES = 190, 150, 10, 17, 4  # pixels; lines of a caption
+_GAP, _LINE = 10, 17  # pixels
 _INK, _FAINT, _PAPER, _FRAME = "#111111", "#666666", "#ffffff", "#eeeeee"
 MARKED, PLAIN, FIRST = "#1c7c3c", "#d8d8d8", "#1f5fa8"  # frames
+
+
+class TileSize(NamedTuple):
+    """Size of a tile: its width and the height of its picture in pixels, and how many lines its captions may take."""
+
+    width: int
+    picture: int
+    lines: int
+
+
+SMALL, LARGE = TileSize(190, 150, 4), TileSize(300, 225, 8)
 
 
 @dataclass(frozen=True)
 class Tile:
     picture: Image.Image | None
-    caption: str
+    captions: Sequence[str]
     figures: Sequence[str] = ()
     frame: str = PLAIN
 
 
-def draw_rows(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path) -> None:
-    """Write a PNG of rows, each with a heading above."""
+def draw_rows(rows: Sequence[tuple[str, Sequence[Tile]]], path: Path, size: TileSize = SMALL) -> None:
+    """Write a PNG of rows, each with a heading above, '' for none."""
     text, small = _font(13), _font(12)
     columns = max((len(tiles) for _, tiles in rows), default=1)
-    heights = [_row_height(tiles, text.getlength) for _, tiles in rows]
-    sheet = Image.new("RGB", (columns * (_WIDTH + _GAP) + _GAP, sum(heights) + _GAP), _PAPER)
+    captions = [[caption_lines(tile.captions, size, text.getlength) for tile in tiles] for _, tiles in rows]
+    heights = [
+        _LINE * (bool(heading) + max(len(lines) + len(tile.figures) for tile, lines in zip(tiles, said, strict=True)))
+        + size.picture
+        + 3 * _GAP
+        for (heading, tiles), said in zip(rows, captions, strict=True)
+    ]
+    sheet = Image.new("RGB", (columns * (size.width + _GAP) + _GAP, sum(heights) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     top = _GAP
-    for (heading, tiles), height in zip(rows, heights, strict=True):
+    for (heading, tiles), said, height in zip(rows, captions, heights, strict=True):
         draw.text((_GAP, top), fitted(heading, sheet.width - 2 * _GAP, text.getlength), _FAINT, text)
-        for number, tile in enumerate(tiles):
-            left, y = _GAP + number * (_WIDTH + _GAP), top + _LINE + 4
-            _picture(sheet, draw, tile, left, y)
-            y += _PICTURE + 6
-            for line in wrapped(tile.caption, _WIDTH, text.getlength, _LINES):
+        for number, (tile, lines) in enumerate(zip(tiles, said, strict=True)):
+            left, y = _GAP + number * (size.width + _GAP), top + (_LINE if heading else 0) + 4
+            _picture(sheet, draw, tile, (left, y), size)
+            y += size.picture + 6
+            for line in lines:
                 draw.text((left, y), line, _INK, text)
                 y += _LINE
             for line in tile.figures:
-                draw.text((left, y), fitted(line, _WIDTH, small.getlength), _FAINT, small)
+                draw.text((left, y), fitted(line, size.width, small.getlength), _FAINT, small)
                 y += _LINE
         top += height
     sheet.save(path, "png", optimize=True)
@@ -55,7 +74,7 @@ def draw_matrix(
     sheet = Image.new("RGB", (size, head + len(tiles) * side + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, tile in enumerate(tiles):
-        lines = wrapped(tile.caption, side - 8, small.getlength, 5)
+        lines = wrapped(tile.captions[0], side - 8, small.getlength, 5)
         for line_number, line in enumerate(lines):
             y = head - 6 - (len(lines) - line_number) * 16
             draw.text((side + number * side + 4, y), line, _INK, small)
@@ -74,6 +93,20 @@ def draw_matrix(
                 middle = (box[1] + box[3]) // 2 - 9 * len(lines) + 18 * number
                 draw.text(((box[0] + box[2] - width) / 2, middle), line, _INK if colour else _FAINT, font)
     sheet.save(path, "png", optimize=True)
+
+
+def caption_lines(captions: Sequence[str], size: TileSize, width_of: Callable[[str], float]) -> list[str]:
+    """Break captions into lines of a tile, a dash before each of several; the last line counts what did not fit."""
+    lines: list[str] = []
+    for number, caption in enumerate(captions):
+        # data sets that put a blank before a full stop would have it begin a line
+        tidy = re.sub(r" ([.,;:!?]+)(?= |$)", "\u00a0\\1", " ".join(caption.split()))
+        said, left = f"– {tidy}" if len(captions) > 1 else tidy, len(captions) - number
+        room = size.lines - len(lines) - (left > 1)  # a line for '+ 3 more'
+        if lines and len(wrapped(said, size.width, width_of, room + 1)) > room:
+            return [*lines, f"+ {left} more"]
+        lines += wrapped(said, size.width, width_of, room)
+    return lines
 
 
 def wrapped(text: str, width: float, width_of: Callable[[str], float], lines: int) -> list[str]:
@@ -118,17 +151,15 @@ def _fits(text: str, width: float, width_of: Callable[[str], float]) -> int:
     return low
 
 
-def _row_height(tiles: Sequence[Tile], width_of: Callable[[str], float]) -> int:
-    lines = [len(wrapped(tile.caption, _WIDTH, width_of, _LINES)) + len(tile.figures) for tile in tiles]
-    return _LINE + 10 + _PICTURE + max(lines, default=0) * _LINE + 2 * _GAP
-
-
-def _picture(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
-    box = left, top, left + _WIDTH - 1, top + _PICTURE - 1
+def _picture(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, corner: tuple[int, int], size: TileSize
+) -> None:
+    left, top = corner
+    box = left, top, left + size.width - 1, top + size.picture - 1
     draw.rectangle(box, fill=_FRAME)
     if tile.picture is not None:
-        picture = scaled(tile.picture.convert("RGB"), _WIDTH - 6, _PICTURE - 6)
-        sheet.paste(picture, (left + (_WIDTH - picture.width) // 2, top + (_PICTURE - picture.height) // 2))
+        picture = scaled(tile.picture.convert("RGB"), size.width - 6, size.picture - 6)
+        sheet.paste(picture, (left + (size.width - picture.width) // 2, top + (size.picture - picture.height) // 2))
     draw.rectangle(box, outline=tile.frame, width=1 if tile.frame == PLAIN else 3)
 
 

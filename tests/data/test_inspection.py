@@ -11,13 +11,14 @@ import pytest
 import sources
 from hypothesis import given
 from hypothesis import strategies as st
+from inspect_shards import COLUMNS, ROWS, sheet_rows
 from PIL import Image
 
-from sacl_ds.data.contact_sheet import COLUMNS, ROWS, caption_lines, draw_sheet
 from sacl_ds.data.inspection import Example, inspect_shards, quantiles
 from sacl_ds.data.making.lists import scene_records
 from sacl_ds.data.making.record import Record
 from sacl_ds.data.making.writer import write_shards
+from sacl_ds.telemetry.sheet import LARGE, TileSize, caption_lines, draw_rows
 
 
 def picture(width: int, height: int, value: int) -> bytes:
@@ -126,10 +127,14 @@ def test_quantiles(values: list[int]) -> None:
 
 @given(st.lists(st.text(min_size=1, max_size=400).filter(str.strip), min_size=1, max_size=7))
 def test_captions_fit_their_tile(captions: list[str]) -> None:
-    lines = caption_lines(captions, lambda text: 10.0 * len(text))
+    lines = caption_lines(captions, TileSize(300, 225, 8), lambda text: 10.0 * len(text))
     assert 1 <= len(lines) <= 8
     assert all(len(line) <= 30 for line in lines)
-    assert lines[0].startswith("–")
+    assert lines[0].startswith("–") == (len(captions) > 1)
+    shown = "".join(lines).replace("…", "")
+    if not lines[-1].endswith((" more", "…")):
+        every = [part for caption in captions for part in (["–"] if len(captions) > 1 else []) + caption.split()]
+        assert shown.replace(" ", "").replace("\u00a0", "") == "".join(every).replace("\u00a0", "")
 
 
 def test_a_sheet(tmp_path: Path) -> None:
@@ -139,12 +144,12 @@ def test_a_sheet(tmp_path: Path) -> None:
     examples = [
         Example("0.tar", f"{n}", picture(*shapes[n % 4], n), captions[n // 4 % 4]) for n in range(COLUMNS * ROWS + 3)
     ]
-    draw_sheet(examples, tmp_path / "sheet.png")
+    draw_rows(sheet_rows(examples), tmp_path / "sheet.png", LARGE)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width < 2000
         assert sheet.height < 2000
         whole = sheet.size
-    draw_sheet(examples[:3], tmp_path / "sheet.png")
+    draw_rows(sheet_rows(examples[:3]), tmp_path / "sheet.png", LARGE)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height < whole[1] / 2
 

@@ -77,7 +77,7 @@ def matrix(
         drawn.append([_drawn(cell, batch, row, column) for cell, column in zip(cells[-1], picked, strict=True)])
     path = folder / "weight_matrix.png"
     tiles = [
-        Tile(found.get((shard, key)), clean(caption))
+        Tile(found.get((shard, key)), (clean(caption),))
         for shard, key, caption in zip(part.shards, part.keys, part.captions, strict=True)
     ]
     draw_matrix(tiles, drawn, path)
@@ -215,12 +215,12 @@ def _strip(
 def _tiles(group: Sequence[dict[str, Any]], found: Pictures, truth: SceneTruth | None) -> list[Tile]:
     first = group[0]
     anchor = found.get((first["anchor_shard"], first["anchor_key"]))
-    tiles = [Tile(anchor, clean(first["anchor_caption"]), ("anchor",), FIRST)]
+    tiles = [Tile(anchor, (clean(first["anchor_caption"]),), ("anchor",), FIRST)]
     for entry in group:
         badge, good = verdict(_relevance(truth, entry), "of the picture")
         lines = [", ".join(_similarities(entry)[:1] + ([badge] if badge else [])), ", ".join(_similarities(entry)[1:])]
         picture = found.get((entry["negative_shard"], entry["negative_key"]))
-        tiles.append(Tile(picture, clean(entry["negative_caption"]), lines, MARKED if good else PLAIN))
+        tiles.append(Tile(picture, (clean(entry["negative_caption"]),), lines, MARKED if good else PLAIN))
     return tiles
 
 
@@ -303,7 +303,7 @@ def side_by_side(
                 picture = found.get((pairs.shards[image], pairs.keys[image]))
                 cards.append(card(picture, pairs.captions[image], lines=[line], badge=badge, good=good or None))
                 lines = [f"{line}, {badge}" if badge else line]
-                tiles.append(Tile(picture, clean(pairs.captions[image]), lines, MARKED if good else PLAIN))
+                tiles.append(Tile(picture, (clean(pairs.captions[image]),), lines, MARKED if good else PLAIN))
             section.strips.append(Strip(title, cards, heading="" if runs else f"“{text}”"))
             drawn.append((f"“{text}” · {title}", tiles))
             runs[each.name] = {

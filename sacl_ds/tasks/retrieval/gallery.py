@@ -86,4 +86,4 @@ def _tile(ranking: Ranking, listed: Listed, text: int, rank: int, found: Mapping
     said = "its own image" if own else "right" if right else ""
     figures = [f"{rank + 1}. {said}".rstrip()]
     picture = found.get(int(ranking.numbers[place]))
-    return Tile(picture, ranking.keys[place], figures, MARKED if right else PLAIN)
+    return Tile(picture, (ranking.keys[place],), figures, MARKED if right else PLAIN)
