@@ -11,7 +11,7 @@ from sacl_ds.errors import UserError
 from sacl_ds.evaluation.ranking import Listed, Ranking
 from sacl_ds.evaluation.retrieval import evaluate_retrieval
 from sacl_ds.evaluation.rounds import pictures_of
-from sacl_ds.tasks.retrieval.gallery import TOP, draw_gallery, telling
+from sacl_ds.tasks.retrieval.task import TOP, draw_gallery, telling
 from sacl_ds.telemetry.sheet import MARKED
 
 IMAGES, TEXTS = 12, 24
