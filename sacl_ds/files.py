@@ -1,4 +1,4 @@
-"""Atomic and durable writes: a file is complete or absent, also after a power cut."""
+"""Files that are complete or absent, also after a power cut; and checksums of those that are finished."""
 
 from __future__ import annotations
 

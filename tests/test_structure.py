@@ -98,7 +98,7 @@ def test_directions(root: Path) -> None:
     [
         (
             ("sacl_ds", "sacl_ds.config", "sacl_ds.command_line", "sacl_ds.faults.guard", "sacl_ds.data.making.writer",
-             "sacl_ds.data.making.lists"),
+             "sacl_ds.data.making.lists", "sacl_ds.analysis.commands"),
             (*HEAVY, "pyarrow"),
         ),
         (("sacl_ds.training.pretrain", "sacl_ds.evaluation.held_out"), NOT_OF_PRETRAINING),

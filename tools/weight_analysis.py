@@ -8,8 +8,7 @@ import argparse
 import os
 import sys
 
-from sacl_ds.analysis import commands, compare
-from sacl_ds.analysis.report import building as report
+from sacl_ds.analysis.commands import add_parsers
 from sacl_ds.command_line import Parser, exit_status
 
 EXAMPLE = """example:
@@ -20,9 +19,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
     subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
-    commands.add_parsers(subparsers)
-    report.add_parser(subparsers)
-    compare.add_parser(subparsers)
+    add_parsers(subparsers)
     options = parser.parse_args()
     os.environ.setdefault(
         "DS_ACCELERATOR", "cpu"

@@ -9,6 +9,12 @@ from sacl_ds.config.room import expanded
 
 _RAW = argparse.RawDescriptionHelpFormatter
 _SUBJECT = "finished run, RUN/checkpoints/step_N, or features saved by --save-features"
+_COMPARE_EXAMPLE = """example:
+  python tools/weight_analysis.py compare runs/scenes-001 runs/scenes-002 --out compare
+  python tools/weight_analysis.py compare runs/scenes-001 teacher"""
+_REPORT_EXAMPLE = """example:
+  python tools/weight_analysis.py report runs/scenes-001
+  python tools/weight_analysis.py report runs/cc3m-002 --against runs/cc3m-001 --shards '/data/val/{000..004}.tar'"""
 
 
 def data_options(parser: argparse.ArgumentParser, shards: bool = True) -> None:
@@ -39,11 +45,13 @@ def weight_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_parsers(subparsers: Any) -> None:
-    """Declare scan, calibrate, suspects and detect; each sets `act`."""
+    """Declare scan, calibrate, suspects, detect, report and compare; each sets `act`."""
     _scan(subparsers)
     _calibrate(subparsers)
     _suspects(subparsers)
     _detect(subparsers)
+    _report(subparsers)
+    _compare(subparsers)
 
 
 def _parser(subparsers: Any, name: str, purpose: str, example: str) -> argparse.ArgumentParser:
@@ -155,6 +163,76 @@ def _detect(subparsers: Any) -> None:
     parser.set_defaults(act=_act_detect)
 
 
+def _report(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="one HTML file on a run: what its negatives weighed, over training and one by one",
+        description="One self-contained HTML file on a run that kept weight records: distribution, course over "
+        "training, mutual information, a mini-batch and the lightest negatives with their pictures. Every "
+        "picture also as PNG, all numbers as JSON.",
+        epilog=_REPORT_EXAMPLE,
+        formatter_class=_RAW,
+    )
+    parser.add_argument(
+        "run", type=expanded, metavar="RUN",
+        help="run directory, finished or not, with weights/ (records.every); or RUN/checkpoints/step_N, as far as that",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", type=expanded, metavar="RUN_B", help="finished run or checkpoint: retrieval of both side by side"
+    )
+    parser.add_argument(
+        "--shards", nargs="+", metavar="PATTERN", help="held-out pairs, as data.eval_shards (default: the run's own)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=1000, metavar="N", help="read the first N held-out pairs (default: %(default)s)"
+    )
+    parser.add_argument("--teacher", type=expanded, help="as teacher.checkpoint, or 'none' (default: the run's own)")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument(
+        "--out",
+        type=expanded,
+        metavar="DIR",
+        help="folder for what is written (default: RUN/report, or RUN/report_step_N)",
+    )
+    parser.set_defaults(act=_act_report)
+
+
+def _compare(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="where two runs disagree most about what a negative weighs",
+        description="Weights of the same mini-batches under two runs: rank correlation, joint histogram, and the pairs "
+        "of anchor and negative whose weights differ most.",
+        epilog=_COMPARE_EXAMPLE,
+        formatter_class=_RAW,
+    )
+    parser.add_argument("a", type=expanded, metavar="RUN_A", help="finished run, or RUN/checkpoints/step_N")
+    parser.add_argument(
+        "b", type=expanded, metavar="RUN_B", help="another; or 'teacher': A's model alone against its teacher alone"
+    )
+    parser.add_argument(
+        "--shards", nargs="+", metavar="PATTERN", help="pairs to weigh, as data.shards (default: A's held-out data)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=10_000, metavar="N", help="read the first N pairs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="pairs in a mini-batch (default: A's train.global_batch_size)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of mini-batches (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=50, metavar="K", help="pairs to list (default: %(default)s)")
+    parser.add_argument("--sharpness", type=float, metavar="KAPPA", help="for both (default: each as its run ended)")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument(
+        "--out",
+        default="compare",
+        type=expanded,
+        metavar="DIR",
+        help="folder for what is written (default: %(default)s)",
+    )
+    parser.set_defaults(act=_act_compare)
+
+
 def _out(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--out",
@@ -185,5 +263,17 @@ def _act_suspects(options: argparse.Namespace) -> None:
 
 def _act_detect(options: argparse.Namespace) -> None:
     from sacl_ds.analysis.detect import act
+
+    act(options)
+
+
+def _act_report(options: argparse.Namespace) -> None:
+    from sacl_ds.analysis.report.building import act
+
+    act(options)
+
+
+def _act_compare(options: argparse.Namespace) -> None:
+    from sacl_ds.analysis.compare import act
 
     act(options)

@@ -1,4 +1,4 @@
-"""Base class of the configuration's sections, and the kinds of numbers in them."""
+"""Base class of the configuration's sections, the kinds of numbers in them, and paths that users give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of any training: optimizer, steps, batch, precision."""
+"""Settings of any training (optimizer, steps, batch, precision), and the root of a pre-training run."""
 
 from __future__ import annotations
 

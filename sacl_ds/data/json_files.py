@@ -1,4 +1,4 @@
-"""Reading of annotation files, JSON and JSON lines; errors name the file and the entry."""
+"""Reading of annotation files, JSON and JSON lines, and of the image files they name; errors name the entry."""
 
 from __future__ import annotations
 

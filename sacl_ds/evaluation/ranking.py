@@ -1,4 +1,4 @@
-"""First candidates of every query, before and after re-ranking: for pictures and for JSON."""
+"""Metrics of a ranking, and the first candidates of every query before and after re-ranking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation of many examples on all ranks: each reads its part once, and all run equally many passes."""
+"""Evaluation in rounds on all ranks: each reads its part once, and all run equally many passes."""
 
 from __future__ import annotations
 

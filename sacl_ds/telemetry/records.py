@@ -1,4 +1,4 @@
-"""Metric log metrics.jsonl: one JSON object a line, appended as the run goes, cut back to the checkpoint on resume."""
+"""What a run writes as it goes: metrics.jsonl, and the records of its weights in weights/."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ def test_counting_is_broken_off_too(served: Server, monkeypatch: pytest.MonkeyPa
 
 def test_the_cache_keeps_within_its_size(served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_cache, "_ROOM_EVERY", 1)
-    monkeypatch.setattr(shard_cache, "_CHUNK", 1024)
+    monkeypatch.setattr(shard_cache, "_DOWNLOADED_AT_ONCE", 1024)
     sizes = {n: (served.folder / f"{n}.tar").stat().st_size for n in range(3)}
     cache = kept_in(tmp_path / "kept", sizes[0] + sizes[1] + 2048)
 

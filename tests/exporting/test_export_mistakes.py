@@ -161,11 +161,10 @@ def test_somebody_was_faster(tmp_path: Path) -> None:
 
 def test_killed_while_writing_there_is_no_export(run: Path, tmp_path: Path) -> None:
     code = f"""
-import os, signal
+import importlib, os, signal
 from pathlib import Path
 from sacl_ds.exporting import export
-from sacl_ds.exporting import export as folder
-folder._release = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+importlib.import_module("sacl_ds.exporting.export")._release = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 export({str(run)!r}, "safetensors", Path({str(tmp_path / "out")!r}))
 """
     (tmp_path / "killed.py").write_text(code)

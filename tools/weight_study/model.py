@@ -1,4 +1,4 @@
-"""Dual encoder of the study: transformers over the stem's cells and over words, each pooled into a unit vector."""
+"""Dual encoder of the study: a stem that recognises cells, transformers over cells and words, pools of pairs."""
 
 from __future__ import annotations
 

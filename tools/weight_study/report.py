@@ -1,4 +1,4 @@
-"""Plots of a study."""
+"""Report of a study: its progress on the terminal, its plots."""
 
 from __future__ import annotations
 

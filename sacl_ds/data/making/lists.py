@@ -1,4 +1,4 @@
-"""Records of a folder of images, each with a .txt of the same stem beside it, one caption a line."""
+"""Records from lists: folders of images, annotations of COCO and Karpathy, tables, built-in scenes."""
 
 from __future__ import annotations
 

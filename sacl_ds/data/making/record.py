@@ -1,4 +1,4 @@
-"""Record: a sample on its way into a shard, and what can be wrong with it."""
+"""Record: a sample on its way into a shard; what can be wrong with it, and a survey of many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns of shards: braces, lists in files, several of either."""
+"""Patterns of shards (braces, lists in files, several of either), and names in and beside a shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy and consistency on NLVR2, as its official script defines them, and a model's predictions on all ranks."""
+"""NLVR2 as a task, with accuracy and consistency as its official script defines them, on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples of retrieval: image files with captions; a caption each for training, an image each for evaluation."""
+"""Retrieval as a task: images with captions, a caption each for training, an image each for evaluation; its gallery."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answer decoder: causal BERT layers with cross-attention to the fused question, which predict token by token."""
+"""VQA model: a pre-trained model and an answer decoder, which ranks answers token by token; its objective."""
 
 from __future__ import annotations
 
