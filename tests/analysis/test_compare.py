@@ -14,7 +14,8 @@ from pyarrow import parquet
 from saved import saved_run
 from scipy import stats
 
-from sacl_ds.analysis.compare import Disagreement, add_parser
+from sacl_ds.analysis.commands import add_parsers
+from sacl_ds.analysis.compare import Disagreement
 from sacl_ds.analysis.pairs import Pairs, mini_batch
 from sacl_ds.analysis.subject import data_source, load_subject, read_pairs
 from sacl_ds.errors import UserError
@@ -145,7 +146,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def compare(*arguments: str | Path) -> None:
     """As tools/weight_analysis.py would, without the seconds in which a new process imports everything."""
     parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
+    add_parsers(parser.add_subparsers())
     options = parser.parse_args(["compare", *map(str, arguments)])
     options.act(options)
 

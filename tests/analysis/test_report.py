@@ -19,9 +19,9 @@ from saved import saved_run
 from starting import start
 from tars import jpeg, write_tar
 
+from sacl_ds.analysis.commands import add_parsers
 from sacl_ds.analysis.pairs import Pairs
 from sacl_ds.analysis.report import sections
-from sacl_ds.analysis.report.building import add_parser
 from sacl_ds.analysis.report.examples import gallery, lowest_of, side_by_side
 from sacl_ds.analysis.report.page import Card, Section, Strip, clean, percent, render, shown
 from sacl_ds.analysis.report.sections import SceneTruth
@@ -61,7 +61,7 @@ def browser():
 def report(*arguments: str | Path) -> None:
     """As tools/weight_analysis.py would, without the seconds in which a new process imports everything."""
     parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
+    add_parsers(parser.add_subparsers())
     options = parser.parse_args(["report", *map(str, arguments)])
     options.act(options)
 
