@@ -142,8 +142,7 @@ def announce(run: RunConfig, folder: Path, model: SaclModel, begun: StartReport 
     if model.captions_choose:
         progress.print(
             "warning: model.patch_selection.placement=published: each image's patches are chosen by its own caption "
-            "before ITC, "
-            "which can find the pair by what was chosen; retrieval without captions has no such help"
+            "before ITC, which can find the pair by what was chosen; retrieval without captions has no such help"
         )
     if begun:
         progress.print(Text(str(begun)))
@@ -166,7 +165,6 @@ def _check_space(run: RunConfig, folder: Path, model: SaclModel) -> str | None:
 
 def pair_flops(run: RunConfig, vocab_size: int) -> RowFlops | None:
     """Return FLOPs of forward and backward a pair, by its caption's length; None if the image encoder's are unknown."""
-
     from sacl_ds.model.cost import ModelCost
 
     try:

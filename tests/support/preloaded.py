@@ -38,7 +38,10 @@ for _name in (
     "sacl_ds.config_help",
     "sacl_ds.evaluation.held_out",
     "sacl_ds.evaluation.retrieval",
+    "sacl_ds.model.cost",
+    "sacl_ds.training.checkpoint",
     "sacl_ds.training.pretrain",
+    "sacl_ds.training.records",
     "tiny",
 ):
     import_module(_name)
