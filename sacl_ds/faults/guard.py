@@ -230,14 +230,15 @@ class Guard:
     def _end(self, said: str, speaks: bool, mistake: bool) -> None:
         """Print the verdict and end this process, from the heartbeat's thread, wherever the other threads are."""
         if speaks:
-            said = self._first_cause(said)
+            if self._heartbeat and self._heartbeat.watch.stood_still:
+                said = self._first_cause(said)
             before = f"--resume goes on from step {self._checkpoint}" if self._checkpoint else "there is no checkpoint"
             print(f"error: {said}; all ranks end; {before}", file=sys.stderr, flush=True)
             self._write("failed", said, by_any=True)
         _leave(Exit.MISTAKE if mistake else Exit.FAULT)
 
     def _first_cause(self, said: str) -> str:
-        """Return the cause that the others ended by; a rank that stood still meanwhile takes their end for it."""
+        """Return the cause that the others ended by: a rank that stood still has seen their end alone."""
         there = read_status(self._folder)
         if there is None or may_follow(there, self._start) or (there.message in said and there.start == self._start):
             return said

@@ -121,6 +121,19 @@ class Address:
     token: str
 
 
+class Watch:
+    """Notices that this process stood still: it looks at the clock about once an INTERVAL while it runs."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.stood_still = False
+        self._last, self._most = time.monotonic(), INTERVAL + limits.peer / 2
+
+    def look(self) -> None:
+        now = time.monotonic()
+        self.stood_still |= now - self._last > self._most
+        self._last = now
+
+
 class HeartbeatServer:
     """Heartbeat server, on the first rank: hears all others, and itself."""
 
@@ -141,6 +154,7 @@ class HeartbeatServer:
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._closed = threading.Event()
+        self.watch = Watch(limits)
         self._wakes, self._woken = socket.socketpair()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -195,6 +209,7 @@ class HeartbeatServer:
                     self._woken.recv(_LONGEST)
                 elif isinstance(key.fileobj, socket.socket):
                     self._receive(key.fileobj, selector, lines, owners)
+            self.watch.look()
             if told is None and (said := self._judgement()) is not None:
                 told = time.monotonic()
                 with self._lock:
@@ -286,6 +301,7 @@ class HeartbeatClient:
         self._socket.settimeout(INTERVAL)
         self._lock = threading.Lock()
         self._silent = False
+        self.watch = Watch(limits)
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def say(self, words: str, mistake: bool = False) -> None:
@@ -325,9 +341,11 @@ class HeartbeatClient:
             try:
                 part = self._socket.recv(_LONGEST)
             except TimeoutError:
+                self.watch.look()
                 if time.monotonic() > until:
                     raise
                 continue
+            self.watch.look()
             if not part:
                 raise ConnectionResetError
             line += part
@@ -336,6 +354,7 @@ class HeartbeatClient:
     def _run(self) -> None:
         host = self._address.host
         while not self._silent:
+            self.watch.look()
             begun = time.monotonic()
             try:
                 with self._lock:
