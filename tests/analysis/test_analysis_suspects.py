@@ -10,6 +10,7 @@ from commands import analyse
 from made_pairs import columns, made_pairs
 from pyarrow import csv, parquet
 from saved import saved_run
+from sources import samples_of
 from tars import collator, write_tars
 
 from sacl_ds.analysis.suspects import connected, least_weights, repeats, spread, tile_count
@@ -161,7 +162,7 @@ def test_a_run_and_the_loader_that_reads_its_groups(tmp_path: Path, capsys: pyte
     of = {row["key"]: row["group"] for row in parquet.read_table(tmp_path / "g.parquet").to_pylist()}
     assert of
     collate = replace(collator(), duplicates="none", grouping=Grouping.load(tmp_path / "g.parquet"))
-    samples = ShardSource(index_shards(pattern)).iterate(None, 0, 1)
+    samples = samples_of(ShardSource(index_shards(pattern)))
     batch = collate([collate.item(sample, Place(0, 0, 0)) for sample in samples])
     assert len(batch) == 24
     shared = (batch.pair_ids[:, None] == batch.pair_ids[None]).any(-1)

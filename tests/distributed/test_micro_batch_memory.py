@@ -6,8 +6,8 @@ in any accumulation. Here as at base size activations are some twenty times that
 
 from __future__ import annotations
 
+import ctypes
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from sacl_ds.machine import this_machine
 from sacl_ds.training.step import Step, contrastive_step
 
 ROWS, PIXELS = 48, 96
+MMAP_THRESHOLD, ARENA_MAX = -3, -8  # of mallopt
 MOST = 1.15
-GOES = 3  # at most, of which the least counts: what the C library keeps of what was freed adds 50 MiB now and then
 
 
 def run_of(pairs: int) -> RunConfig:
@@ -46,6 +46,9 @@ def measuring(rank: int, pairs: int, file: Path) -> None:
     from sacl_ds.ds_config import resolve
     from sacl_ds.training.engine import build_engine
 
+    library = ctypes.CDLL(None)  # glibc's: what is freed goes back to the system at once, and threads share one heap
+    library.mallopt(MMAP_THRESHOLD, 1 << 16)
+    library.mallopt(ARENA_MAX, 1)
     run = run_of(pairs)
     settings = resolve({"zero_optimization": {"stage": 2}}, run, 1, this_machine("cpu"))
     engine = build_engine(tiny.objective(run), settings, run.optim)
@@ -61,14 +64,10 @@ def measuring(rank: int, pairs: int, file: Path) -> None:
 
 @pytest.mark.slow
 def test_eight_micro_batches_need_the_memory_of_one(tmp_path: Path) -> None:
-    peaks = {1: math.inf, 8: math.inf}
-    for _ in range(GOES):
-        for count, least in list(peaks.items()):
-            file = tmp_path / f"{count}.json"
-            on_ranks(1, measuring, count * ROWS, file)
-            peaks[count] = min(least, json.loads(file.read_text()))
-        if peaks[8] < MOST * peaks[1]:
-            break
+    peaks = {}
+    for count in (1, 8):
+        on_ranks(1, measuring, count * ROWS, tmp_path / f"{count}.json")
+        peaks[count] = json.loads((tmp_path / f"{count}.json").read_text())
     print(f"peak of a step on top of the model: {peaks[1]:.1f} MiB, in eight micro-batches {peaks[8]:.1f} MiB")
-    assert peaks[1] > 300
+    assert peaks[1] > 250
     assert peaks[8] < MOST * peaks[1], peaks

@@ -115,9 +115,13 @@ def test_a_checkpoint_that_does_not_fit(ranks: int, disk: SmallDisk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "every", "file"), [(2, 0, "run/metrics.jsonl"), (1, 1, "run/weights/lowest_")], ids=["log", "records"]
+    ("ranks", "every", "files"),
+    [(2, 0, ("run/metrics.jsonl",)), (1, 1, ("run/weights/", "run/metrics.jsonl"))],  # which is next when it is full
+    ids=["log", "records"],
 )
-def test_a_disk_that_is_full_between_checkpoints(ranks: int, every: int, file: str, disk: SmallDisk) -> None:
+def test_a_disk_that_is_full_between_checkpoints(
+    ranks: int, every: int, files: tuple[str, ...], disk: SmallDisk
+) -> None:
     """What is written at steps does not fit: one line says which file, and the checkpoint before it serves."""
     run, settings = disk.seen / "run", [*OFTEN, f"records.every={every}", "train.steps=100000", "train.save_every=1000"]
     with going(disk.place / "run", *settings, ranks=ranks, mounts=disk.keeper) as at_work:
@@ -128,7 +132,7 @@ def test_a_disk_that_is_full_between_checkpoints(ranks: int, every: int, file: s
         said = at_work.said
     assert codes == [Exit.MISTAKE] * ranks
     (line,) = error_lines(said)
-    assert line.startswith(f"error: {disk.place}/{file}")
+    assert line.startswith(tuple(f"error: {disk.place}/{file}" for file in files))
     assert "cannot be written: the disk is full; " in line
     assert "Traceback" not in said
     assert "Exception ignored" not in said

@@ -13,6 +13,7 @@ from four_layers import VOCABULARY, batch, config, similarities
 from hypothesis import given
 from hypothesis import strategies as st
 from starting import start
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sacl_ds.config import LossConfig, RunConfig
@@ -173,10 +174,10 @@ def test_units() -> None:
 
 def test_the_peak_of_memory_grows_with_what_is_held() -> None:
     before = take_memory_peak(CPU)
-    resident = psutil.Process().memory_info().rss
-    held = torch.ones((before - resident) // 4 + 10_000_000)  # more than was ever resident
+    held: list[Tensor] = []
+    while psutil.Process().memory_info().rss < before + 4 * 10_000_000:  # more than was ever resident
+        held.append(torch.ones(10_000_000))
     assert take_memory_peak(CPU) >= before + 4 * 10_000_000 / 2
-    del held
 
 
 def test_a_run_says_how_fast_it_is(tmp_path: Path) -> None:
